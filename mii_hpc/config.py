@@ -1,0 +1,380 @@
+"""What a user can configure: frozen pydantic models, validated once, on the login node.
+
+A wrong value raises `ConfigError` with one sentence that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mii_hpc.errors import ConfigError, InvalidRequestError
+
+SUPERSEDED_MODEL_FIELDS: dict[str, str] = {
+    "all_rank_output": "the answer comes from the replica's first rank",
+    "device_map": "Slurm places the ranks; use slurm.gpus_per_node and slurm.tasks_per_node",
+    "profile_model_time": "the engine logs its own step times",
+    "quantization_mode": "weights are served in `dtype`",
+    "replica_configs": "Slurm places the replicas; use slurm.tasks_per_node and slurm.nodelist",
+    "sync_debug": "set log level DEBUG instead",
+    "torch_dist_port": "every replica takes a free port",
+    "zmq_port_number": "the ranks of a replica talk over torch.distributed",
+}
+SUPERSEDED_MII_FIELDS: dict[str, str] = {
+    "deployment_type": "a deployment is always a persistent one; use pipeline() for the other kind",
+    "enable_restful_api": "there is no REST gateway yet; use the client",
+    "hf_auth_token": "set HF_TOKEN in the environment; no secret is stored in a configuration",
+    "hostfile": "Slurm chooses the hosts; use slurm.nodelist or slurm.constraint",
+    "instance_type": "Slurm chooses the machines; use slurm.partition and slurm.constraint",
+    "restful_api_port": "there is no REST gateway yet; use the client",
+    "restful_processes": "there is no REST gateway yet; use the client",
+    "version": "deployments are not versioned; use another deployment_name",
+}
+"""Fields of DeepSpeed-MII that are accepted with a warning, and what happens instead."""
+
+
+class MIIWarning(UserWarning):
+    """A setting is accepted but does nothing here; the message says what happens instead."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
+    )
+
+
+def _canonical_dtype(value: Any) -> Any:
+    short = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
+    name = str(value).removeprefix("torch.")
+    return short.get(name, name)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class GenerateParamsConfig(_Model):
+    """The options of one request: names, defaults and ranges. Lengths are in tokens.
+
+    Names and defaults are DeepSpeed-MII's, as far as it has them.
+    """
+
+    max_length: int | None = Field(None, ge=1, le=2**31 - 1)
+    """Bound on prompt plus answer. None means 1024, or the model's context where that is shorter."""
+    max_new_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    """Bound on the answer. None leaves it to `max_length`."""
+    min_new_tokens: int = Field(0, ge=0, le=2**31 - 1)
+    """The answer does not end before this many tokens, neither by end-of-sequence nor by a stop string."""
+    do_sample: bool = True
+    """False takes the most likely token at every step."""
+    temperature: float | None = Field(None, gt=0, le=100)
+    """Divides the logits before sampling. None is 1."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probabilities add up to this."""
+    top_k: int | None = Field(None, ge=1, le=2**31 - 1)
+    """Sample from this many most likely tokens. None takes all; more than the vocabulary is all, too."""
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    """Divides positive and multiplies negative logits of tokens seen before (as transformers does)."""
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    """The same seed gives the same text, whatever else is in the batch."""
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field((), max_length=64)
+    """The answer ends before the first of these strings. At most 64 strings of 1 to 1024 characters."""
+    ignore_eos: bool = False
+    """Do not end at the end-of-sequence token."""
+    return_full_text: bool = False
+    """Begin the answer with the prompt."""
+    num_return_sequences: int = Field(1, ge=1, le=64)
+    """How many answers to give to the prompt. Each beyond the first adds one to `seed`."""
+    logprobs: bool = False
+    """Give the natural logarithm of each generated token's probability under the model."""
+    stream: bool = False
+    """Send each piece as it is made, instead of the whole answer at its end."""
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_strings_are_short(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        for text in stop:
+            if not 1 <= len(text) <= 1024:
+                raise ValueError(f"a stop string has 1 to 1024 characters, one here has {len(text)}")
+        return stop
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> GenerateParamsConfig:
+        bound = self.max_new_tokens
+        if bound is not None and self.min_new_tokens > bound:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={bound}")
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError("num_return_sequences above 1 needs do_sample=True: greedy answers are all alike")
+        return self
+
+
+class EngineConfig(_Model):
+    """How a replica's engine spends its memory and time. None means: chosen from what is there, and logged."""
+
+    engine: Literal["deepspeed", "echo"] = "deepspeed"
+    """"echo" answers with the prompt's own words and needs neither torch nor a model: for trying things out."""
+    max_batch_size: int | None = Field(None, ge=1)
+    """Sequences that run at once."""
+    max_batch_tokens: int | None = Field(None, ge=1)
+    """Tokens per step; a longer prompt is read in chunks."""
+    page_size: int | None = Field(None, ge=1)
+    """Tokens per block of the KV cache."""
+    num_blocks: int | None = Field(None, ge=1)
+    """Blocks of the KV cache."""
+    memory_fraction: float = Field(0.8, gt=0, le=1)
+    """The part of this rank's free memory that weights and KV cache may take together."""
+    queue_bound: int = Field(1024, ge=1)
+    """Requests that may wait; more are refused with QueueFullError."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads per rank."""
+    compile: bool = False
+    """Compile the decode step with torch.compile."""
+    echo_delay: float = Field(0.0, ge=0)
+    """Seconds that the echo engine takes for a token."""
+
+
+class ModelConfig(_Model):
+    """What is served, and in what shape."""
+
+    model_name_or_path: str = ""
+    """A local folder, or a name on the Hugging Face hub."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer; None takes the model's own."""
+    task: Literal["text-generation"] = "text-generation"
+    tensor_parallel: int = Field(1, ge=1, le=1024)
+    """Ranks, and so devices, per replica."""
+    replica_num: int = Field(1, ge=1, le=1024)
+    max_length: int | None = Field(None, ge=1)
+    """Bound on prompt plus answer for all requests, in tokens; None takes the model's context."""
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)
+    ] = "auto"
+    """"auto" takes the checkpoint's."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """"auto" is CUDA where it is, else CPU."""
+    inference_engine_config: EngineConfig = EngineConfig()
+    trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_superseded(cls, values: Any) -> Any:
+        return _without_superseded(values, SUPERSEDED_MODEL_FIELDS)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole deployment."""
+        return self.tensor_parallel * self.replica_num
+
+
+class SlurmConfig(_Model):
+    """What to ask Slurm for. None leaves it to the cluster's own defaults."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(None, pattern=r"^(\d+|\d+:\d{2}(:\d{2})?|\d+-\d{1,2}(:\d{2}){0,2})$")
+    """Walltime as Slurm writes it: minutes, "H:MM:SS" or "D-HH:MM:SS". None: 60 minutes."""
+    gpus_per_node: int | None = Field(None, ge=0)
+    cpus_per_task: int | None = Field(None, ge=1)
+    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?B?$")
+    """Memory per node, such as "64G"."""
+    constraint: str | None = None
+    reservation: str | None = None
+    nodelist: str | None = None
+    exclude: str | None = None
+    exclusive: bool = False
+    tasks_per_node: int | None = Field(None, ge=1)
+    """Ranks per node. None: as many whole replicas as the GPUs of a node hold, one where none are given."""
+    mpi: str = "pmix"
+    """The plugin that srun starts MPI ranks with; `srun --mpi=list` names those of the cluster."""
+    srun_args: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    """Shell lines to run in the job before the ranks, such as "module load openmpi"."""
+    python: str | None = None
+    """The Python of the ranks, as a shell command; None takes the one that runs now."""
+    extra: dict[str, str | int | bool] = {}
+    """Any other #SBATCH directive, such as {"mail-type": "FAIL"}."""
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("*")
+    @classmethod
+    def _single_line(cls, value: Any) -> Any:
+        # A line break would begin a directive or a command of its own in the batch script.
+        if isinstance(value, str) and ("\n" in value or "\r" in value):
+            raise ValueError("must be a single line")
+        return value
+
+
+class MIIConfig(_Model):
+    """A deployment: its model, its name, and where it runs."""
+
+    deployment_name: str = ""
+    """The name it has in the registry. Empty: made from the model's name."""
+    model_conf: ModelConfig = Field(
+        default_factory=ModelConfig, validation_alias=AliasChoices("model_config", "model_conf")
+    )
+    cluster: Literal["auto", "slurm", "local"] = "auto"
+    """"auto" is Slurm where sbatch is on PATH, else this machine."""
+    slurm: SlurmConfig = SlurmConfig()
+    port_number: int = Field(0, ge=0, le=65535)
+    """The balancer's port; 0 takes any free one."""
+    home: Path = Field(default_factory=lambda: default_home(), validate_default=True)
+    """The folder of the registry and the run directories, on a filesystem that all nodes share."""
+    wait: bool = True
+    """False makes serve() return once the job is submitted."""
+    startup_timeout: float = Field(1800.0, gt=0)
+    """Seconds from the job's start until it must be ready."""
+    queue_timeout: float | None = Field(None, gt=0)
+    """Seconds that the job may wait in the queue; None is no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_superseded(cls, values: Any) -> Any:
+        return _without_superseded(values, SUPERSEDED_MII_FIELDS)
+
+    @field_validator("home")
+    @classmethod
+    def _absolute_home(cls, home: Path) -> Path:
+        return Path(os.path.abspath(home.expanduser()))  # noqa: PTH100 (keeps symbolic links as they are)
+
+    @field_validator("deployment_name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError(
+                "a name has 1 to 100 letters, digits, dots, dashes and underscores, and begins with a letter "
+                "or digit"
+            )
+        return name
+
+
+def default_home() -> Path:
+    """Return `$MII_HPC_HOME`, or `~/.mii_hpc` where it is not set."""
+    return Path(os.environ.get("MII_HPC_HOME") or "~/.mii_hpc")
+
+
+Config = TypeVar("Config", bound=_Model)
+
+
+def validate(model: type[Config], values: Mapping[str, Any]) -> Config:
+    """Make a configuration of the given class.
+
+    Raises ConfigError, or InvalidRequestError for the options of a request, with a sentence for each
+    mistake: field, value, and what is allowed. Unknown names are answered with the closest valid ones.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        kind = InvalidRequestError if model is GenerateParamsConfig else ConfigError
+        raise kind("; ".join(_sentence(model, mistake) for mistake in error.errors())) from None
+
+
+def resolve(
+    model_name_or_path: str = "",
+    model_config: Mapping[str, Any] | ModelConfig | None = None,
+    mii_config: Mapping[str, Any] | MIIConfig | str | Path | None = None,
+    **kwargs: Any,
+) -> MIIConfig:
+    """Bring the arguments of serve() together into one configuration.
+
+    A keyword is any field of ModelConfig or MIIConfig; keywords win over the dictionaries, and
+    `model_config` wins over the one inside `mii_config`. A string or path for `mii_config` is a YAML file.
+    Raises ConfigError for unknown names, wrong values, or a missing model.
+    """
+    deployment = _as_mapping(mii_config)
+    nested = [name for name in ("model_config", "model_conf") if name in deployment]
+    model = {**(_as_mapping(deployment.pop(nested[0])) if nested else {}), **_as_mapping(model_config)}
+    if model_name_or_path:
+        model["model_name_or_path"] = str(model_name_or_path)
+    model_fields = {*ModelConfig.model_fields, *SUPERSEDED_MODEL_FIELDS}
+    mii_fields = {*MIIConfig.model_fields, *SUPERSEDED_MII_FIELDS} - {"model_conf"}
+    for name, value in kwargs.items():
+        if name in model_fields:
+            model[name] = value
+        elif name in mii_fields:
+            deployment[name] = value
+        else:
+            raise ConfigError(unknown_name("keyword", name, model_fields | mii_fields))
+    if isinstance(deployment.get("slurm"), SlurmConfig):
+        deployment["slurm"] = deployment["slurm"].model_dump()
+    config = validate(MIIConfig, {**deployment, "model_config": model})
+    if not config.model_conf.model_name_or_path and config.model_conf.inference_engine_config.engine != "echo":
+        raise ConfigError("model_name_or_path='': name a model folder or a model on the Hugging Face hub")
+    if not config.deployment_name:
+        config = config.model_copy(update={"deployment_name": default_name(config.model_conf)})
+    return config
+
+
+def default_name(model: ModelConfig) -> str:
+    """Return the deployment name made from the model's: its last part, with unsafe characters as dashes."""
+    last = model.model_name_or_path.rstrip("/").rsplit("/", 1)[-1] or model.inference_engine_config.engine
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:100] or "model"
+
+
+def unknown_name(what: str, name: str, valid: Iterable[str]) -> str:
+    """Return a sentence that answers an unknown name with the closest valid ones, or with all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=3)
+    if close:
+        return f"unknown {what} '{name}': did you mean {' or '.join(repr(c) for c in close)}?"
+    return f"unknown {what} '{name}': valid are {', '.join(valid)}"
+
+
+def _as_mapping(config: Mapping[str, Any] | _Model | str | Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, _Model):
+        return config.model_dump(exclude_unset=True)
+    if isinstance(config, Mapping):
+        return dict(config)
+    try:
+        loaded = yaml.safe_load(Path(config).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"mii_config='{config}': not a readable YAML file: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"mii_config='{config}': the file must hold fields of MIIConfig, not {loaded!r}")
+    return loaded
+
+
+def _without_superseded(values: Any, superseded: Mapping[str, str]) -> Any:
+    if not isinstance(values, dict):
+        return values
+    for name in superseded.keys() & values.keys():
+        warnings.warn(f"'{name}' has no effect here: {superseded[name]}", MIIWarning, stacklevel=2)
+    return {name: value for name, value in values.items() if name not in superseded}
+
+
+def _sentence(model: type[_Model], mistake: Any) -> str:
+    location = [str(part) for part in mistake["loc"] if part not in ("model_config", "model_conf")]
+    if mistake["type"] == "extra_forbidden":
+        owner: Any = model
+        for part in mistake["loc"][:-1]:
+            owner = owner.model_fields["model_conf" if part == "model_config" else part].annotation
+        return unknown_name("field", ".".join(location), owner.model_fields)
+    message = mistake["msg"].removeprefix("Value error, ")
+    value = mistake["input"]
+    if not location or isinstance(value, Mapping):
+        return message if not location else f"{'.'.join(location)}: {message}"
+    shown = repr(value)
+    return f"{'.'.join(location)}={shown[:80] + '...' if len(shown) > 80 else shown}: {message}"

@@ -1,0 +1,139 @@
+"""What a replica asks of an engine, and what it gets back. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from mii_hpc.config import GenerateParamsConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One rank's place in a replica.
+
+    Attributes:
+        model: the model to serve, with `model_name_or_path` resolved to a folder where it is one.
+        rank: this process's rank in the replica, from 0 to `world_size - 1`. Rank 0 leads.
+        world_size: the replica's number of ranks; equal to `model.tensor_parallel`.
+        local_rank: this rank's index among all ranks of the job on its host; picks the CUDA device.
+        local_world_size: how many ranks of the job share this host, of whichever replica.
+        replica_local_size: how many ranks of this replica are on this host; equal to `world_size`
+            exactly when the replica does not span hosts.
+        host: the address at which the other ranks of the replica reach this one; loopback
+            when the replica does not span hosts.
+        store_address: "host:port" of the replica's torch.distributed store.
+        store_fd: on rank 0, the listening socket behind `store_address`; None on the others.
+    """
+
+    model: ModelConfig
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    replica_local_size: int
+    host: str
+    store_address: str
+    store_fd: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt with its options. `id` is unique among the requests that an engine has in hand."""
+
+    id: str
+    prompt: str
+    params: GenerateParamsConfig
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of one answer.
+
+    The texts of all deltas of a sequence, joined, are the answer; each of them is valid Unicode.
+
+    Attributes:
+        text: the new text; may be empty.
+        token_ids: the new tokens behind it.
+        logprobs: one natural logarithm per new token, when the request asked for them.
+        index: which of the request's `num_return_sequences` this belongs to.
+        prompt_length: tokens in the prompt.
+        generated_length: tokens generated so far, these included.
+        finish_reason: None until the sequence's last delta; then "stop" or "length".
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    index: int = 0
+    prompt_length: int = 0
+    generated_length: int = 0
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine's load. Blocks are pages of the KV cache; tokens are generated ones."""
+
+    running: int = 0
+    waiting: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    generated_tokens: int = 0
+
+
+Deliver = Callable[[Delta | Exception], None]
+"""Takes each delta of a request, or the one error that ends it. Called on the engine's own thread,
+so it must be quick and must not raise. Nothing is called after a request's last delta or its error."""
+
+
+class Engine(Protocol):
+    """One rank of a replica's engine.
+
+    The process calls `load`, then `run` on a thread of its own. On rank 0, `submit`, `cancel`, `stats`
+    and `close` may be called from any thread once `load` has returned.
+    """
+
+    def load(self, progress: Callable[[str], None]) -> None:
+        """Load this rank's shard of the model and meet the replica's other ranks.
+
+        Calls `progress` with a short sentence now and then. Raises ConfigError when the model cannot
+        be served, by name and reason.
+        """
+
+    def run(self) -> None:
+        """Generate until `close` is called on rank 0; then return on every rank.
+
+        Raises whatever makes the engine unable to go on. Errors of a single request never do.
+        """
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Queue a request and return without waiting for it.
+
+        Raises QueueFullError at once when too many requests wait. Whatever is wrong with the request
+        itself reaches `deliver` as an InvalidRequestError.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free its KV cache within a step. Its `deliver` is not called again.
+
+        Unknown and finished ids are ignored.
+        """
+
+    def stats(self) -> EngineStats:
+        """Return the load at this moment."""
+
+    def close(self) -> None:
+        """Make `run` return on every rank of the replica. Requests in hand are dropped."""
+
+
+def create_engine(spec: EngineSpec) -> Engine:
+    """Return the engine that the model's `inference_engine_config.engine` names, not yet loaded."""
+    if spec.model.inference_engine_config.engine == "echo":
+        from mii_hpc.engine.echo import EchoEngine
+
+        return EchoEngine(spec)
+    from mii_hpc.engine.batching import BatchingEngine
+
+    return BatchingEngine(spec)

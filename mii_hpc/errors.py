@@ -1,0 +1,116 @@
+"""Every error that mii_hpc raises on purpose.
+
+    MIIError
+    ├── ConfigError (ValueError)          a configuration is wrong; raised before anything is submitted
+    ├── RegistryError                     the registry folder cannot be used or trusted
+    ├── SubmissionError                   Slurm refused the job; the message is Slurm's own
+    ├── DeploymentError
+    │   ├── DeploymentNotFoundError       no live deployment of that name
+    │   ├── DeploymentExistsError         the name is taken by a live deployment
+    │   ├── DeploymentFailedError         the job died, or could not start; carries its last words
+    │   └── DeploymentTimeoutError        a deadline for queueing or starting has passed
+    └── RequestError
+        ├── InvalidRequestError (ValueError)   the request itself is wrong; repeating it is useless
+        ├── QueueFullError                     too many requests are waiting; try again later
+        ├── ReplicaLostError                   the replica died with the request in flight
+        ├── DeploymentStoppingError            the deployment no longer admits requests
+        ├── UnavailableError                   no replica can serve now, or nobody answers at the address
+        ├── AuthenticationError                the token is missing, wrong, or lacks the right
+        ├── RequestTimeoutError (TimeoutError) the caller's timeout has passed
+        └── RequestCancelledError              somebody cancelled the request
+
+`retryable` says whether the same call may succeed later without a change.
+This module imports nothing, so that every other one can import it.
+"""
+
+
+class MIIError(Exception):
+    """Base of all errors of this package."""
+
+    retryable = False
+
+
+class ConfigError(MIIError, ValueError):
+    """A configuration value is wrong. The message names the field, the value, and what is allowed."""
+
+
+class RegistryError(MIIError):
+    """The registry or a run directory cannot be used: wrong owner, wrong mode, or unreadable content."""
+
+
+class SubmissionError(MIIError):
+    """The job could not be submitted. The message is what the scheduler said."""
+
+
+class DeploymentError(MIIError):
+    """Base of the errors about one deployment."""
+
+
+class DeploymentNotFoundError(DeploymentError):
+    """No live deployment has that name or serves that model."""
+
+
+class DeploymentExistsError(DeploymentError):
+    """The deployment name is taken by a live deployment."""
+
+
+class DeploymentFailedError(DeploymentError):
+    """The job of a deployment died.
+
+    Attributes:
+        job_id: the scheduler's id of the job.
+        state: the state that the scheduler or the ranks reported, such as "FAILED" or "OUT_OF_MEMORY".
+        log: the end of the failing rank's log, with its traceback when there was one.
+    """
+
+    def __init__(self, message: str, *, job_id: str = "", state: str = "", log: str = "") -> None:
+        super().__init__(f"{message}\n{log}" if log else message)
+        self.job_id = job_id
+        self.state = state
+        self.log = log
+
+
+class DeploymentTimeoutError(DeploymentError):
+    """The deployment did not leave the queue, or did not become ready, within the time given."""
+
+
+class RequestError(MIIError):
+    """Base of the errors about one request."""
+
+
+class InvalidRequestError(RequestError, ValueError):
+    """The request cannot be served as it is. Other requests are not affected."""
+
+
+class QueueFullError(RequestError):
+    """The replica's queue is at its bound; the message says its length."""
+
+    retryable = True
+
+
+class ReplicaLostError(RequestError):
+    """The replica died while it worked on the request. The message names deployment, replica and host."""
+
+    retryable = True
+
+
+class DeploymentStoppingError(RequestError):
+    """The deployment is ending and admits no more requests."""
+
+
+class UnavailableError(RequestError):
+    """No replica is able to serve at the moment, or the balancer cannot be reached."""
+
+    retryable = True
+
+
+class AuthenticationError(RequestError):
+    """The deployment did not accept the token for this call."""
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The caller's timeout passed before the answer was complete."""
+
+
+class RequestCancelledError(RequestError):
+    """The request was cancelled before its answer was complete."""
