@@ -1,0 +1,102 @@
+"""One answer in the making: its text, its lengths, and why it ends. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mii_hpc.config import GenerateParamsConfig
+from mii_hpc.engine.base import Delta
+from mii_hpc.engine.text import StopStrings, TextSource
+from mii_hpc.errors import InvalidRequestError
+
+
+class Answer:
+    """Collects the tokens of one sequence and gives the deltas to send.
+
+    Attributes:
+        generated: tokens so far, the end-of-sequence token included.
+        finish_reason: None while the answer goes on; then "stop" or "length".
+    """
+
+    def __init__(
+        self,
+        params: GenerateParamsConfig,
+        source: TextSource,
+        *,
+        prompt: str,
+        prompt_length: int,
+        limit: int,
+        index: int = 0,
+        limit_reason: Literal["stop", "length"] = "length",
+    ) -> None:
+        """Expect at most `limit` tokens; an answer that long ends with `limit_reason`."""
+        self.generated = 0
+        self.finish_reason: str | None = None
+        self._params = params
+        self._source = source
+        self._stop = StopStrings(params.stop)
+        self._prompt_length = prompt_length
+        self._limit = limit
+        self._limit_reason = limit_reason
+        self._index = index
+        self._text = prompt if params.return_full_text else ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+
+    def add(self, token_id: int, logprob: float | None = None, ends: bool = False) -> Delta | None:
+        """Take the next token; `ends` marks the end-of-sequence token, which has no text.
+
+        Returns what is to be sent now: a delta for every token of a stream, else one when the answer ends.
+        """
+        self.generated += 1
+        self._token_ids.append(token_id)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        if not ends:
+            self._push(self._source.push(token_id))
+        if self.finish_reason is None and (ends or self.generated >= self._limit):
+            self._push(self._source.flush())
+            if self.finish_reason is None:
+                self._text += self._stop.flush()
+                self.finish_reason = "stop" if ends else self._limit_reason
+        return self._take() if self._params.stream or self.finish_reason else None
+
+    def _push(self, text: str) -> None:
+        certain, stopped = self._stop.push(text, may_stop=self.generated >= self._params.min_new_tokens)
+        self._text += certain
+        if stopped:
+            self.finish_reason = "stop"
+
+    def _take(self) -> Delta:
+        delta = Delta(
+            text=self._text,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            index=self._index,
+            prompt_length=self._prompt_length,
+            generated_length=self.generated,
+            finish_reason=self.finish_reason,
+        )
+        self._text = ""
+        self._token_ids.clear()
+        self._logprobs.clear()
+        return delta
+
+
+def answer_limit(params: GenerateParamsConfig, prompt_length: int, context: int, default: int) -> int:
+    """Return how many tokens the answer may have at most, given the model's context.
+
+    `default` bounds prompt plus answer when the request has no `max_length`. Where `max_new_tokens` reaches
+    beyond the context, the context is the bound.
+    Raises InvalidRequestError when the prompt leaves no room, or `max_length` exceeds the context.
+    """
+    if params.max_length is not None and params.max_length > context:
+        raise InvalidRequestError(f"max_length={params.max_length} exceeds the model's context of {context}")
+    bound = params.max_length
+    if bound is None:
+        bound = context if params.max_new_tokens is not None else min(default, context)
+    if prompt_length >= bound:
+        what = "max_length" if params.max_length is not None else "bound on prompt plus answer"
+        raise InvalidRequestError(f"the prompt has {prompt_length} tokens, the {what} is {bound}")
+    room = bound - prompt_length
+    return room if params.max_new_tokens is None else min(room, params.max_new_tokens)

@@ -1,0 +1,94 @@
+"""What the tests of every engine share: running one on a thread, and gathering its answers."""
+
+import threading
+from contextlib import contextmanager
+
+from mii_hpc.config import GenerateParamsConfig, ModelConfig
+from mii_hpc.engine.base import EngineSpec, GenerationRequest, create_engine
+
+PATIENCE = 60
+
+
+def lone_spec(**model):
+    return EngineSpec(
+        ModelConfig(**model),
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        replica_local_size=1,
+        host="127.0.0.1",
+        store_address="127.0.0.1:0",
+    )
+
+
+@contextmanager
+def running(engine):
+    engine.load(lambda sentence: None)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+class Collected:
+    """Everything that was delivered for one request."""
+
+    def __init__(self, sequences=1):
+        self.deltas = []
+        self.error = None
+        self.done = threading.Event()
+        self.began = threading.Event()
+        self._open = sequences
+
+    def __call__(self, item):
+        assert not self.done.is_set(), "delivered after the end"
+        if isinstance(item, Exception):
+            self.error = item
+            self.done.set()
+        else:
+            self.deltas.append(item)
+            self._open -= item.finish_reason is not None
+            if not self._open:
+                self.done.set()
+        self.began.set()
+
+    def wait(self):
+        assert self.done.wait(PATIENCE), "no answer"
+        if self.error:
+            raise self.error
+        return self
+
+    def of(self, index=0):
+        return [delta for delta in self.deltas if delta.index == index]
+
+    def text(self, index=0):
+        return "".join(delta.text for delta in self.of(index))
+
+    def token_ids(self, index=0):
+        return [token for delta in self.of(index) for token in delta.token_ids]
+
+    def logprobs(self, index=0):
+        return [value for delta in self.of(index) for value in delta.logprobs]
+
+    def finish_reason(self, index=0):
+        return self.of(index)[-1].finish_reason
+
+
+_ids = iter(range(10**9))
+
+
+def submit(engine, prompt, id=None, **options):
+    params = GenerateParamsConfig(**options)
+    collected = Collected(params.num_return_sequences)
+    collected.id = id or f"r{next(_ids)}"
+    engine.submit(GenerationRequest(collected.id, prompt, params), collected)
+    return collected
+
+
+def make(**model):
+    return create_engine(lone_spec(**model))
