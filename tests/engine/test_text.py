@@ -47,7 +47,8 @@ def test_a_decoder_that_drops_the_first_space_joins_too():
     words = [" Hello", "", " big", " ", "world", "", "", " !"]
     decode = lambda ids: "".join(words[i] for i in ids).removeprefix(" ")  # noqa: E731
     detokenizer = Detokenizer(decode)
-    assert "".join(map(detokenizer.push, range(len(words)))) + detokenizer.flush() == decode(range(len(words)))
+    ids = range(len(words))
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == decode(ids)
 
 
 def test_byte_fallback_is_held_until_its_run_ends():
@@ -112,7 +113,7 @@ def test_lengths_are_bounded_by_request_and_context():
     assert limit(10, 4096, max_length=30, max_new_tokens=5) == 5
     assert limit(10, 4096, max_new_tokens=2000) == 2000
     assert limit(10, 100, max_new_tokens=2000) == 90
-    with pytest.raises(InvalidRequestError, match="30 tokens.* is 20"):
+    with pytest.raises(InvalidRequestError, match=r"30 tokens.* is 20"):
         limit(30, 4096, max_length=20)
     with pytest.raises(InvalidRequestError, match="exceeds the model's context of 100"):
         limit(30, 100, max_length=200)

@@ -1,0 +1,406 @@
+"""Continuous batching: requests join and leave one batch between any two steps.
+
+The life of a request here:
+
+1. `submit` counts it against the queue's bound and returns.
+2. A thread of its own tokenises it, one prompt after the other, off the step loop.
+3. The scheduler starts it when there is a place in the batch and a block in the cache.
+4. Each step computes some tokens of some sequences; on all ranks alike, as the leader says.
+5. The leader samples, and each answer gives its deltas until it ends or is cancelled.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from mii_hpc.engine.answer import Answer, answer_limit
+from mii_hpc.engine.base import Deliver, EngineSpec, EngineStats, GenerationRequest
+from mii_hpc.engine.cache import BlockAllocator, PagedCache
+from mii_hpc.engine.distributed import Ranks
+from mii_hpc.engine.loading import LoadedModel, choose_device, load_model
+from mii_hpc.engine.memory import Budget, plan_budget, threads
+from mii_hpc.engine.sampling import Choice, Sampler, choose
+from mii_hpc.engine.step import Slice, Step
+from mii_hpc.engine.text import Detokenizer
+from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+class BatchingEngine:
+    """One rank of a replica: its shard of the model, the KV cache, and on the leader the scheduler."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._ranks: Ranks | None = None
+        self._queue_bound = spec.model.inference_engine_config.queue_bound
+        # Guards what follows. Deltas are delivered under it, so that none comes once cancel() has returned.
+        self._changed = threading.Condition()
+        self._requests: dict[str, _Request] = {}
+        self._unstarted = 0
+        self._arrived: deque[_Sequence] = deque()
+        self._cancelled: list[_Request] = []
+        self._generated = 0
+        self._closed = False
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    def load(self, progress: Callable[[str], None]) -> None:
+        """Load this rank's shard and make the cache. Raises ConfigError for a model that cannot be served."""
+        spec = self._spec
+        device = choose_device(spec)
+        torch.set_num_threads(threads(spec))
+        if spec.world_size > 1:
+            progress("meeting the other ranks of the replica")
+            self._ranks = Ranks(spec, device)
+        self._model = load_model(spec, device, progress)
+        model = self._model
+        budget = plan_budget(spec, model.layers, model.context, device, model.weights)
+        if self._ranks:
+            # All ranks hold the same blocks, each its own heads of them.
+            budget = budget.with_blocks(self._ranks.least(budget.num_blocks))
+        model.attention.use(PagedCache(model.layers, budget.num_blocks + 1, budget.page_size, device))
+        self._scheduler = Scheduler(budget)
+        self._context = min(model.context, self._scheduler.allocator.capacity)
+        self._decode, self._byte_tokens = _decoder(model)
+        progress(f"KV cache: {budget.num_blocks} blocks of {budget.page_size} tokens")
+
+    def run(self) -> None:
+        """Generate until `close` is called on rank 0; then return on every rank."""
+        torch.set_num_threads(threads(self._spec))
+        if self._spec.rank == 0:
+            self._lead()
+        else:
+            self._follow()
+
+    def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
+        """Queue a request. Raises QueueFullError when too many wait."""
+        entry = _Request(request, deliver)
+        with self._changed:
+            if self._unstarted >= self._queue_bound:
+                raise QueueFullError(f"{self._unstarted} requests are waiting; try again later")
+            if self._closed:
+                return
+            if request.id in self._requests:
+                error = InvalidRequestError(f"a request with the id {request.id} is in hand already")
+                self._tokenising.submit(deliver, error)
+                return
+            self._unstarted += 1
+            self._requests[request.id] = entry
+            self._tokenising.submit(self._tokenise, entry)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free its KV cache within a step. Its `deliver` is not called again."""
+        with self._changed:
+            entry = self._requests.get(request_id)
+            if entry is not None:
+                self._forget(entry)
+
+    def stats(self) -> EngineStats:
+        """Return the load at this moment: `running` and `waiting` are requests."""
+        with self._changed:
+            allocator = self._scheduler.allocator
+            return EngineStats(
+                running=len(self._requests) - self._unstarted,
+                waiting=self._unstarted,
+                free_blocks=allocator.free,
+                total_blocks=allocator.total,
+                generated_tokens=self._generated,
+            )
+
+    def close(self) -> None:
+        """Make `run` return on every rank, when called on rank 0. Requests in hand are dropped."""
+        with self._changed:
+            self._closed = True
+            for entry in list(self._requests.values()):
+                self._forget(entry)
+            self._changed.notify_all()
+        self._tokenising.shutdown(wait=False, cancel_futures=True)
+
+    def _lead(self) -> None:
+        while True:
+            step, sequences = self._next_step()
+            if self._ranks:
+                self._ranks.send(step.encode())
+            if step.stop:
+                return
+            logits = self._execute(step)
+            sampled = [sequence for sequence, part in zip(sequences, step.slices, strict=True) if part.sample]
+            choices = choose(logits, [sequence.sampler for sequence in sampled]) if sampled else []
+            with self._changed:
+                self._generated += len(choices)
+                for sequence, part in zip(sequences, step.slices, strict=True):
+                    sequence.computed += len(part.token_ids)
+                for sequence, choice in zip(sampled, choices, strict=True):
+                    self._accept(sequence, choice)
+
+    def _follow(self) -> None:
+        assert self._ranks is not None
+        while not (step := Step.decode(self._ranks.receive())).stop:
+            self._execute(step)
+
+    def _execute(self, step: Step) -> torch.Tensor:
+        self._model.attention.prepare(step, self._model.device)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
+        for part in step.slices:
+            token_ids += part.token_ids
+            positions += range(part.start, part.start + len(part.token_ids))
+            if part.sample:
+                keep.append(len(token_ids) - 1)
+        return self._model.forward(token_ids, positions, keep)
+
+    def _next_step(self) -> tuple[Step, list[_Sequence]]:
+        """Wait until there is something to do; return it with the sequences of its slices."""
+        scheduler = self._scheduler
+        with self._changed:
+            while True:
+                # In this order: a request may have been cancelled between its arrival and now.
+                while self._arrived:
+                    scheduler.add(self._arrived.popleft())
+                for entry in self._cancelled:
+                    scheduler.drop(entry.sequences)
+                self._cancelled.clear()
+                if self._closed:
+                    return Step(stop=True), []
+                if scheduler.has_work():
+                    return self._schedule()
+                self._changed.wait()
+
+    def _schedule(self) -> tuple[Step, list[_Sequence]]:
+        step, sequences = self._scheduler.schedule()
+        for sequence in sequences:
+            if not sequence.request.started:
+                sequence.request.started = True
+                self._unstarted -= 1
+        return step, sequences
+
+    def _accept(self, sequence: _Sequence, choice: Choice) -> None:
+        """Add a token to its answer and deliver what that gives; an error ends this one request alone."""
+        entry = sequence.request
+        if not self._is_in_hand(entry):
+            return
+        if choice.token_id is None:
+            self._scheduler.spoil(sequence)
+            self._fail(entry, InvalidRequestError("the model's numbers for this prompt are not finite"))
+            return
+        ends = choice.token_id in sequence.ends_with
+        try:
+            delta = sequence.answer.add(choice.token_id, choice.logprob, ends)
+        except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
+            _log.exception("request %s failed", entry.request.id)
+            self._fail(entry, RequestError(f"the answer cannot be decoded: {error}"))
+            return
+        sequence.tokens.append(choice.token_id)
+        if sequence.answer.finish_reason:
+            self._scheduler.drop([sequence])
+            entry.unfinished -= 1
+            if not entry.unfinished:
+                del self._requests[entry.request.id]
+        if delta:
+            entry.deliver(delta)
+
+    def _tokenise(self, entry: _Request) -> None:
+        try:
+            sequences = self._sequences(entry)
+        except InvalidRequestError as error:
+            self._refuse(entry, error)
+        except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
+            self._refuse(entry, InvalidRequestError(f"the prompt cannot be tokenised: {error}"))
+        else:
+            with self._changed:
+                if self._is_in_hand(entry):
+                    entry.sequences = sequences
+                    entry.unfinished = len(sequences)
+                    self._arrived.extend(sequences)
+                    self._changed.notify_all()
+
+    def _sequences(self, entry: _Request) -> list[_Sequence]:
+        """Return a request's answers to be. Raises InvalidRequestError when it cannot have any."""
+        request, model = entry.request, self._model
+        params = request.params
+        token_ids: list[int] = model.tokenizer(request.prompt)["input_ids"]
+        if not token_ids and model.tokenizer.bos_token_id is not None:
+            token_ids = [model.tokenizer.bos_token_id]
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty")
+        if max(token_ids) >= model.vocabulary:
+            raise InvalidRequestError(f"the model does not know the prompt's token {max(token_ids)}")
+        limit = answer_limit(params, len(token_ids), self._context, DEFAULT_MAX_LENGTH)
+        return [
+            _Sequence(
+                request=entry,
+                tokens=list(token_ids),
+                sampler=Sampler(params, token_ids, model.vocabulary, model.eos_token_ids, index),
+                answer=Answer(
+                    params,
+                    Detokenizer(self._decode, self._byte_tokens),
+                    prompt=request.prompt,
+                    prompt_length=len(token_ids),
+                    limit=limit,
+                    index=index,
+                ),
+                ends_with=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
+            )
+            for index in range(params.num_return_sequences)
+        ]
+
+    def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
+        with self._changed:
+            if self._is_in_hand(entry):
+                self._fail(entry, error)
+
+    def _fail(self, entry: _Request, error: Exception) -> None:
+        self._forget(entry)
+        entry.deliver(error)
+
+    def _forget(self, entry: _Request) -> None:
+        del self._requests[entry.request.id]
+        self._unstarted -= not entry.started
+        self._cancelled.append(entry)
+        self._changed.notify_all()
+
+    def _is_in_hand(self, entry: _Request) -> bool:
+        return self._requests.get(entry.request.id) is entry
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in hand; `started` once it has been in a step."""
+
+    request: GenerationRequest
+    deliver: Deliver
+    sequences: Sequence[_Sequence] = ()
+    unfinished: int = 0
+    started: bool = False
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """One answer in the making.
+
+    `tokens` are prompt and answer; the first `computed` of them are in the cache, in the blocks of `table`.
+    """
+
+    request: _Request
+    tokens: list[int]
+    sampler: Sampler
+    answer: Answer
+    ends_with: frozenset[int]
+    table: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class Scheduler:
+    """Decides which tokens the next step computes, and owns the blocks of the cache.
+
+    Sequences that generate go first, one token each; what is left of the step's tokens goes to prompts, in
+    chunks, in the order of arrival. So a long prompt delays the others by a bounded time.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.allocator = BlockAllocator(budget.num_blocks + 1, budget.page_size)
+        self._budget = budget
+        self._running: list[_Sequence] = []
+        self._waiting: deque[_Sequence] = deque()
+        self._spoilt: list[int] = []
+
+    def add(self, sequence: _Sequence) -> None:
+        """Let a sequence wait for its start."""
+        self._waiting.append(sequence)
+
+    def has_work(self) -> bool:
+        """Return whether any sequence waits or runs."""
+        return bool(self._running or self._waiting)
+
+    def drop(self, sequences: Sequence[_Sequence]) -> None:
+        """Forget sequences, whatever their state, and take their blocks back."""
+        for sequence in sequences:
+            if sequence in self._running:
+                self._running.remove(sequence)
+            elif sequence in self._waiting:
+                self._waiting.remove(sequence)
+            self.allocator.release(sequence.table)
+
+    def spoil(self, sequence: _Sequence) -> None:
+        """Have the blocks of a sequence zeroed in the next step, before anybody else gets them."""
+        self._spoilt += sequence.table
+
+    def schedule(self) -> tuple[Step, list[_Sequence]]:
+        """Return the next step and the sequences of its slices."""
+        room = self._budget.max_batch_tokens
+        waiting = len(self._waiting)
+        counts: dict[_Sequence, int] = {}
+        for sequence in sorted(self._running, key=_is_reading):
+            count = min(len(sequence.tokens) - sequence.computed, room)
+            # Sequences may have been taken out of the batch by those before them.
+            if count and sequence in self._running and self._make_room(sequence, count, counts):
+                counts[sequence] = count
+                room -= count
+        if len(self._waiting) == waiting:  # nobody had to give up blocks, so there may be some for others
+            self._start_waiting(room, counts)
+        chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
+        clear, self._spoilt = tuple(self._spoilt), []
+        return Step(tuple(_slice(sequence, counts[sequence]) for sequence in chosen), clear), chosen
+
+    def _start_waiting(self, room: int, counts: dict[_Sequence, int]) -> None:
+        while room and self._waiting and len(self._running) < self._budget.max_batch_size:
+            sequence = self._waiting[0]
+            count = min(len(sequence.tokens), room)
+            if not self.allocator.grow(sequence.table, count):
+                break
+            self._running.append(self._waiting.popleft())
+            counts[sequence] = count
+            room -= count
+
+    def _make_room(self, sequence: _Sequence, count: int, counts: dict[_Sequence, int]) -> bool:
+        """Get blocks for a sequence, if need be from the youngest; return False if it is the youngest."""
+        while not self.allocator.grow(sequence.table, sequence.computed + count):
+            youngest = self._running.pop()
+            counts.pop(youngest, None)
+            self.allocator.release(youngest.table)
+            youngest.computed = 0
+            self._waiting.appendleft(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+
+def _is_reading(sequence: _Sequence) -> bool:
+    return len(sequence.tokens) - sequence.computed > 1
+
+
+def _slice(sequence: _Sequence, count: int) -> Slice:
+    end = sequence.computed + count
+    return Slice(
+        start=sequence.computed,
+        token_ids=tuple(sequence.tokens[sequence.computed : end]),
+        blocks=tuple(sequence.table),
+        sample=end == len(sequence.tokens),
+    )
+
+
+def _decoder(model: LoadedModel) -> tuple[Callable[[Sequence[int]], str], frozenset[int]]:
+    """Return what decodes tokens, special ones left out and spaces as they are, and the byte tokens."""
+    tokenizer = model.tokenizer
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    names = (f"<0x{byte:02X}>" for byte in range(256))
+    byte_tokens = frozenset(vocabulary[name] for name in names if name in vocabulary)
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer
+        return lambda ids: str(backend.decode(ids, skip_special_tokens=True)), byte_tokens
+    return (
+        lambda ids: str(
+            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ),
+        byte_tokens,
+    )

@@ -1,0 +1,171 @@
+"""How the ranks of one replica meet, and how the leader tells the others what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from mii_hpc.engine.base import EngineSpec
+
+_log = logging.getLogger(__name__)
+
+MEETING_TIMEOUT = timedelta(minutes=30)
+# Followers wait for the next step as long as nobody asks for anything.
+IDLE_TIMEOUT = timedelta(days=3650)
+HEADER = 4096
+
+
+class Ranks:
+    """The ranks of a replica that has more than one. Opens no port but at `spec.host`."""
+
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
+        """Wait for all ranks and hand their group to DeepSpeed."""
+        host, _, port = spec.store_address.rpartition(":")
+        self._leads = spec.rank == 0
+        self._store = _store(spec, host, int(port))
+        _set_environment(spec, host, port, device)
+        use_shared_memory = self._all_agree(spec, _shared_memory_works(spec, device))
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("replica", self._store),
+            rank=spec.rank,
+            world_size=spec.world_size,
+            timeout=MEETING_TIMEOUT,
+        )
+        self._plans = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        import deepspeed
+
+        if not use_shared_memory:
+            # Its all-reduce then goes through the group above.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with quiet():
+            deepspeed.init_distributed()
+
+    def send(self, numbers: Sequence[int]) -> None:
+        """Give the numbers to all other ranks; for the leader."""
+        head = torch.zeros(HEADER, dtype=torch.int64)
+        head[0] = len(numbers)
+        head[1 : 1 + len(numbers)] = torch.tensor(numbers[: HEADER - 1], dtype=torch.int64)
+        dist.broadcast(head, 0, group=self._plans)
+        if len(numbers) > HEADER - 1:
+            dist.broadcast(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int64), 0, group=self._plans)
+
+    def receive(self) -> list[int]:
+        """Wait for the leader's next numbers; raises RuntimeError when the leader is gone."""
+        head = torch.empty(HEADER, dtype=torch.int64)
+        dist.broadcast(head, 0, group=self._plans)
+        count = int(head[0])
+        numbers: list[int] = head[1 : 1 + count].tolist()
+        if count > HEADER - 1:
+            rest = torch.empty(count - HEADER + 1, dtype=torch.int64)
+            dist.broadcast(rest, 0, group=self._plans)
+            numbers += rest.tolist()
+        return numbers
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the numbers that the ranks give."""
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._plans)
+        return int(tensor)
+
+    def _all_agree(self, spec: EngineSpec, own: bool) -> bool:
+        self._store.set(f"shared_memory/{spec.rank}", str(int(own)))
+        return all(self._store.get(f"shared_memory/{rank}") == b"1" for rank in range(spec.world_size))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Send what libraries print within this context to stderr: stdout is not theirs."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _store(spec: EngineSpec, host: str, port: int) -> TCPStore:
+    return TCPStore(
+        host,
+        port,
+        is_master=spec.rank == 0,
+        master_listen_fd=spec.store_fd,
+        use_libuv=True,
+        wait_for_workers=False,
+        timeout=MEETING_TIMEOUT,
+    )
+
+
+def _set_environment(spec: EngineSpec, host: str, port: str, device: torch.device) -> None:
+    """Set the variables from which DeepSpeed, gloo and NCCL read who and where they are."""
+    interface = _interface_of(spec.host)
+    os.environ |= {
+        "RANK": str(spec.rank),
+        "WORLD_SIZE": str(spec.world_size),
+        "LOCAL_RANK": str(device.index or 0),
+        # DeepSpeed names its shared memory after this address, so replicas on one host never meet there.
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "LOCAL_SIZE": str(spec.world_size),
+        "GLOO_SOCKET_IFNAME": interface,
+    }
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def _interface_of(host: str) -> str:
+    """Return the name of the network interface that has an address."""
+    import psutil  # type: ignore[import-untyped]
+
+    address = socket.gethostbyname(host)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return str(name)
+    if address.startswith("127."):
+        return "lo"
+    raise RuntimeError(f"no network interface of this host has the address {address}")
+
+
+def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
+    """Return whether DeepSpeed's all-reduce through shared memory can be used; builds it at first use."""
+    if device.type != "cpu" or spec.replica_local_size != spec.world_size:
+        return False
+    folder = _extensions_folder()
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return False
+    with (folder / "build.lock").open("w") as lock, quiet():
+        # One rank builds and the others wait. The kernel drops this lock with its process, unlike torch's
+        # own, which would block everybody for ever; whoever holds ours knows that torch's is left over.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.NAME / "lock").unlink(missing_ok=True)
+        try:
+            builder.load()
+        except Exception as error:  # noqa: BLE001 (a compiler can fail in any way, and there is another path)
+            _log.warning("shared-memory all-reduce cannot be built, using sockets: %s", error)
+            return False
+    return True
+
+
+def _extensions_folder() -> Path:
+    """Return a folder for compiled operators that is this user's alone: what lies there gets executed."""
+    base = Path(tempfile.gettempdir()) / f"mii_hpc-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        base.mkdir(mode=0o700)
+    status = base.lstat()
+    if base.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        base = Path(tempfile.mkdtemp(prefix="mii_hpc-"))
+    folder = base / f"torch-{torch.__version__}"
+    folder.mkdir(exist_ok=True)
+    return folder

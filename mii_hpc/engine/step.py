@@ -1,0 +1,67 @@
+"""What all ranks of a replica do together in one step, as the leader decided it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The next tokens of one sequence.
+
+    Attributes:
+        start: how many tokens of it are in the cache already.
+        token_ids: the ones to compute.
+        blocks: its block table, long enough for all of them.
+        sample: whether the last of them is the sequence's last, so that its logits are wanted.
+    """
+
+    start: int
+    token_ids: tuple[int, ...]
+    blocks: tuple[int, ...]
+    sample: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass. Slices of a single token come first; `clear` names blocks to zero before."""
+
+    slices: tuple[Slice, ...] = ()
+    clear: tuple[int, ...] = ()
+    stop: bool = False
+    """The last step: there is nothing to compute, and the ranks return."""
+
+    wanted: int = field(init=False, default=0)
+    """How many slices have their logits taken."""
+
+    def __post_init__(self) -> None:
+        """Count the wanted rows."""
+        object.__setattr__(self, "wanted", sum(part.sample for part in self.slices))
+
+    def encode(self) -> list[int]:
+        """Return the step as integers, for the other ranks."""
+        numbers = [int(self.stop), len(self.slices), len(self.clear), *self.clear]
+        for part in self.slices:
+            numbers += (part.start, len(part.token_ids), len(part.blocks), int(part.sample))
+            numbers += part.token_ids
+            numbers += part.blocks
+        return numbers
+
+    @classmethod
+    def decode(cls, numbers: Sequence[int]) -> Step:
+        """Return the step that `encode` wrote."""
+        source = iter(numbers)
+        stop, slices, clear = _take(source, 3)
+        cleared = _take(source, clear)
+        return cls(tuple(_slice(source) for _ in range(slices)), cleared, bool(stop))
+
+
+def _take(source: Iterator[int], count: int) -> tuple[int, ...]:
+    return tuple(next(source) for _ in range(count))
+
+
+def _slice(source: Iterator[int]) -> Slice:
+    start, tokens, blocks, sample = _take(source, 4)
+    token_ids = _take(source, tokens)
+    return Slice(start, token_ids, _take(source, blocks), bool(sample))

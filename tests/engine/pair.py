@@ -1,0 +1,101 @@
+"""A replica of two ranks, each a process of its own, for the tests of tensor parallelism."""
+
+import multiprocessing
+import os
+import socket
+import threading
+
+from mii_hpc.config import ModelConfig
+from mii_hpc.engine.base import EngineSpec, create_engine
+from tests.engine.collect import PATIENCE, submit
+
+
+class Replica:
+    """Starts the ranks; `answers` sends requests to the leader, all at once, and waits for all."""
+
+    def __init__(self, ranks=2, **model):
+        context = multiprocessing.get_context("spawn")
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        self.connection, theirs = context.Pipe()
+        self.processes = [
+            context.Process(
+                target=_rank,
+                args=(
+                    {"tensor_parallel": ranks, **model},
+                    rank,
+                    ranks,
+                    address,
+                    listener if rank == 0 else None,
+                    theirs if rank == 0 else None,
+                ),
+            )
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+        theirs.close()
+        listener.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.connection.close()
+        for process in self.processes:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+
+    def ready(self):
+        """Return None, or what load() raised on the leader."""
+        assert self.connection.poll(240), "the ranks are not ready"
+        return self.connection.recv()
+
+    def answers(self, requests):
+        """Send (prompt, options) pairs; return (text, token ids, finish reason) or an error for each."""
+        self.connection.send(requests)
+        assert self.connection.poll(PATIENCE), "no answers"
+        return self.connection.recv()
+
+
+def _rank(model, rank, ranks, address, listener, connection):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    spec = EngineSpec(
+        ModelConfig(**model),
+        rank=rank,
+        world_size=ranks,
+        local_rank=rank,
+        local_world_size=ranks,
+        replica_local_size=ranks,
+        host="127.0.0.1",
+        store_address=address,
+        store_fd=listener.detach() if listener else None,
+    )
+    engine = create_engine(spec)
+    try:
+        engine.load(lambda sentence: None)
+    except Exception as error:
+        if connection:
+            connection.send(repr(error))
+        raise
+    if not connection:
+        engine.run()
+        return
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    connection.send(None)
+    try:
+        while True:
+            collected = [submit(engine, prompt, **options) for prompt, options in connection.recv()]
+            connection.send([_result(one) for one in collected])
+    except EOFError:
+        engine.close()
+        thread.join()
+
+
+def _result(collected):
+    collected.done.wait(PATIENCE)
+    if collected.error:
+        return repr(collected.error)
+    return collected.text(), collected.token_ids(), collected.finish_reason()

@@ -1,0 +1,85 @@
+"""Tiny random models with a tokenizer of their own, made in seconds and without a network."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+VOCABULARY = 512
+CONTEXT = 256
+
+
+@cache
+def _trained_tokenizer():
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # A few emoji are learned in part, so that some are cut by tokens.
+    tokenizer.train_from_iterator([*list(topics.values())[:40], *["🙂 🚀 für €5"] * 20], trainer)
+    return tokenizer.to_str()
+
+
+def save_tokenizer(folder):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_tokenizer()), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_config(architecture, **changes):
+    from transformers import AutoConfig
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+    }
+    own = {
+        "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.3},
+        "gpt_neox": {"intermediate_size": 128},
+    }.get(architecture, {"intermediate_size": 128, "num_key_value_heads": 2})
+    return AutoConfig.for_model(architecture, **{**common, **own, **changes})
+
+
+def tiny_model(folder, architecture="llama", *, files=1, seed=0, dtype="float32", **changes):
+    """Save a random model, in about so many safetensors files; return the folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    torch.manual_seed(seed)
+    config = tiny_config(architecture, **changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Transformers cuts between tensors, so the files are not all of one size.
+    model.save_pretrained(folder, max_shard_size=size if files == 1 else size // files + 1)
+    save_tokenizer(folder)
+    return folder
+
+
+def checkpoint_files(folder):
+    index = Path(folder) / "model.safetensors.index.json"
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
