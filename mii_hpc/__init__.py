@@ -1,0 +1,70 @@
+"""DeepSpeed-MII's persistent deployments for Slurm clusters.
+
+    import mii_hpc as mii
+    client = mii.serve("mistralai/Mistral-7B-v0.1", tensor_parallel=2, replica_num=2)   # on a login node
+    client = mii.client("mistralai/Mistral-7B-v0.1")                                    # later, from any node
+    client(["DeepSpeed is", "Seattle is"], max_new_tokens=128)
+    client.terminate_server()
+
+Importing this loads neither torch nor MPI, and each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mii_hpc.api import client as client
+    from mii_hpc.api import serve as serve
+    from mii_hpc.clients import AsyncMIIClient as AsyncMIIClient
+    from mii_hpc.clients import MIIClient as MIIClient
+    from mii_hpc.clients import Response as Response
+    from mii_hpc.config import GenerateParamsConfig as GenerateParamsConfig
+    from mii_hpc.config import MIIConfig as MIIConfig
+    from mii_hpc.config import ModelConfig as ModelConfig
+    from mii_hpc.config import SlurmConfig as SlurmConfig
+    from mii_hpc.errors import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": ("client", "serve"),
+    "clients": ("AsyncMIIClient", "MIIClient", "Response"),
+    "config": ("GenerateParamsConfig", "MIIConfig", "ModelConfig", "SlurmConfig"),
+    "errors": (
+        "AuthenticationError",
+        "ConfigError",
+        "DeploymentError",
+        "DeploymentExistsError",
+        "DeploymentFailedError",
+        "DeploymentNotFoundError",
+        "DeploymentStoppingError",
+        "DeploymentTimeoutError",
+        "InvalidRequestError",
+        "MIIError",
+        "QueueFullError",
+        "RegistryError",
+        "ReplicaLostError",
+        "RequestCancelledError",
+        "RequestError",
+        "RequestTimeoutError",
+        "SubmissionError",
+        "UnavailableError",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'mii_hpc' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"mii_hpc.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

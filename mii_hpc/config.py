@@ -163,9 +163,7 @@ class ModelConfig(_Model):
     replica_num: int = Field(1, ge=1, le=1024)
     max_length: int | None = Field(None, ge=1)
     """Bound on prompt plus answer for all requests, in tokens; None takes the model's context."""
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)
-    ] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)] = "auto"
     """"auto" takes the checkpoint's."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """"auto" is CUDA where it is, else CPU."""
@@ -263,8 +261,7 @@ class MIIConfig(_Model):
     def _safe_name(cls, name: str) -> str:
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
             raise ValueError(
-                "a name has 1 to 100 letters, digits, dots, dashes and underscores, and begins with a letter "
-                "or digit"
+                "a name has 1 to 100 letters, digits, dots, dashes and underscores, and begins with a letter or digit"
             )
         return name
 

@@ -75,7 +75,14 @@ class DeploymentTimeoutError(DeploymentError):
 
 
 class RequestError(MIIError):
-    """Base of the errors about one request."""
+    """Base of the errors about one request.
+
+    Attributes:
+        responses: when one call had several prompts, what came of each of them, in order: a list of answers, or
+            the error. Empty otherwise.
+    """
+
+    responses: "list[object]" = []  # noqa: RUF012 (replaced, never changed)
 
 
 class InvalidRequestError(RequestError, ValueError):

@@ -1,0 +1,51 @@
+"""DeepSpeed-MII's verbs: each reads like the life of a deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mii_hpc import startup, submission
+from mii_hpc.clients import MIIClient
+from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
+from mii_hpc.errors import ConfigError
+from mii_hpc.registry import Registry
+
+
+def serve(
+    model_name_or_path: str = "",
+    model_config: Mapping[str, Any] | ModelConfig | None = None,
+    mii_config: Mapping[str, Any] | MIIConfig | str | Path | None = None,
+    **kwargs: Any,
+) -> MIIClient:
+    """Start a persistent deployment and return a client that is ready to use.
+
+    Keywords are any field of ModelConfig or MIIConfig; `mii_config` may also be a YAML file. The deployment goes
+    on after this process has ended, until `terminate_server()`, scancel, or the walltime.
+
+    Raises, before anything is submitted, ConfigError, RegistryError or DeploymentExistsError; SubmissionError with
+    the scheduler's words; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
+    deployment does not become ready, after which nothing of it remains but its logs.
+    """
+    config, placement = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
+    run, entry = submission.prepare(config)
+    entry = submission.submit(run, entry, config, placement)
+    if config.wait:
+        startup.wait_until_ready(run, entry, config)
+    return MIIClient(config)
+
+
+def client(model_or_deployment_name: str, mii_config: Mapping[str, Any] | MIIConfig | None = None) -> MIIClient:
+    """Return a client of a running deployment, found in the registry by its name or its model.
+
+    `mii_config` is needed only for another `home` than the default one. Raises DeploymentNotFoundError when there
+    is no such deployment, or more than one serves the model.
+    """
+    if not isinstance(model_or_deployment_name, str) or not model_or_deployment_name:
+        raise ConfigError(f"model_or_deployment_name={model_or_deployment_name!r}: must be a name")
+    config = mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})
+    entry = Registry(config.home).find(model_or_deployment_name)
+    found = MIIClient(config.model_copy(update={"deployment_name": entry.deployment_name}))
+    found.check()
+    return found

@@ -1,0 +1,490 @@
+"""Clients of a deployment: one for asyncio, and one for all else, which runs the first on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from mii_hpc import credentials, transport, wire
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
+from mii_hpc.engine.base import Delta, GenerationRequest
+from mii_hpc.errors import (
+    ConfigError,
+    DeploymentNotFoundError,
+    InvalidRequestError,
+    MIIError,
+    RegistryError,
+    RequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
+from mii_hpc.registry import Entry, Registry
+from mii_hpc.rundir import RunDir
+
+CONNECT_SECONDS = 20.0
+TERMINATE_SECONDS = 60.0
+"""How long terminate_server() waits for the job's end."""
+IN_FLIGHT = 256
+"""Requests of one generate() call that are under way at once."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False)
+class Response:
+    """One answer, or, from a stream, the next piece of it.
+
+    Attributes:
+        generated_text: the text; of a stream, what is new.
+        prompt_length: tokens in the prompt.
+        generated_length: tokens generated; of a stream, so far.
+        finish_reason: "stop" at the end-of-sequence token or a stop string, "length" at a bound; None in a stream
+            until its last piece.
+        replica: index of the replica that served it.
+        token_ids: the generated tokens behind `generated_text`.
+        logprobs: natural logarithms of their probabilities, if the request asked for them.
+        index: which of the prompt's `num_return_sequences` this is.
+    """
+
+    generated_text: str
+    prompt_length: int
+    generated_length: int
+    finish_reason: str | None
+    replica: int = 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    index: int = 0
+
+    def __str__(self) -> str:
+        return self.generated_text
+
+    def __repr__(self) -> str:
+        return self.generated_text
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """One replica: state is "waiting", "forming", "loading" or "ready"; epoch counts how often it was formed."""
+
+    index: int
+    state: str
+    host: str
+    epoch: int
+    in_flight: int
+    served: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class DeploymentStatus:
+    """A deployment: state is "pending", "loading", "ready" or "stopping"; times are seconds since the epoch."""
+
+    deployment_name: str
+    state: str
+    job_id: str
+    host: str
+    started: float | None
+    ends: float | None
+    replicas: tuple[ReplicaStatus, ...]
+
+
+class AsyncMIIClient:
+    """A client for use inside one event loop; every method belongs to the loop of the first call.
+
+    `mii_config` names the deployment and the home of its registry. The balancer's address is the one in the
+    registry; where `port_number` is set it is `host` with that port, as through an SSH tunnel.
+    """
+
+    def __init__(self, mii_config: MIIConfig, host: str = "localhost") -> None:
+        if not mii_config.deployment_name:
+            raise ConfigError("deployment_name='': a client needs the deployment's name")
+        self.mii_config = mii_config
+        self._host = host
+        self._channel: grpc.aio.Channel | None = None
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        self._connecting = asyncio.Lock()
+
+    async def generate(
+        self,
+        prompts: str | Sequence[str],
+        streaming_fn: Callable[[list[Response]], object] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> list[Response]:
+        """Return the answers to one or more prompts, in their order.
+
+        Each prompt is a request of its own, so a list uses all replicas. `options` are those of
+        GenerateParamsConfig. With `streaming_fn` there is one prompt, and the function gets each piece of its answer
+        as a list of one Response. `timeout` is in seconds, for the whole call.
+
+        Raises InvalidRequestError before anything is sent if an option is wrong. If some of the prompts fail, the
+        first one's error is raised after all have ended, and its `responses` lists what came of each.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not all(isinstance(text, str) for text in texts):
+            raise InvalidRequestError("prompts: must be a string or strings")
+        params = validate(
+            GenerateParamsConfig, {**options, "stream": streaming_fn is not None or options.get("stream", False)}
+        )
+        async with _deadline(timeout) as deadline:
+            if streaming_fn is not None:
+                if len(texts) != 1:
+                    raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+                pieces = []
+                async with contextlib.aclosing(self._pieces(texts[0], params, deadline)) as stream:
+                    async for piece in stream:
+                        pieces.append(piece)
+                        streaming_fn([piece])
+                return _joined(pieces)
+            return await self._generate_all(texts, params, deadline)
+
+    __call__ = generate
+
+    async def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> AsyncGenerator[Response]:
+        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
+        params = validate(GenerateParamsConfig, {**options, "stream": True})
+        deadline = None if timeout is None else time.monotonic() + timeout
+        async with contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def status(self) -> DeploymentStatus:
+        """Return the state of the deployment and of its replicas."""
+        entry = self._entry()
+        if not entry.address:
+            return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
+        answer = await self._call(wire.STATUS, pb.StatusRequest())
+        return DeploymentStatus(
+            deployment_name=answer.deployment_name,
+            state=answer.state,
+            job_id=answer.job_id,
+            host=entry.host,
+            started=entry.started,
+            ends=entry.ends,
+            replicas=tuple(
+                ReplicaStatus(r.index, r.state, r.host, r.epoch, r.in_flight, r.served, r.detail)
+                for r in answer.replicas
+            ),
+        )
+
+    async def terminate_server(self) -> None:
+        """End the deployment; return when its job has withdrawn it from the registry.
+
+        Requests that run get a few seconds to finish. A job that still waits in the queue is cancelled. Raises
+        DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not end.
+        """
+        from mii_hpc import submission
+
+        entry = self._entry()
+        job = submission.job_of(entry)
+        registry = Registry(self.mii_config.home)
+        if entry.address:
+            try:
+                await self._call(wire.TERMINATE, pb.TerminateRequest())
+            except UnavailableError:
+                await asyncio.to_thread(job.cancel)  # nobody answers; perhaps the scheduler can help
+        else:
+            await asyncio.to_thread(job.cancel)
+        deadline = time.monotonic() + TERMINATE_SECONDS
+        while (now := registry.get(entry.deployment_name)) is not None and now.run_dir == entry.run_dir:
+            if not await asyncio.to_thread(submission.is_live, now):
+                registry.withdraw(now)
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"job {entry.job_id} has not ended after {TERMINATE_SECONDS:.0f} s; try scancel")
+            await asyncio.sleep(0.2)
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. The deployment goes on."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _generate_all(
+        self, prompts: list[str], params: GenerateParamsConfig, deadline: float | None
+    ) -> list[Response]:
+        room = asyncio.Semaphore(IN_FLIGHT)  # first come, first served: requests leave in the prompts' order
+
+        async def one(prompt: str) -> list[Response]:
+            async with room, contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:
+                return _joined([piece async for piece in pieces])
+
+        if len(prompts) == 1:
+            return await one(prompts[0])
+        await self._connected()
+        tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
+        try:
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            raise
+        failed = next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
+        if failed is not None:
+            if isinstance(failed, RequestError):
+                failed.responses = list(outcomes)
+            raise failed
+        return list(itertools.chain.from_iterable(outcomes))  # type: ignore[arg-type]
+
+    async def _pieces(
+        self, prompt: str, params: GenerateParamsConfig, deadline: float | None
+    ) -> AsyncGenerator[Response]:
+        message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
+        channel = await self._connected()
+        call = channel.unary_stream(
+            wire.GENERATE.path,
+            request_serializer=pb.GenerateRequest.SerializeToString,
+            response_deserializer=pb.GenerateChunk.FromString,
+        )(message, timeout=_left(deadline), metadata=self._metadata)
+        unfinished = set(range(params.num_return_sequences))
+        try:
+            served_by = dict(await call.initial_metadata())
+            replica = int(served_by.get(wire.REPLICA_KEY, -1))
+            async for chunk in call:
+                delta = wire.unpack_delta(chunk)
+                unfinished -= {delta.index} if delta.finish_reason else set()
+                yield _response(delta, replica)
+        except grpc.aio.AioRpcError as failure:
+            raise await self._failed(failure) from None
+        finally:
+            call.cancel()
+        if unfinished:
+            raise RequestError("the answer was cut short: the stream ended before its last piece")
+
+    async def _call(self, method: wire.Method, request: Any) -> Any:
+        channel = await self._connected()
+        try:
+            return await channel.unary_unary(
+                method.path,
+                request_serializer=method.request.SerializeToString,
+                response_deserializer=method.response.FromString,
+            )(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
+        except grpc.aio.AioRpcError as failure:
+            raise await self._failed(failure) from None
+
+    async def _failed(self, failure: grpc.aio.AioRpcError) -> MIIError:
+        if failure.code() is grpc.StatusCode.UNAVAILABLE and wire.own_error_name(failure) is None:
+            # The balancer may have moved (a requeued job); the next call looks it up anew.
+            await self.close()
+            with contextlib.suppress(RegistryError, DeploymentNotFoundError):
+                self._entry()
+                return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
+            return UnavailableError(self._says("is gone"))
+        return wire.error_of(failure)
+
+    async def _connected(self) -> grpc.aio.Channel:
+        """Return the channel to the balancer, once it is connected; a request must not overtake another."""
+        async with self._connecting:
+            if self._channel is not None:
+                return self._channel
+            entry = self._entry()
+            if not entry.address:
+                raise UnavailableError(self._says(f"is not serving yet: job {entry.job_id} is {entry.state}"))
+            keys = credentials.load(RunDir(entry.run_dir))
+            port = self.mii_config.port_number
+            channel = transport.open_channel(f"{self._host}:{port}" if port else entry.address, keys)
+            try:
+                await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
+            except TimeoutError:
+                await channel.close()
+                raise UnavailableError(
+                    self._says(
+                        f"does not answer at {entry.address} (job {entry.job_id}) within {CONNECT_SECONDS:.0f} s"
+                    )
+                ) from None
+            self._channel, self._metadata = channel, transport.authorization(keys)
+            return channel
+
+    def _entry(self) -> Entry:
+        entry = Registry(self.mii_config.home).get(self.mii_config.deployment_name)
+        if entry is None:
+            raise DeploymentNotFoundError(self._says(f"is not in the registry {self.mii_config.home / 'registry'}"))
+        return entry
+
+    def _says(self, predicate: str) -> str:
+        return f"deployment '{self.mii_config.deployment_name}' {predicate}"
+
+
+class MIIClient:
+    """A client for plain scripts. It works inside a running event loop, from several threads, and after a fork.
+
+    See AsyncMIIClient for what the arguments mean and what the methods guarantee; these are the same, blocking.
+    """
+
+    def __init__(self, mii_config: MIIConfig, host: str = "localhost") -> None:
+        self.mii_config = mii_config
+        self._host = host
+        self._lock = threading.Lock()
+        self._worker: _Worker | None = None
+        self._inherited: list[_Worker] = []
+        AsyncMIIClient(mii_config, host)  # refuses what is wrong now, not at the first call
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        streaming_fn: Callable[[list[Response]], object] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> list[Response]:
+        """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
+        if streaming_fn is None:
+            return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if len(texts) != 1:
+            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+        pieces = []
+        for piece in self.stream(texts[0], timeout=timeout, **options):  # so that the function runs on this thread
+            pieces.append(piece)
+            streaming_fn([piece])
+        return _joined(pieces)
+
+    __call__ = generate
+
+    def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
+        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
+        pieces = self._client_thread().client.stream(prompt, timeout=timeout, **options)
+        try:
+            while (piece := self._run(lambda _: anext(pieces, None))) is not None:
+                yield piece
+        finally:
+            self._run(lambda _: pieces.aclose())
+
+    def status(self) -> DeploymentStatus:
+        """Return the state of the deployment and of its replicas."""
+        return self._run(lambda client: client.status())
+
+    def terminate_server(self) -> None:
+        """End the deployment; return when its job has withdrawn it. See AsyncMIIClient.terminate_server()."""
+        self._run(lambda client: client.terminate_server())
+
+    def close(self) -> None:
+        """Close the connection. The deployment goes on, and a later call connects again."""
+        with self._lock:
+            worker, self._worker = self._worker, None
+        if worker is not None and worker.pid == os.getpid():
+            worker.stop()
+
+    def check(self) -> None:
+        """Raise DeploymentNotFoundError unless the deployment exists now."""
+        from mii_hpc import submission
+
+        entry = Registry(self.mii_config.home).find(self.mii_config.deployment_name)
+        if not submission.is_live(entry):
+            raise DeploymentNotFoundError(
+                f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
+        return self._client_thread().run(call)
+
+    def _client_thread(self) -> _Worker:
+        with self._lock:
+            if self._worker is not None and self._worker.pid != os.getpid():
+                # Threads do not survive a fork, and gRPC's objects must not be touched after one, not even freed.
+                self._inherited.append(self._worker)
+                self._worker = None
+            if self._worker is None:
+                self._worker = _Worker(AsyncMIIClient(self.mii_config, self._host))
+            return self._worker
+
+
+class _Worker:
+    """A thread with an event loop, in which one AsyncMIIClient lives."""
+
+    def __init__(self, client: AsyncMIIClient) -> None:
+        self.client = client
+        self.pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mii-client", daemon=True)
+        self._thread.start()
+
+    def run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
+        async def awaited() -> T:
+            return await call(self.client)
+
+        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C here ends the request there
+            raise
+
+    def stop(self) -> None:
+        self.run(lambda client: client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _response(delta: Delta, replica: int) -> Response:
+    return Response(
+        generated_text=delta.text,
+        prompt_length=delta.prompt_length,
+        generated_length=delta.generated_length,
+        finish_reason=delta.finish_reason,
+        replica=replica,
+        token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
+        index=delta.index,
+    )
+
+
+def _joined(pieces: list[Response]) -> list[Response]:
+    """Return the whole answers, by index, of which these are the pieces."""
+    answers: dict[int, list[Response]] = {}
+    for piece in pieces:
+        answers.setdefault(piece.index, []).append(piece)
+    return [
+        replace(
+            parts[-1],
+            generated_text="".join(part.generated_text for part in parts),
+            token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
+            logprobs=tuple(itertools.chain.from_iterable(part.logprobs for part in parts)),
+        )
+        for _, parts in sorted(answers.items())
+    ]
+
+
+@contextlib.asynccontextmanager
+async def _deadline(timeout: float | None) -> AsyncIterator[float | None]:
+    """Yield the time by which all must be done; raise RequestTimeoutError if it is not."""
+    try:
+        async with asyncio.timeout(timeout):
+            yield None if timeout is None else time.monotonic() + timeout
+    except TimeoutError as error:
+        if isinstance(error, MIIError):
+            raise
+        raise RequestTimeoutError(f"timeout={timeout}: it passed before the answer was complete") from None
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.001, deadline - time.monotonic())

@@ -1,0 +1,266 @@
+"""Which ranks are there, and which replicas they form: the state behind the balancer's Membership service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import grpc.aio
+
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.errors import MIIError
+from mii_hpc.placement import role_of
+
+log = logging.getLogger(__name__)
+
+REFORM_BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+"""Waits before a replica that keeps failing is formed again; the last one repeats."""
+
+
+@dataclass
+class Attendance:
+    """One rank that holds its stream: its latest report, and the orders on their way to it."""
+
+    report: pb.RankReport
+    orders: asyncio.Queue[pb.RankOrder] = field(default_factory=asyncio.Queue)
+
+
+@dataclass
+class Replica:
+    """One replica, as the balancer sees it.
+
+    waiting: not all of its ranks attend. forming: its leader's engine process starts and opens the store.
+    loading: all its engine processes run. ready: a generation has passed through it, and it takes requests.
+    """
+
+    index: int
+    ranks: range
+    state: Literal["waiting", "forming", "loading", "ready"] = "waiting"
+    epoch: int = 0
+    address: str = ""
+    detail: str = "its ranks have not come yet"
+    host: str = ""
+    was_ready: bool = False
+    failures: int = 0
+    since: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[None] | None = None
+    """What is under way between two states: the wait before forming, or the first generation."""
+
+    def enter(self, state: Literal["waiting", "forming", "loading", "ready"]) -> None:
+        """Change the state, and note when."""
+        self.state, self.since = state, time.monotonic()
+
+
+@dataclass(frozen=True)
+class EngineDeath:
+    """An engine process that ended unasked, as its rank reports it."""
+
+    report: pb.RankReport
+    replica: int
+    replica_was_ready: bool
+
+
+class Membership:
+    """Forms the replicas of a deployment from the ranks that attend, and re-forms those that break.
+
+    Belongs to one event loop. `on_ready` is called with a replica's index and its leader's address and returns
+    once a generation has passed through it; `on_lost` is called the moment a replica is out; `on_death` when an
+    engine died; `on_leaving` when a rank was told to end by a signal.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel: int,
+        replica_num: int,
+        on_ready: Callable[[int, str], Awaitable[None]],
+        on_lost: Callable[[int], None],
+        on_death: Callable[[EngineDeath], None],
+        on_leaving: Callable[[str], None],
+    ) -> None:
+        self.replicas = [
+            Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks)
+            for index in range(replica_num)
+        ]
+        self._tensor_parallel = tensor_parallel
+        self._on_ready, self._on_lost = on_ready, on_lost
+        self._on_death, self._on_leaving = on_death, on_leaving
+        self._attending: dict[int, Attendance] = {}
+        self._leave: pb.RankOrder | None = None
+        self._everybody_gone = asyncio.Event()
+
+    @property
+    def attending(self) -> Mapping[int, Attendance]:
+        """The ranks that hold their stream."""
+        return self._attending
+
+    async def attend(
+        self, reports: AsyncIterator[pb.RankReport], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.RankOrder]:
+        """Serve one rank's stream: take its reports, yield its orders. The rank is a member while this runs."""
+        first = await anext(reports)
+        if not 0 <= first.rank < len(self.replicas) * self._tensor_parallel:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"rank {first.rank}: no such rank")
+        member = Attendance(first)
+        self._attending[first.rank] = member  # a newer stream of a rank replaces an older one
+        self._everybody_gone.clear()
+        log.info("rank %d on %s attends", first.rank, first.host)
+        if self._leave is not None:
+            member.orders.put_nowait(self._leave)
+        reading = asyncio.create_task(self._read(member, reports))
+        try:
+            self._on_report(member)
+            while True:
+                order = await member.orders.get()
+                yield order
+                if order.WhichOneof("order") == "leave":
+                    await asyncio.wait({reading})  # until the rank closes its side: it is gone then
+                    return
+        finally:
+            reading.cancel()
+            if self._attending.get(first.rank) is member:
+                del self._attending[first.rank]
+                log.info("rank %d on %s has gone", first.rank, first.host)
+                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} is gone")
+            if not self._attending:
+                self._everybody_gone.set()
+
+    async def dismiss(self, failure: str, deadline: float) -> None:
+        """Order every rank, also those yet to come, to leave; return when all are gone or after `deadline` seconds."""
+        self._leave = pb.RankOrder(leave=pb.Leave(failure=failure))
+        for member in self._attending.values():
+            member.orders.put_nowait(self._leave)
+        if self._attending:
+            try:
+                await asyncio.wait_for(self._everybody_gone.wait(), deadline)
+            except TimeoutError:
+                log.warning("ranks %s have not left in time", sorted(self._attending))
+
+    def lose(self, index: int, epoch: int, reason: str) -> None:
+        """Take a replica out whose connection broke, unless that was noticed already, and form it again."""
+        replica = self.replicas[index]
+        if replica.epoch == epoch and replica.state == "ready":
+            self._break(replica, reason)
+            self._advance(replica)
+
+    def expire(self, deadline: float) -> None:
+        """Break the replicas that have been forming or loading for more than `deadline` seconds."""
+        for replica in self.replicas:
+            if replica.state in ("forming", "loading") and time.monotonic() > replica.since + deadline:
+                self._break(replica, f"not ready after {deadline:.0f} s")
+                self._advance(replica)
+
+    async def _read(self, member: Attendance, reports: AsyncIterator[pb.RankReport]) -> None:
+        async for report in reports:
+            member.report = report
+            if self._attending.get(report.rank) is member:
+                self._on_report(member)
+
+    def _replica_of(self, rank: int) -> Replica:
+        return self.replicas[rank // self._tensor_parallel]
+
+    def _on_report(self, member: Attendance) -> None:
+        report = member.report
+        replica = self._replica_of(report.rank)
+        if report.leaving:
+            self._on_leaving(f"rank {report.rank} on {report.host} was told to end by a signal")
+        if self._leave is not None:
+            return
+        if report.engine == pb.DOWN and report.epoch == replica.epoch and replica.state != "waiting":
+            self._on_death(EngineDeath(report, replica.index, replica.was_ready))
+            self._break(replica, f"rank {report.rank} on {report.host}: {report.detail}")
+        elif report.detail and replica.state in ("forming", "loading"):
+            replica.detail = f"rank {report.rank}: {report.detail}"
+        self._advance(replica)
+
+    def _advance(self, replica: Replica) -> None:
+        """Take the next step towards a ready replica, if its ranks' reports allow one."""
+        if self._leave is not None or any(rank not in self._attending for rank in replica.ranks):
+            return
+        members = [self._attending[rank] for rank in replica.ranks]
+        leader = members[0].report
+        current = [member.report for member in members if member.report.epoch == replica.epoch]
+        complete = len(current) == len(members)
+        if replica.state == "waiting":
+            if self._adopt(replica):
+                self._advance(replica)
+            elif replica.task is None:
+                replica.task = asyncio.create_task(self._form(replica))
+        elif replica.state == "forming" and leader.epoch == replica.epoch and leader.engine != pb.DOWN:
+            replica.enter("loading")
+            start = pb.StartEngine(epoch=replica.epoch, store_address=leader.store_address)
+            for member in members[1:]:
+                member.orders.put_nowait(pb.RankOrder(start=start))
+        elif (
+            replica.state == "loading"
+            and complete
+            and all(report.engine == pb.READY for report in current)
+            and replica.task is None
+        ):
+            replica.task = asyncio.create_task(self._try(replica, leader.address))
+
+    def _adopt(self, replica: Replica) -> bool:
+        """Take over engines that already run together: this balancer was started in place of one that died."""
+        reports = [self._attending[rank].report for rank in replica.ranks]
+        epoch = reports[0].epoch
+        if epoch <= replica.epoch or any(r.epoch != epoch or r.engine != pb.READY for r in reports):
+            return False
+        replica.epoch = epoch
+        replica.enter("loading")
+        return True
+
+    async def _form(self, replica: Replica) -> None:
+        wait = REFORM_BACKOFF_SECONDS[min(replica.failures, len(REFORM_BACKOFF_SECONDS) - 1)]
+        await asyncio.sleep(wait)
+        replica.task = None
+        if any(rank not in self._attending for rank in replica.ranks) or self._leave is not None:
+            return
+        members = [self._attending[rank] for rank in replica.ranks]
+        replica.epoch = max(replica.epoch, *(member.report.epoch for member in members)) + 1
+        replica.host = members[0].report.host
+        replica.enter("forming")
+        for member in members[1:]:
+            member.orders.put_nowait(pb.RankOrder(stop_engine=pb.StopEngine()))
+        members[0].orders.put_nowait(pb.RankOrder(start=pb.StartEngine(epoch=replica.epoch)))
+        log.info("replica %d: forming for the %d. time", replica.index, replica.epoch)
+
+    async def _try(self, replica: Replica, address: str) -> None:
+        began = time.monotonic()
+        try:
+            await self._on_ready(replica.index, address)
+        except MIIError as error:
+            replica.task = None
+            leader = pb.RankReport()
+            leader.CopyFrom(self._attending[replica.ranks[0]].report)
+            leader.detail = f"its first generation failed: {error}"
+            self._on_death(EngineDeath(leader, replica.index, replica.was_ready))
+            self._break(replica, leader.detail)
+            self._advance(replica)
+            return
+        replica.task = None
+        replica.enter("ready")
+        replica.address, replica.detail = address, ""
+        replica.host = self._attending[replica.ranks[0]].report.host
+        replica.was_ready, replica.failures = True, 0
+        log.info("replica %d is ready; its first generation took %.1f s", replica.index, time.monotonic() - began)
+
+    def _break(self, replica: Replica, reason: str) -> None:
+        """Take a replica out at once, and stop what still runs of it: its engines cannot go on without each other."""
+        if replica.task is not None:
+            replica.task.cancel()
+            replica.task = None
+        if replica.state == "ready":
+            self._on_lost(replica.index)
+        if replica.state != "waiting":
+            replica.failures += 1
+            for rank in replica.ranks:
+                member = self._attending.get(rank)
+                if member is not None and member.report.engine != pb.DOWN and self._leave is None:
+                    member.orders.put_nowait(pb.RankOrder(stop_engine=pb.StopEngine()))
+        replica.enter("waiting")
+        replica.address, replica.detail = "", reason
+        if self._leave is None:
+            log.warning("replica %d is out: %s", replica.index, reason)

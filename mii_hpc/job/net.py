@@ -1,0 +1,53 @@
+"""The addresses and ports of a rank."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+LOOPBACK = "127.0.0.1"
+
+
+def host_address() -> str:
+    """Return this node's IPv4 address as other nodes reach it: its name's, or else that of its default interface.
+
+    Falls back to loopback where there is no other.
+    """
+    name = socket.gethostname()
+    try:
+        found = [info[4][0] for info in socket.getaddrinfo(name, None, socket.AF_INET)]
+    except socket.gaierror:
+        found = []
+    # Debian gives a machine's own name a loopback address (127.0.1.1), which nobody else can reach.
+    for address in found:
+        if not ipaddress.ip_address(address).is_loopback:
+            return str(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; the kernel picks the interface (RFC 5737 address)
+        except OSError:
+            return LOOPBACK
+        return str(probe.getsockname()[0])
+
+
+def reserve_port(address: str, port: int = 0) -> socket.socket:
+    """Return a socket bound to a port that a child process of this user may bind as well.
+
+    While it is open nobody else can take the port, also when the child that listens there is replaced.
+    Raises OSError when the port is taken.
+    """
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        reserved.bind((address, port))
+    except OSError as error:
+        reserved.close()
+        raise OSError(error.errno, f"{address}:{port}: {error.strerror}") from error
+    return reserved
+
+
+def listening_socket(address: str) -> socket.socket:
+    """Return a listening socket on a free port of one address, to be inherited by a child process."""
+    listening = socket.create_server((address, 0))
+    listening.set_inheritable(True)
+    return listening

@@ -1,0 +1,85 @@
+"""Child processes of a rank: they shield themselves from its signals and die with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_NOTES = "MII_HPC_NOTES_FD"
+
+
+@dataclass
+class Child:
+    """A running child process and the pipe on which it tells of itself.
+
+    It has a session of its own, so that a signal to the rank's group (scancel, Ctrl-C) reaches only the rank,
+    which then ends its children in order. Its output is appended to a log.
+    """
+
+    process: asyncio.subprocess.Process
+    notes: asyncio.StreamReader
+
+    @classmethod
+    async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = (), **env: str) -> Child:
+        """Run `python -m module args...`, with `env` added to the environment."""
+        reading, writing = os.pipe()
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                module,
+                *args,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", _NOTES: str(writing), **env},
+                pass_fds=(*pass_fds, writing),
+                start_new_session=True,
+            )
+        os.close(writing)
+        notes = asyncio.StreamReader()
+        transport = os.fdopen(reading, "rb", buffering=0)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(notes), transport)
+        return cls(process, notes)
+
+    async def next_note(self) -> dict[str, Any] | None:
+        """Return what the child says next, or None when it has ended."""
+        line = await self.notes.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    async def end(self, grace: float) -> int:
+        """End the child: SIGTERM, and after `grace` seconds SIGKILL. Returns its exit status."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), grace)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
+        return await self.process.wait()
+
+
+def die_with_parent() -> None:
+    """Make the kernel kill this process when its parent ends, however it ends. Linux."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:  # it ended before the kernel was told
+        os._exit(1)
+
+
+def tell(**note: Any) -> None:
+    """Say something to the rank that started this process. Nothing happens outside such a child."""
+    descriptor = os.environ.get(_NOTES)
+    if descriptor is not None:
+        os.write(int(descriptor), json.dumps(note).encode() + b"\n")

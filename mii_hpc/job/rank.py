@@ -1,0 +1,91 @@
+"""One rank's life: meet the others over MPI, then supervise until the deployment ends.
+
+`python -m mii_hpc.job.rank RUN_DIR` is what every rank of every deployment runs, under srun or mpiexec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+from mii_hpc.config import MIIConfig
+from mii_hpc.job import rendezvous
+from mii_hpc.job.logs import log_to_file, log_to_stderr
+from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
+from mii_hpc.job.supervisor import supervise
+from mii_hpc.registry import Registry
+from mii_hpc.rundir import Failure, RunDir
+
+log = logging.getLogger(__name__)
+
+
+def live(run: RunDir) -> None:
+    """Live this rank's life; return when the deployment has ended well.
+
+    Raises DeploymentFailedError when it failed. On rank 0, the registry has no entry of this run afterwards.
+    """
+    config = run.load_config()
+    with contextlib.ExitStack() as held:
+        world = rendezvous.meet(
+            config.model_conf.world_size,
+            config.model_conf.tensor_parallel,
+            introduce=lambda rank: _introduce(rank, config, held),
+        )
+        log_to_file(run.rank_log(world.role.rank))
+        first = world.members[0]
+        address = (
+            f"{first.address if world.spans_hosts or config.cluster == 'slurm' else LOOPBACK}:{first.balancer_port}"
+        )
+        try:
+            asyncio.run(supervise(run, world, address))
+        finally:
+            if world.role.rank == 0:
+                _withdraw(run, config)
+
+
+def _introduce(rank: int, config: MIIConfig, held: contextlib.ExitStack) -> rendezvous.Member:
+    port = 0
+    if rank == 0:
+        port = held.enter_context(reserve_port("0.0.0.0", config.port_number)).getsockname()[1]
+    return rendezvous.Member(rank, socket.gethostname(), host_address(), port)
+
+
+def _withdraw(run: RunDir, config: MIIConfig) -> None:
+    registry = Registry(config.home)
+    entry = registry.get(config.deployment_name)
+    if entry is not None and entry.run_dir == run.path:
+        registry.withdraw(entry)
+
+
+def main(run_path: str) -> None:
+    """Run one rank. Exits with status 0 when the deployment ended well, else 1 with the reason in the run directory."""
+    # submitit ignores SIGTERM and SIGCONT; until the supervisor listens to them, a signal shall simply end the rank.
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(signum, signal.SIG_DFL)
+    # serve() blocked these so that a closed terminal does not reach a local deployment.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
+    log_to_stderr()
+    run = RunDir(Path(run_path))
+    try:
+        live(run)
+    except Exception as error:
+        log.exception("the rank has failed")
+        rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or -1)
+        with contextlib.suppress(OSError):
+            run.write_failure(
+                Failure(
+                    rank, socket.gethostname(), f"rank {rank}: {type(error).__name__}: {error}", traceback.format_exc()
+                )
+            )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

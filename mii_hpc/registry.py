@@ -1,0 +1,193 @@
+"""The registry: one small file per deployment name, on the filesystem that all nodes share.
+
+Entries are written aside and renamed, so a reader sees a whole entry or none. A name is claimed with a
+hard link, which exactly one of several claimants can make, over NFS too. No file locks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
+from mii_hpc.rundir import check_private, private_folder, write_atomically
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+"""A heartbeat older than this, where the job's scheduler cannot be asked, means that the deployment is gone."""
+
+
+class Entry(BaseModel):
+    """What is known of a deployment. Times are seconds since the epoch.
+
+    Attributes:
+        incarnation: a new one each time the job starts; a requeued job keeps its id but not this.
+        state: "pending" until the job starts, "loading" until every replica has generated something,
+            then "ready", and "stopping" from the moment it admits no more requests.
+        host: the name of the node of rank 0.
+        address: "IP:port" of the balancer; empty before it listens.
+        fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
+        job_host: for a job without Slurm, the machine that runs it.
+        run_dir: the run directory; it tells the runs of one name apart.
+        ends: when the walltime is over; None without one.
+        detail: what it is doing now, in a few words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    deployment_name: str
+    model: str
+    tensor_parallel: int
+    replica_num: int
+    cluster: Literal["slurm", "local"]
+    job_id: str = ""
+    job_host: str = ""
+    incarnation: str = ""
+    state: Literal["pending", "loading", "ready", "stopping"] = "pending"
+    host: str = ""
+    address: str = ""
+    fingerprint: str = ""
+    run_dir: Path
+    submitted: float
+    started: float | None = None
+    ends: float | None = None
+    heartbeat: float
+    detail: str = ""
+
+
+class Registry:
+    """The registry below one home directory.
+
+    Every method may raise RegistryError when the directory is not this user's own.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "registry"
+
+    def claim(self, entry: Entry, is_live: Callable[[Entry], bool]) -> None:
+        """Take the entry's name for its run.
+
+        Of several claimants of a name exactly one succeeds. Raises DeploymentExistsError when a deployment
+        for which `is_live` holds has the name; an entry for which it does not hold is removed.
+        """
+        private_folder(self.folder)
+        path = self._path(entry.deployment_name)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        write_atomically(aside, entry.model_dump_json(indent=2))
+        try:
+            for _ in range(8):  # each turn but the last has met, and removed, somebody's stale entry
+                try:
+                    os.link(aside, path)
+                    return
+                except FileExistsError:
+                    holder = self._read(path)
+                if holder is not None:
+                    if is_live(holder):
+                        raise DeploymentExistsError(
+                            f"deployment_name='{holder.deployment_name}': taken by job {holder.job_id or '(new)'}, "
+                            f"which is {holder.state}; choose another name, or end that one first"
+                        )
+                    log.info("removing the stale entry of job %s from the registry", holder.job_id)
+                    self.withdraw(holder)
+            raise RegistryError(f"{path}: could not be claimed; other processes keep changing it")
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def publish(self, entry: Entry) -> None:
+        """Replace the entry of the same run.
+
+        Raises DeploymentExistsError when the name is now another run's, and DeploymentNotFoundError when the
+        entry was withdrawn: a deployment that has lost its name must not take it back.
+        """
+        path = self._path(entry.deployment_name)
+        holder = self._read(path)
+        if holder is None:
+            raise DeploymentNotFoundError(f"{path}: the entry is no longer there")
+        if holder.run_dir != entry.run_dir:
+            raise DeploymentExistsError(f"{path}: the name now belongs to job {holder.job_id}")
+        write_atomically(path, entry.model_dump_json(indent=2))
+
+    def withdraw(self, entry: Entry) -> None:
+        """Remove the entry of this run; nothing happens when the name has none, or is another run's."""
+        path = self._path(entry.deployment_name)
+        holder = self._read(path)
+        if holder is None or holder.run_dir != entry.run_dir:
+            return
+        # Renaming is what exactly one process can do; a name claimed anew in between is given back.
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        taken = self._read(aside)
+        if taken is not None and taken.run_dir != entry.run_dir:
+            os.link(aside, path)
+        aside.unlink(missing_ok=True)
+
+    def get(self, deployment_name: str) -> Entry | None:
+        """Return the entry of that name, or None."""
+        if not self.folder.exists():
+            return None
+        check_private(self.folder)
+        return self._read(self._path(deployment_name))
+
+    def entries(self) -> list[Entry]:
+        """Return all entries, by name."""
+        if not self.folder.exists():
+            return []
+        check_private(self.folder)
+        read = (self._read(path) for path in sorted(self.folder.glob("[!.]*.json")))
+        return [entry for entry in read if entry is not None]
+
+    def find(self, model_or_deployment_name: str) -> Entry:
+        """Return the entry with that deployment name, or else the one that serves that model.
+
+        A model is named as it was to serve(), or by any path to the same folder. Raises
+        DeploymentNotFoundError when there is none, or more than one deployment of that model.
+        """
+        if "/" not in model_or_deployment_name:
+            entry = self.get(model_or_deployment_name)
+            if entry is not None:
+                return entry
+        entries = self.entries()
+        folder = os.path.realpath(model_or_deployment_name)
+        serving = [e for e in entries if e.model == model_or_deployment_name or os.path.realpath(e.model) == folder]
+        if len(serving) == 1:
+            return serving[0]
+        if serving:
+            names = ", ".join(f"'{entry.deployment_name}'" for entry in serving)
+            raise DeploymentNotFoundError(
+                f"'{model_or_deployment_name}' is served by several deployments; name one of them: {names}"
+            )
+        live = ", ".join(f"'{entry.deployment_name}' ({entry.model})" for entry in entries) or "none"
+        raise DeploymentNotFoundError(
+            f"no deployment has the name or the model '{model_or_deployment_name}' in {self.folder}; there: {live}"
+        )
+
+    def _path(self, deployment_name: str) -> Path:
+        return self.folder / f"{deployment_name}.json"
+
+    def _read(self, path: Path) -> Entry | None:
+        # Opening anew makes an NFS client ask the server; a stat would be answered from its cache.
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            return None
+        try:
+            return Entry.model_validate_json(text)
+        except ValidationError as error:
+            raise RegistryError(f"{path}: not an entry of the registry: {error}") from error
+
+
+def heartbeat_is_fresh(entry: Entry) -> bool:
+    """Whether the deployment gave a sign of life lately."""
+    return time.time() - entry.heartbeat < STALE_SECONDS

@@ -1,0 +1,107 @@
+"""gRPC as this package uses it: TLS with a pinned certificate, a token on every call, keepalive on both sides."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from mii_hpc.credentials import TLS_NAME, Credentials
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_STREAMS_PER_CONNECTION = 4096
+KEEPALIVE_SECONDS = 5
+"""A peer that stays silent for twice this is gone."""
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
+
+
+def open_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
+    """Return a channel to "host:port" that believes only the holder of the deployment's key."""
+    return grpc.aio.secure_channel(
+        address,
+        grpc.ssl_channel_credentials(root_certificates=credentials.certificate),
+        options=[
+            *_KEEPALIVE,
+            ("grpc.ssl_target_name_override", TLS_NAME),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            # Deployments come and go at one address; connections are not shared between them.
+            ("grpc.use_local_subchannel_pool", 1),
+            # Compute nodes reach each other directly, whatever http_proxy says.
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.min_reconnect_backoff_ms", 200),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ],
+    )
+
+
+def authorization(credentials: Credentials) -> tuple[tuple[str, str], ...]:
+    """Return the metadata that shows the token to a server."""
+    return (("authorization", f"Bearer {credentials.token}"),)
+
+
+def create_server(
+    credentials: Credentials, services: Mapping[str, Mapping[str, grpc.RpcMethodHandler]]
+) -> grpc.aio.Server:
+    """Return a server of the given services, by full name and method, that answers only bearers of the token."""
+    server = grpc.aio.server(
+        interceptors=[_TokenGuard(credentials.token)],
+        options=[
+            *_KEEPALIVE,
+            ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+            ("grpc.keepalive_permit_without_calls", 0),
+            ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ],
+    )
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, dict(methods)) for name, methods in services.items()]
+    )
+    return server
+
+
+def listen(server: grpc.aio.Server, address: str, credentials: Credentials) -> int:
+    """Bind a server to "host:port", with TLS, and return the port. Raises OSError when it cannot be bound."""
+    try:
+        port = server.add_secure_port(
+            address, grpc.ssl_server_credentials([(credentials.key, credentials.certificate)])
+        )
+    except RuntimeError as error:
+        raise OSError(f"{address}: cannot listen: {error}") from error
+    if port == 0:
+        raise OSError(f"{address}: cannot listen")
+    return int(port)
+
+
+class _TokenGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Looks at the token before a method is even looked up, so that nothing of a stranger's call is decoded."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        shown = next((v for k, v in handler_call_details.invocation_metadata if k == "authorization"), "")
+        if hmac.compare_digest(shown.encode() if isinstance(shown, str) else shown, self._expected):
+            return await continuation(handler_call_details)
+        # A stream-stream handler answers calls of every kind, and reads nothing.
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+async def _refuse(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
