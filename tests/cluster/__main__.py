@@ -8,7 +8,9 @@ from .cluster import Cluster, ClusterError
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is Ctrl-C from afar
+    # Both end it, also when a shell started it in the background, where Ctrl-C's signal is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="mii-cluster-") as folder, Cluster(folder) as cluster:
         print(f"Four nodes ({', '.join(cluster.nodes)}) are up. In another shell, as root:\n")
         print(f"    export SLURM_CONF={shlex.quote(cluster.env['SLURM_CONF'])}")

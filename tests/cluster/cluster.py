@@ -197,7 +197,10 @@ class Cluster:
         return subprocess.Popen(argv, **options)
 
     def kill_node(self, node: str) -> None:
-        """Let a node die: it falls silent, and everything that ran on it is gone without a word."""
+        """Let a node die: it falls silent, and everything that ran on it is gone without a word.
+
+        Slurm notices after SlurmdTimeout, some 20 s; revived earlier, the node's jobs still count as running.
+        """
         self._check(node)
         # The link goes first: closing sockets would otherwise tell the peers at once, as no dead host does.
         _run("ip", "-n", PREFIX + node, "link", "set", "eth0", "down")
@@ -212,6 +215,24 @@ class Cluster:
         _run("ip", "-n", PREFIX + node, "link", "set", "eth0", "up")
         self._start_slurmd(node)
         self._wait_until_up([node], since=began)
+
+    def reset(self) -> None:
+        """Cancel every job without mercy, revive dead nodes, and return once all nodes are idle."""
+        for node in self.nodes:
+            if node not in self._daemons:
+                self.revive_node(node)
+        if jobs := self._slurm("squeue", "--noheader", "--format=%i").split():
+            self._slurm("scancel", "--quiet", *jobs)
+
+        def waiting_for() -> str:
+            # Nobody waits here for KillWait. slurmstepd is spared: it has to report the end.
+            everywhere = (pid for node in self.nodes for pid in self.job_processes(node))
+            pids = [pid for pid in everywhere if _name(pid) != "slurmstepd"]
+            _kill(pids)
+            return self._slurm("squeue", "--noheader") or (f"processes {pids}" if pids else "")
+
+        self._wait(waiting_for, START_DEADLINE)
+        self._wait_until_up(self.nodes, since=0)
 
     def job_processes(self, node: str) -> list[int]:
         """The processes on a node except slurmd: what jobs (and run_on, popen_on) have there now."""
@@ -254,6 +275,8 @@ class Cluster:
         self._lock = lock
 
     def _write_files(self) -> None:
+        for stale in ("state", "spool", "tmp"):
+            shutil.rmtree(self.folder / stale, ignore_errors=True)
         for name in ("log", "state", *(f"spool/{n}" for n in self.nodes), *(f"tmp/{n}" for n in self.nodes)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -322,6 +345,7 @@ class Cluster:
 
     def _start_munge(self) -> None:
         folder = self.folder
+        (folder / "munge.socket").unlink(missing_ok=True)
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid"}
         files |= {"seed-file": "munge.seed", "log-file": "log/munged.log"}
         self._start_daemon(
@@ -374,7 +398,7 @@ class Cluster:
 
     def _log_tails(self, names: Iterable[str]) -> str:
         logs = [self.folder / "log" / f"{name}.log" for name in names]
-        texts = ((log, log.read_text(errors="replace").splitlines()[-15:]) for log in logs if log.exists())
+        texts = ((log, log.read_text(errors="replace").splitlines()[-8:]) for log in logs if log.exists())
         return "\n".join(f"--- the end of {log}\n" + "\n".join(lines) for log, lines in texts)
 
     def _slurm(self, *argv: str) -> str:
@@ -391,14 +415,12 @@ class Cluster:
         """The command line and options that run `argv` in the namespaces of a node's slurmd."""
         target = self._check(node).pid
         env = dict(options.pop("env", None) or os.environ) | self.env
-        enter = ["nsenter", f"--target={target}", "--net", "--uts", "--ipc", "--mount"]
+        folder = options.pop("cwd", None) or Path.cwd()
+        enter = ["nsenter", f"--target={target}", "--net", "--uts", "--ipc", "--mount", f"--wdns={folder}"]
         if user is not None:
             entry = pwd.getpwnam(user)
             env |= {"USER": user, "LOGNAME": user, "HOME": entry.pw_dir}
             enter += ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--init-groups"]
-        # nsenter goes to the root folder of the namespace, so the working folder is entered after it.
-        folder = options.pop("cwd", "/")
-        enter += ["env", f"--chdir={folder}"]
         return [*enter, *map(str, argv)], options | {"env": env}
 
 
@@ -442,13 +464,24 @@ def _pids(namespace: str) -> list[int]:
     return [int(pid) for pid in _run("ip", "netns", "pids", namespace).split()]
 
 
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _kill_namespace(namespace: str) -> None:
     """SIGKILL everything in a namespace, and again what was forked meanwhile."""
     deadline = time.monotonic() + COMMAND_DEADLINE
     while pids := _pids(namespace):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(pids)
         if time.monotonic() > deadline:
             raise ClusterError(f"Processes {pids} of {namespace} survive SIGKILL.")
         time.sleep(0.01)

@@ -1,0 +1,40 @@
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .cluster import Cluster, missing
+
+GUEST = "mii-guest"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running Slurm cluster of four nodes, which this process's environment points to."""
+    if reason := missing():
+        # CI is where these tests have to run; elsewhere they may be left out.
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    # Not pytest's temporary folder: other users cannot enter that one.
+    folder = Path(tempfile.mkdtemp(prefix="mii-cluster-"))
+    with pytest.MonkeyPatch.context() as patch:
+        with Cluster(folder) as running:
+            for name, value in running.env.items():
+                patch.setenv(name, value)
+            yield running
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def second_user(cluster: Cluster) -> Iterator[str]:
+    """The name of an ordinary user of the cluster."""
+    try:
+        pwd.getpwnam(GUEST)
+    except KeyError:
+        subprocess.run(["useradd", "--create-home", GUEST], check=True, timeout=30)
+    yield GUEST
+    subprocess.run(["userdel", "--remove", "--force", GUEST], check=True, capture_output=True, timeout=30)
