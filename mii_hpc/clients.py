@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -336,8 +338,9 @@ class MIIClient:
         self._host = host
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
-        self._inherited: list[_Worker] = []
+        self._calls = 0
         AsyncMIIClient(mii_config, host)  # refuses what is wrong now, not at the first call
+        _Forks.watch(self)
 
     def generate(
         self,
@@ -363,12 +366,13 @@ class MIIClient:
 
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
-        pieces = self._client_thread().client.stream(prompt, timeout=timeout, **options)
-        try:
-            while (piece := self._run(lambda _: anext(pieces, None))) is not None:
-                yield piece
-        finally:
-            self._run(lambda _: pieces.aclose())
+        with self._working() as worker:
+            pieces = worker.client.stream(prompt, timeout=timeout, **options)
+            try:
+                while (piece := worker.run(lambda _: anext(pieces, None))) is not None:
+                    yield piece
+            finally:
+                worker.run(lambda _: pieces.aclose())
 
     def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
@@ -381,9 +385,7 @@ class MIIClient:
     def close(self) -> None:
         """Close the connection. The deployment goes on, and a later call connects again."""
         with self._lock:
-            worker, self._worker = self._worker, None
-        if worker is not None and worker.pid == os.getpid():
-            worker.stop()
+            self._stop()
 
     def check(self) -> None:
         """Raise DeploymentNotFoundError unless the deployment exists now."""
@@ -404,17 +406,69 @@ class MIIClient:
         self.close()
 
     def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
-        return self._client_thread().run(call)
+        with self._working() as worker:
+            return worker.run(call)
 
-    def _client_thread(self) -> _Worker:
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[_Worker]:
+        """Yield the worker, and count the call that it is for."""
         with self._lock:
-            if self._worker is not None and self._worker.pid != os.getpid():
-                # Threads do not survive a fork, and gRPC's objects must not be touched after one, not even freed.
-                self._inherited.append(self._worker)
-                self._worker = None
             if self._worker is None:
                 self._worker = _Worker(AsyncMIIClient(self.mii_config, self._host))
-            return self._worker
+            elif self._worker.pid != os.getpid():
+                raise UnavailableError(
+                    "this process was forked while requests of its parent were running, after which gRPC does not "
+                    "work in it; fork before or between requests, or start processes with 'spawn'"
+                )
+            worker = self._worker
+            self._calls += 1
+        try:
+            yield worker
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def _stop(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None and worker.pid == os.getpid():
+            worker.stop()
+
+    def before_fork(self) -> None:
+        """Let go of gRPC, which survives a fork only while none of its threads is at work."""
+        self._lock.acquire()
+        if self._calls == 0:
+            self._stop()
+
+    def after_fork(self) -> None:
+        """Go on, in the parent as in the child; the next call connects anew."""
+        self._lock.release()
+
+
+class _Forks:
+    """The clients of this process, told of every fork."""
+
+    _clients: ClassVar[weakref.WeakSet[MIIClient] | None] = None
+    _held: ClassVar[list[MIIClient]] = []
+
+    @classmethod
+    def watch(cls, client: MIIClient) -> None:
+        if cls._clients is None:
+            cls._clients = weakref.WeakSet()
+            os.register_at_fork(before=cls._before, after_in_parent=cls._after, after_in_child=cls._after)
+        cls._clients.add(client)
+
+    @classmethod
+    def _before(cls) -> None:
+        cls._held = list(cls._clients or ())
+        for client in cls._held:
+            client.before_fork()
+        gc.collect()  # gRPC stops its threads when the last of its objects is freed
+
+    @classmethod
+    def _after(cls) -> None:
+        for client in cls._held:
+            client.after_fork()
+        cls._held = []
 
 
 class _Worker:

@@ -165,7 +165,7 @@ class Balancer:
                 yield chunk
         except grpc.aio.AioRpcError as failure:
             if wire.own_error_name(failure) is not None:
-                await context.abort(failure.code(), failure.details(), failure.trailing_metadata())
+                await context.abort(failure.code(), failure.details(), tuple(failure.trailing_metadata()))
             await wire.abort(context, self._translate(failure, replica))
         except asyncio.CancelledError:
             # Cancelled by us, because the replica is lost or the time to drain is over; or by the client.
