@@ -393,7 +393,7 @@ class Cluster:
                 if daemon.poll() is not None:
                     raise ClusterError(f"{name} ended with {daemon.returncode}.\n{self._log_tails([name])}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"Not up after {seconds:g} s: {reason}\n{self._log_tails(self._daemons)}")
+                raise ClusterError(f"Not ready after {seconds:g} s: {reason}\n{self._log_tails(self._daemons)}")
             time.sleep(0.1)
 
     def _log_tails(self, names: Iterable[str]) -> str:
