@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,9 @@ import typer
 
 from mii_hpc import submission
 from mii_hpc.config import resolve
-from mii_hpc.errors import MIIError
+from mii_hpc.errors import ConfigError, MIIError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -21,28 +22,40 @@ def main() -> None:
 
 @app.command()
 def prepare(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")] = "",
-    config: Annotated[Path | None, typer.Option(help="YAML file with fields of MIIConfig")] = None,
-    name: Annotated[str | None, typer.Option(help="deployment name; default: from the model's")] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="ranks per replica")] = None,
-    replica_num: Annotated[int | None, typer.Option(help="number of replicas")] = None,
-    cluster: Annotated[str, typer.Option(help="slurm or local")] = "slurm",
+    model: Annotated[str, typer.Argument(help="Model folder or hub name; may be in --config instead.")] = "",
+    config: Annotated[str, typer.Option(help="YAML file with fields of MIIConfig.")] = "",
+    name: Annotated[str | None, typer.Option(help="Deployment name; default: from the model's.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="Ranks per replica.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
 ) -> None:
-    """Take the deployment's name, make its run directory and print the directory's path.
+    """Take a deployment's name, make its run directory, and print the directory's path.
 
-    For use inside a batch script, whose ranks then run `python -m mii_hpc.job.rank RUN_DIR`.
+    For use inside a batch script, whose ranks then run `python -m mii_hpc.job.rank RUN_DIR`. The job's number of
+    tasks (SLURM_NTASKS) gives the number of replicas.
     """
-    given: dict[str, Any] = {"deployment_name": name, "tensor_parallel": tensor_parallel, "replica_num": replica_num}
+    given: dict[str, Any] = {"deployment_name": name, "tensor_parallel": tensor_parallel, "device": device}
     try:
-        resolved = resolve(
-            model, mii_config=config, cluster=cluster, **{k: v for k, v in given.items() if v is not None}
-        )
-        checked, _ = submission.check(resolved)
-        run, _ = submission.prepare(checked)
+        run_dir = _prepare(model, config, {key: value for key, value in given.items() if value})
     except MIIError as error:
         typer.echo(f"mii-hpc: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(run.path)
+    typer.echo(run_dir)
+
+
+def _prepare(model: str, config: str, given: dict[str, Any]) -> Path:
+    resolved = resolve(model, mii_config=config or None, cluster="slurm", **given)
+    ranks = os.environ.get("SLURM_NTASKS")
+    if ranks is None:
+        raise ConfigError("SLURM_NTASKS is not set: `prepare` is for batch scripts; elsewhere use mii_hpc.serve()")
+    replicas, left = divmod(int(ranks), resolved.model_conf.tensor_parallel)
+    if left or not replicas:
+        raise ConfigError(
+            f"tensor_parallel={resolved.model_conf.tensor_parallel}: does not divide the job's {ranks} tasks"
+        )
+    shaped = resolved.model_conf.model_copy(update={"replica_num": replicas})
+    checked, _ = submission.check(resolved.model_copy(update={"model_conf": shaped}))
+    run, _ = submission.prepare(checked)
+    return run.path
 
 
 if __name__ == "__main__":
