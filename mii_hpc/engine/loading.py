@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.attention import PagedAttention
@@ -290,22 +292,21 @@ def _load_shard(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    tied = dict(getattr(module, "all_tied_weights_keys", {}) or {})
+    sources = checkpoint.names(module)
     # DeepSpeed makes these anew too, and their content is computed, not read.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module = _shard(module, spec.world_size, dtype)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-    sources = {name: checkpoint.find(name, tied.get(name)) for name in shapes}
-    _refuse_missing(model, [name for name, source in sources.items() if source is None])
-    modules = [(name, part) for name, part in module.named_modules() if any(part.parameters(recurse=False))]
+    _refuse_missing(model, [name for name in shapes if name not in sources])
+    modules = [(name, part) for name, part in module.named_modules() if part._parameters]
     for done, (name, part) in enumerate(modules, start=1):
         whole = {}
         for leaf, parameter in part._parameters.items():
             if parameter is not None:
                 full_name = f"{name}.{leaf}"
-                tensor = checkpoint.read(sources[full_name] or full_name)
+                tensor = checkpoint.read(sources[full_name])
                 if tensor.shape != shapes[full_name]:
                     raise ConfigError(
                         f"the checkpoint {model.model_name_or_path} has {full_name} as "
@@ -367,15 +368,28 @@ class _Checkpoint:
                 f"checkpoint as safetensors"
             )
 
-    def find(self, name: str, tied: str | None) -> str | None:
-        """Return the name under which a parameter is stored, or that of the one it is tied to, or None."""
-        wanted = [name] if tied is None else [name, tied]
-        for candidate in wanted:
-            # A checkpoint of the model without its head leaves the prefix out.
-            for stored in (candidate, candidate.partition(".")[2]):
-                if stored in self._files:
-                    return stored
-        return None
+    def names(self, module: Any) -> dict[str, str]:
+        """Return under which name the file has each parameter of a module, or the one that it is tied to.
+
+        The renaming is transformers' own. Parameters that it would have to compute from several stored ones
+        are left out.
+        """
+        transforms = get_model_conversion_mapping(module)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        wanted = module.state_dict()
+        found: dict[str, str] = {}
+        for stored in self._files:
+            name, converted = rename_source_key(
+                stored, renamings, converters, module.base_model_prefix, wanted
+            )
+            if converted is None:
+                found[name] = stored
+        tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+        for name, partner in tied.items():
+            if partner in found:
+                found.setdefault(name, found[partner])
+        return found
 
     def read(self, stored: str) -> torch.Tensor:
         # Opened anew each time, so that no page of the file stays mapped.
