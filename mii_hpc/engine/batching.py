@@ -157,7 +157,8 @@ class BatchingEngine:
             positions += range(part.start, part.start + len(part.token_ids))
             if part.sample:
                 keep.append(len(token_ids) - 1)
-        return self._model.forward(token_ids, positions, keep)
+        # Some row in any case: neither indexing nor a collective is sure to take none.
+        return self._model.forward(token_ids, positions, keep or [len(token_ids) - 1])
 
     def _next_step(self) -> tuple[Step, list[_Sequence]]:
         """Wait until there is something to do; return it with the sequences of its slices."""

@@ -1,0 +1,69 @@
+"""What transformers' own generate answers, one prompt at a time."""
+
+import random
+
+PROMPTS = [
+    "Hello there, how are",
+    "def f(x):\n    return 🙂",
+    "The quick brown fox jumps over the lazy dog " * 3,
+    "x",
+    "Für €5 🚀",
+]
+
+
+class Reference:
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+    def greedy(self, prompt, ignore_eos=False, **options):
+        from transformers import GenerationConfig
+
+        ids = self._tokenizer(prompt, return_tensors="pt").input_ids
+        ends = self._model.generation_config.eos_token_id
+        known = ("max_new_tokens", "min_new_tokens", "max_length", "repetition_penalty")
+        config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=None if ignore_eos else ends,
+            pad_token_id=0,
+            **{name: options[name] for name in known if name in options},
+        )
+        self._model.generation_config = config
+        try:
+            answer = self._model.generate(ids, generation_config=config)
+        finally:
+            self._model.generation_config = GenerationConfig(eos_token_id=ends)
+        return answer[0, ids.shape[1] :].tolist()
+
+    def decode(self, token_ids):
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def option_sets():
+    """Return 64 prompts, each with options of its own; the first 32 are greedy, the others have a seed."""
+    draw = random.Random(4)
+    result = []
+    for number in range(64):
+        options = {"max_new_tokens": 10 + number % 23, "stream": number % 3 == 0}
+        if number % 4 == 1:
+            options["repetition_penalty"] = draw.choice([0.8, 1.3, 2.0])
+        if number % 4 == 2:
+            options["min_new_tokens"] = number % 11
+        if number % 8 == 3:
+            options["ignore_eos"] = True
+        if number % 8 == 7:
+            options = {"max_length": 100 + number, "stream": True}
+        if number < 32:
+            options["do_sample"] = False
+        else:
+            options |= {
+                "seed": number,
+                "temperature": draw.choice([0.5, 1.0, 2.5]),
+                "top_p": draw.choice([0.3, 0.9, 1.0]),
+                "top_k": draw.choice([None, 5, 200, 10**6]),
+                "logprobs": number % 2 == 0,
+            }
+        result.append((PROMPTS[number % len(PROMPTS)], options))
+    return result

@@ -1,0 +1,262 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from mii_hpc.errors import ConfigError, InvalidRequestError, QueueFullError
+from tests.engine.collect import make, running, submit
+from tests.engine.reference import PROMPTS, Reference, option_sets
+from tests.models import CONTEXT, tiny_model
+
+pytestmark = pytest.mark.engine
+SMALL = {"max_batch_size": 8, "max_batch_tokens": 40, "page_size": 8}
+LONG = "The quick brown fox jumps over the lazy dog. " * 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tiny_model(tmp_path_factory.mktemp("llama"))
+    path = Path(folder) / "generation_config.json"
+    # Many ends, so that answers of a random model do come to one.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1, *range(60, 80)]}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    config = {"max_batch_size": 64, "page_size": 8, "max_batch_tokens": 128}
+    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request):
+    yield
+    if "engine" in request.fixturenames:
+        engine = request.getfixturevalue("engine")
+        drained(engine)
+
+
+def drained(engine, seconds=2.0):
+    deadline = time.monotonic() + seconds
+    while (stats := engine.stats()).free_blocks < stats.total_blocks or stats.running or stats.waiting:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox"])
+def test_greedy_answers_are_generates_own(tmp_path, architecture):
+    # A window shorter than the texts, where the architecture has one.
+    changes = {"sliding_window": 24} if architecture == "mistral" else {}
+    folder = str(tiny_model(tmp_path, architecture, **changes))
+    reference = Reference(folder)
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
+        answers = [submit(engine, prompt, do_sample=False, max_new_tokens=30) for prompt in PROMPTS]
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            expected = reference.greedy(prompt, max_new_tokens=30)
+            assert answer.wait().token_ids() == expected
+            assert answer.text() == reference.decode(expected)
+
+
+def test_64_option_sets_in_one_batch(engine, reference):
+    requests = option_sets()
+    answers = [submit(engine, prompt, **options) for prompt, options in requests]
+    for (prompt, options), answer in zip(requests, answers, strict=True):
+        answer.wait()
+        if not options.get("do_sample", True):
+            assert answer.token_ids() == reference.greedy(prompt, **options), options
+    again = [submit(engine, prompt, **options) for prompt, options in reversed(requests)]
+    for (_, options), answer, other in zip(requests, answers, reversed(again), strict=True):
+        assert other.wait().token_ids() == answer.token_ids(), options
+    for (prompt, options), answer in list(zip(requests, answers, strict=True))[::5]:
+        assert submit(engine, prompt, **options).wait().token_ids() == answer.token_ids(), options
+
+
+def test_a_stream_joins_to_the_unary_answer(engine, reference):
+    for seed in range(8):
+        options = {"seed": seed, "temperature": 2.0, "max_new_tokens": 40, "ignore_eos": True}
+        unary = submit(engine, "Stream 🙂", **options).wait()
+        stream = submit(engine, "Stream 🙂", stream=True, **options).wait()
+        assert stream.text() == unary.text() == reference.decode(unary.token_ids())
+        assert stream.token_ids() == unary.token_ids()
+        assert len(stream.deltas) == 40
+        assert all(delta.text.encode("utf-8") is not None for delta in stream.deltas)
+
+
+def test_a_stop_string_across_tokens_ends_the_answer_before_it(engine):
+    options = {"do_sample": False, "max_new_tokens": 40, "ignore_eos": True}
+    whole = submit(engine, "Stop", **options).wait()
+    deltas = submit(engine, "Stop", stream=True, **options).wait().deltas
+    texts = [delta.text for delta in deltas]
+    first = next(i for i in range(5, 35) if all(texts[i : i + 3]) and "\ufffd" not in "".join(texts[i : i + 3]))
+    stop = texts[first][-1] + texts[first + 1] + texts[first + 2][0]
+    expected = whole.text()[: whole.text().index(stop)]
+    for stream in (True, False):
+        answer = submit(engine, "Stop", stop=["never", stop], stream=stream, **options).wait()
+        assert answer.text() == expected
+        assert answer.finish_reason() == "stop"
+
+
+def test_lengths_and_reasons(engine):
+    bounded = submit(engine, "a", do_sample=False, max_new_tokens=5, ignore_eos=True).wait()
+    assert bounded.finish_reason() == "length"
+    assert bounded.deltas[-1].generated_length == 5
+    to_the_end = submit(engine, "a", do_sample=False, max_new_tokens=10**6, ignore_eos=True).wait()
+    last = to_the_end.deltas[-1]
+    assert last.prompt_length + last.generated_length == CONTEXT
+    assert last.finish_reason == "length"
+
+
+def test_several_sequences_each_have_a_seed(engine):
+    many = submit(engine, "Many", num_return_sequences=4, seed=11, max_new_tokens=12, ignore_eos=True).wait()
+    assert len({tuple(many.token_ids(index)) for index in range(4)}) == 4
+    for index in range(4):
+        alone = submit(engine, "Many", seed=11 + index, max_new_tokens=12, ignore_eos=True).wait()
+        assert alone.token_ids() == many.token_ids(index)
+
+
+def test_full_text_and_logprobs(engine):
+    answer = submit(
+        engine, "Full 🙂", do_sample=False, max_new_tokens=6, return_full_text=True, logprobs=True
+    ).wait()
+    assert answer.text().startswith("Full 🙂")
+    assert len(answer.logprobs()) == len(answer.token_ids())
+    assert all(value <= 0 for value in answer.logprobs())
+
+
+POISON = [
+    ("x" * 1_000_000, {}, "tokens, the"),
+    (LONG * 20, {"max_new_tokens": 1}, f"the bound on prompt plus answer is {CONTEXT}"),
+    ("\ud800 lone surrogate", {}, "cannot be tokenised"),
+    ("a", {"max_length": CONTEXT + 1}, "context of"),
+    ("a b c d", {"max_length": 2}, "max_length is 2"),
+]
+HARMLESS = [
+    ("", {}),
+    ("\x00\n\u202e", {"top_k": 2**31 - 1}),
+    ("a", {"temperature": 1e-30}),
+    ("a", {"temperature": 100.0, "top_p": 1.0}),
+    ("a", {"top_p": 1e-30}),
+    ("a", {"repetition_penalty": 1e-30}),
+    ("a", {"stop": ["a" * 1024] * 64}),
+    ("a", {"seed": 2**63 - 1, "num_return_sequences": 64}),
+]
+
+
+def test_whatever_a_client_sends_fails_alone(engine, reference):
+    good = [submit(engine, LONG, seed=i, max_new_tokens=60, ignore_eos=True) for i in range(16)]
+    bad = [submit(engine, prompt, **options) for prompt, options, _ in POISON]
+    odd = [submit(engine, prompt, max_new_tokens=8, **options) for prompt, options in HARMLESS]
+    for answer, (_, _, reason) in zip(bad, POISON, strict=True):
+        with pytest.raises(InvalidRequestError, match=reason):
+            answer.wait()
+    for answer in odd:
+        try:
+            answer.wait()
+        except InvalidRequestError as error:
+            assert "finite" in str(error)
+    for answer in good:
+        assert len(answer.wait().token_ids()) == 60
+
+
+def test_an_id_in_hand_is_refused(engine):
+    first = submit(engine, "a", id="same", max_new_tokens=100, ignore_eos=True)
+    with pytest.raises(InvalidRequestError, match="in hand already"):
+        submit(engine, "b", id="same").wait()
+    first.wait()
+
+
+def test_cancelling_frees_every_block(engine):
+    streams = [submit(engine, LONG, stream=True, ignore_eos=True, max_new_tokens=150) for _ in range(200)]
+    for stream in streams[:64]:
+        assert stream.began.wait(30)
+    for stream in streams:
+        engine.cancel(stream.id)
+    counts = [len(stream.deltas) for stream in streams]
+    drained(engine)
+    assert [len(stream.deltas) for stream in streams] == counts
+    assert not any(stream.error for stream in streams)
+
+
+def test_the_queue_has_a_bound(folder):
+    config = {**SMALL, "max_batch_size": 2, "queue_bound": 8}
+    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+        admitted, refused = [], 0
+        for _ in range(100):
+            start = time.monotonic()
+            try:
+                admitted.append(submit(engine, "a", max_new_tokens=20, ignore_eos=True))
+            except QueueFullError as error:
+                assert "8 requests are waiting" in str(error)
+                assert time.monotonic() - start < 0.5
+                refused += 1
+        assert refused
+        for answer in admitted:
+            assert len(answer.wait().token_ids()) == 20
+
+
+def test_a_cache_too_small_for_all_loses_nobody(folder, reference):
+    config = {**SMALL, "num_blocks": 12}
+    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+        options = {"do_sample": False, "max_new_tokens": 40, "ignore_eos": True}
+        answers = [submit(engine, prompt, **options) for prompt in PROMPTS]
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert answer.wait().token_ids() == reference.greedy(prompt, **options)[: len(answer.token_ids())]
+        with pytest.raises(InvalidRequestError, match="is 96"):
+            submit(engine, LONG * 4).wait()
+        drained(engine)
+
+
+def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][70] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with running(make(model_name_or_path=str(folder), inference_engine_config=SMALL)) as engine:
+        text = engine._model.tokenizer.decode([70])
+        with pytest.raises(InvalidRequestError, match="not finite"):
+            submit(engine, text).wait()
+        for _ in range(3):  # in the very blocks that held the numbers
+            submit(engine, "fine", do_sample=False, max_new_tokens=1).wait()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = make(model_name_or_path=str(folder))
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        engine.load(lambda sentence: None)
+
+
+def test_an_attention_of_its_own_is_refused_by_name(tmp_path):
+    folder = tiny_model(
+        tmp_path, "bloom", n_head=4, n_layer=2, intermediate_size=None, num_key_value_heads=None
+    )
+    engine = make(model_name_or_path=str(folder), max_length=64)
+    with pytest.raises(ConfigError, match="BloomForCausalLM"):
+        engine.load(lambda sentence: None)
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="model_name_or_path"):
+        make(model_name_or_path=str(tmp_path)).load(lambda sentence: None)
+
+
+def test_an_engine_that_was_never_busy_closes(folder):
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
+        assert engine.stats().free_blocks == engine.stats().total_blocks

@@ -1,0 +1,116 @@
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mii_hpc.config import GenerateParamsConfig  # noqa: E402
+from mii_hpc.engine.sampling import CANDIDATES, Sampler, choose  # noqa: E402
+
+pytestmark = pytest.mark.engine
+SAMPLES = 2000
+# Of a chi-square distribution, exceeded by chance once in ten thousand runs; the seeds are fixed besides.
+RARE = 3.72
+
+
+def sampler(vocabulary, index=0, prompt=(0,), eos=(), **options):
+    return Sampler(GenerateParamsConfig(**options), prompt, vocabulary, eos, index)
+
+
+def expected(logits, temperature=1.0, top_k=None, top_p=1.0):
+    """The distribution, written down from the options' definition, one token after the other."""
+    scores = (logits / temperature).double()
+    order = scores.argsort(descending=True)[:top_k].tolist()
+    total = scores[order].exp().sum()
+    result, before = {}, 0.0
+    for token in order:
+        if before >= top_p:
+            break
+        result[token] = float(scores[token].exp() / total)
+        before += result[token]
+    mass = sum(result.values())
+    return {token: value / mass for token, value in result.items()}
+
+
+def chi_square(counts, probabilities):
+    """How far counts are from probabilities, in standard deviations; rare tokens are taken together."""
+    common = {t: p for t, p in probabilities.items() if p * SAMPLES >= 5}
+    pairs = [(counts.get(t, 0), p * SAMPLES) for t, p in common.items()]
+    rest = SAMPLES - sum(wanted for _, wanted in pairs)
+    if rest > 5:
+        pairs.append((SAMPLES - sum(got for got, _ in pairs), rest))
+    freedom = len(pairs) - 1
+    value = sum((got - wanted) ** 2 / wanted for got, wanted in pairs)
+    # Wilson and Hilferty's approximation.
+    return ((value / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+
+
+def counts_of(logits, **options):
+    samplers = [sampler(len(logits), index, seed=7, **options) for index in range(SAMPLES)]
+    counts = {}
+    for choice in choose(logits.expand(SAMPLES, -1), samplers):
+        counts[choice.token_id] = counts.get(choice.token_id, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1.0},
+        {"top_p": 0.9},
+        {"top_p": 0.5, "temperature": 1.7},
+        {"top_p": 1.0, "top_k": 10},
+        {"top_p": 0.8, "top_k": 30, "temperature": 0.7},
+        {"top_p": 0.95, "temperature": 5.0},  # more tokens than CANDIDATES
+        {"top_p": 0.9, "top_k": 200, "temperature": 4.0},
+        {"top_p": 1.0, "top_k": 10**9},
+    ],
+)
+def test_the_distribution_is_that_of_the_options(options):
+    logits = torch.randn(600, generator=torch.Generator().manual_seed(3)) * 2
+    counts = counts_of(logits, **options)
+    shape = expected(logits, **options)
+    assert set(counts) <= set(shape)
+    assert chi_square(counts, shape) < RARE
+
+
+def test_the_test_can_fail():
+    logits = torch.randn(600, generator=torch.Generator().manual_seed(3)) * 2
+    assert chi_square(counts_of(logits, top_p=1.0), expected(logits, temperature=1.2)) > RARE
+    assert len(expected(logits, top_p=0.95, temperature=5.0)) > CANDIDATES
+
+
+def test_a_row_does_not_depend_on_its_company():
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(5)) * 3
+    kinds = [{"top_p": 1.0}, {"top_p": 0.9}, {"top_k": 5}, {"temperature": 20.0}, {"do_sample": False}]
+
+    def samplers():
+        return [sampler(300, seed=row, **kinds[row % len(kinds)]) for row in range(64)]
+
+    together = [choice.token_id for choice in choose(logits, samplers())]
+    alone = [choose(logits[row : row + 1], [one])[0].token_id for row, one in enumerate(samplers())]
+    assert together == alone
+
+
+def test_rows_with_numbers_not_finite_have_no_token_and_harm_nobody():
+    logits = torch.zeros(4, 10)
+    logits[0, 3] = torch.nan
+    logits[1, 3] = torch.inf
+    logits[2] = -torch.inf
+    logits[3, 7] = 9
+    for options in ({"do_sample": False}, {"top_k": 1}):
+        choices = choose(logits, [sampler(10, **options) for _ in range(4)])
+        assert [choice.token_id for choice in choices] == [None, None, None, 7]
+
+
+def test_logprobs_are_the_models_own():
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
+    options = {"logprobs": True, "temperature": 3.0, "repetition_penalty": 2.0}
+    for row, choice in enumerate(choose(logits, [sampler(50, seed=row, **options) for row in range(2)])):
+        assert choice.logprob == pytest.approx(float(logits[row].log_softmax(-1)[choice.token_id]), abs=1e-5)
+
+
+def test_the_end_is_forbidden_until_the_minimum():
+    logits = torch.tensor([[0.0, 9.0, 5.0]])
+    one = sampler(3, eos=(1,), do_sample=False, min_new_tokens=2)
+    assert [choose(logits, [one])[0].token_id for _ in range(3)] == [2, 2, 1]

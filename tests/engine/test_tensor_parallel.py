@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from tests.engine.pair import Replica
+from tests.engine.reference import PROMPTS, Reference, option_sets
+from tests.models import checkpoint_files, tiny_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+SMALL = {"max_batch_size": 64, "max_batch_tokens": 64, "page_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": 24}),
+        ("opt", {}),
+        ("gpt_neox", {}),
+    ],
+)
+def test_greedy_answers_are_generates_own(tmp_path, architecture, changes):
+    folder = str(tiny_model(tmp_path, architecture, files=3, **changes))
+    reference = Reference(folder)
+    with Replica(model_name_or_path=folder, inference_engine_config=SMALL) as replica:
+        assert replica.ready() is None
+        answers = replica.answers([(p, {"do_sample": False, "max_new_tokens": 30}) for p in PROMPTS])
+    for prompt, (text, token_ids, _) in zip(PROMPTS, answers, strict=True):
+        assert token_ids == reference.greedy(prompt, max_new_tokens=30)
+        assert text == reference.decode(token_ids)
+    assert [process.exitcode for process in replica.processes] == [0, 0]
+
+
+def test_64_option_sets_in_one_batch(tmp_path):
+    folder = tiny_model(tmp_path, files=4)
+    assert len(checkpoint_files(folder)) > 1
+    path = Path(folder) / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1, *range(60, 80)]}))
+    reference = Reference(str(folder))
+    requests = option_sets()
+    with Replica(model_name_or_path=str(folder), inference_engine_config=SMALL) as replica:
+        assert replica.ready() is None
+        together = replica.answers(requests)
+        alone = [replica.answers([request])[0] for request in requests[::7]]
+        poisoned = replica.answers([("x" * 10_000, {}), ("fine", {"do_sample": False, "max_new_tokens": 4})])
+    for (prompt, options), (_, token_ids, _) in zip(requests, together, strict=True):
+        if not options.get("do_sample", True):
+            assert token_ids == reference.greedy(prompt, **options), options
+    assert alone == together[::7]
+    assert "InvalidRequestError" in poisoned[0]
+    assert poisoned[1][1] == reference.greedy("fine", max_new_tokens=4)
+    assert [process.exitcode for process in replica.processes] == [0, 0]
+
+
+def test_an_architecture_that_deepspeed_shards_wrongly_is_refused_by_name(tmp_path):
+    changes = {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}
+    folder = tiny_model(tmp_path, "glm", head_dim=16, **changes)
+    with Replica(model_name_or_path=str(folder)) as replica:
+        error = replica.ready()
+    assert error is None or ("ConfigError" in error and "Glm" in error)
