@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,6 +21,7 @@ from mii_hpc.errors import DeploymentError, SubmissionError
 from mii_hpc.placement import Placement, place
 from mii_hpc.registry import Entry, Registry, heartbeat_is_fresh
 from mii_hpc.rundir import RunDir
+from mii_hpc.signals import signals_blocked
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,21 @@ class SlurmJob:
         if name in ("RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED"):
             return JobState("running", name, reason)
         return JobState("gone", name, reason)
+
+    def ends(self) -> float | None:
+        """Return when the walltime is over, in seconds since the epoch; None when squeue does not know."""
+        try:
+            answer = subprocess.run(
+                ["squeue", "--noheader", f"--jobs={self.id}", "--format=%e"],
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_SECONDS,
+                check=True,
+                env={**os.environ, "SLURM_TIME_FORMAT": "%s"},
+            )
+            return float(answer.stdout)
+        except (OSError, subprocess.SubprocessError, ValueError):
+            return None
 
     def cancel(self) -> None:
         """Run scancel."""
@@ -263,19 +278,10 @@ def _submit_locally(run: RunDir, config: MIIConfig) -> str:
 
     executor = submitit.LocalExecutor(folder=run.submitit, python=config.slurm.python)
     executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, setup=list(config.slurm.setup))
-    with _closed_terminals_ignored():
+    # Ctrl-C or a closed terminal is meant for this process, not for the deployment.
+    with signals_blocked(signal.SIGINT, signal.SIGHUP):
         job = executor.submit(launch.main, str(run.path), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return str(job.job_id)
-
-
-@contextlib.contextmanager
-def _closed_terminals_ignored() -> Iterator[None]:
-    """Block SIGINT and SIGHUP for processes started meanwhile: Ctrl-C or a closed terminal is not meant for them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _inside_job_of(config: MIIConfig) -> bool:

@@ -38,6 +38,7 @@ from mii_hpc.job.membership import EngineDeath, Membership
 from mii_hpc.job.process import die_with_parent
 from mii_hpc.registry import HEARTBEAT_SECONDS, Entry, Registry
 from mii_hpc.rundir import Failure, RunDir
+from mii_hpc.submission import SlurmJob
 
 log = logging.getLogger(__name__)
 
@@ -348,14 +349,15 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     config = run.load_config()
     keys = credentials.load(run)
     balancer = Balancer(run, config, keys)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, balancer.stop, "the balancer was told to end")
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, balancer.stop, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     server = transport.create_server(keys, balancer.services())
     # On several hosts, login nodes may come in by another interface than the ranks do.
     transport.listen(server, f"{'0.0.0.0' if spans_hosts else host}:{port}", keys)
     await server.start()
     log.info("listening on %s", address)
-    ends = os.environ.get("SLURM_JOB_END_TIME")
+    job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
+    ends = await asyncio.to_thread(SlurmJob(job_id).ends) if config.cluster == "slurm" else None
     registry = Registry(config.home)
     claimed = registry.get(config.deployment_name)
     if claimed is None or claimed.run_dir != run.path:
@@ -364,14 +366,14 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     await balancer.work(
         claimed.model_copy(
             update={
-                "job_id": os.environ.get("SLURM_JOB_ID", claimed.job_id),
+                "job_id": job_id,
                 "incarnation": os.environ.get("SLURM_RESTART_COUNT", "0"),
                 "state": "loading",
                 "host": socket.gethostname(),
                 "address": address,
                 "fingerprint": keys.fingerprint,
                 "started": claimed.started or time.time(),
-                "ends": float(ends) if ends else None,
+                "ends": ends,
             }
         )
     )

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mii_hpc.signals import signals_blocked
+
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
 
@@ -22,8 +24,8 @@ _NOTES = "MII_HPC_NOTES_FD"
 class Child:
     """A running child process and the pipe on which it tells of itself.
 
-    It has a session of its own, so that a signal to the rank's group (scancel, Ctrl-C) reaches only the rank,
-    which then ends its children in order. Its output is appended to a log.
+    SIGTERM and SIGUSR2, which Slurm sends to every process of a job step, are for the rank alone, which then ends
+    its children in order: by SIGINT. The child's output is appended to a log.
     """
 
     process: asyncio.subprocess.Process
@@ -33,7 +35,7 @@ class Child:
     async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = (), **env: str) -> Child:
         """Run `python -m module args...`, with `env` added to the environment."""
         reading, writing = os.pipe()
-        with log.open("ab") as output:
+        with log.open("ab") as output, signals_blocked(signal.SIGTERM, signal.SIGUSR2):
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -58,10 +60,10 @@ class Child:
         return json.loads(line) if line.endswith(b"\n") else None
 
     async def end(self, grace: float) -> int:
-        """End the child: SIGTERM, and after `grace` seconds SIGKILL. Returns its exit status."""
+        """End the child: SIGINT, and after `grace` seconds SIGKILL. Returns its exit status."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
+                self.process.send_signal(signal.SIGINT)
             try:
                 await asyncio.wait_for(self.process.wait(), grace)
             except TimeoutError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,6 +79,8 @@ def meet(world_size: int, tensor_parallel: int, introduce: Callable[[int], Membe
     """
     # MPI blocks in C, where no Python handler runs; faulthandler's watchdog thread still can end the process.
     faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)
+    # Ranks may share cores, and a rank that spins while it waits keeps the others from coming.
+    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         import mpi4py
 

@@ -117,7 +117,7 @@ def _joined(first: Delta, second: Delta) -> Delta:
 
 
 async def serve(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
-    """Load the engine and, on the leader, answer requests on `listen_host` until told to end by SIGTERM.
+    """Load the engine and, on the leader, answer requests on `listen_host` until told to end by SIGINT.
 
     Raises whatever the engine raises when it cannot load or go on.
     """
@@ -128,7 +128,7 @@ async def serve(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
         if not ended.done():
             ended.set_exception(error) if error else ended.set_result(None)
 
-    loop.add_signal_handler(signal.SIGTERM, end)
+    loop.add_signal_handler(signal.SIGINT, end)
     engine = create_engine(spec)
 
     def work() -> None:
