@@ -219,7 +219,8 @@ class SlurmConfig(_Model):
     @classmethod
     def _single_line(cls, value: Any) -> Any:
         # A line break would begin a directive or a command of its own in the batch script.
-        if isinstance(value, str) and ("\n" in value or "\r" in value):
+        texts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        if any("\n" in text or "\r" in text for text in texts if isinstance(text, str)):
             raise ValueError("must be a single line")
         return value
 
@@ -299,9 +300,10 @@ def resolve(
     `model_config` wins over the one inside `mii_config`. A string or path for `mii_config` is a YAML file.
     Raises ConfigError for unknown names, wrong values, or a missing model.
     """
-    deployment = _as_mapping(mii_config)
+    deployment = _as_mapping(_read(mii_config) if isinstance(mii_config, str | Path) else mii_config, "mii_config")
     nested = [name for name in ("model_config", "model_conf") if name in deployment]
-    model = {**(_as_mapping(deployment.pop(nested[0])) if nested else {}), **_as_mapping(model_config)}
+    model = _as_mapping(deployment.pop(nested[0]), "model_config") if nested else {}
+    model |= _as_mapping(model_config, "model_config")
     if model_name_or_path:
         model["model_name_or_path"] = str(model_name_or_path)
     model_fields = {*ModelConfig.model_fields, *SUPERSEDED_MODEL_FIELDS}
@@ -330,27 +332,31 @@ def default_name(model: ModelConfig) -> str:
 
 
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> str:
-    """Return a sentence that answers an unknown name with the closest valid ones, or with all of them."""
+    """Return a sentence that answers an unknown, perhaps dotted, name with the closest valid ones, or with all."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=3)
+    close = difflib.get_close_matches(name.rpartition(".")[2], valid, n=3)
     if close:
         return f"unknown {what} '{name}': did you mean {' or '.join(repr(c) for c in close)}?"
     return f"unknown {what} '{name}': valid are {', '.join(valid)}"
 
 
-def _as_mapping(config: Mapping[str, Any] | _Model | str | Path | None) -> dict[str, Any]:
+def _as_mapping(config: Mapping[str, Any] | _Model | None, name: str) -> dict[str, Any]:
     if config is None:
         return {}
     if isinstance(config, _Model):
         return config.model_dump(exclude_unset=True)
     if isinstance(config, Mapping):
         return dict(config)
+    raise ConfigError(f"{name}={config!r}: must be a dictionary or a configuration object")
+
+
+def _read(file: str | Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(Path(config).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"mii_config='{config}': not a readable YAML file: {error}") from error
+        loaded = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"mii_config='{file}': not a readable YAML file: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"mii_config='{config}': the file must hold fields of MIIConfig, not {loaded!r}")
+        raise ConfigError(f"mii_config='{file}': the file must hold fields of MIIConfig, not {loaded!r}")
     return loaded
 
 

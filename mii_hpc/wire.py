@@ -56,13 +56,15 @@ ATTEND = Method("mii_hpc.v1.Membership", "Attend", pb.RankReport, pb.RankOrder)
 def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
     """Return the message for a request; only options that differ from their default travel.
 
-    Raises InvalidRequestError when the prompt is no valid Unicode.
+    Raises InvalidRequestError when the prompt or a stop string is no valid Unicode.
     """
-    params = request.params.model_dump(exclude_defaults=True)
-    try:
-        return pb.GenerateRequest(id=request.id, prompt=request.prompt, params=pb.GenerateParams(**params))
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"prompt: not valid Unicode at character {error.start}: {error.reason}") from None
+    for name, texts in (("prompt", (request.prompt,)), ("stop", request.params.stop)):
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"{name}: not valid Unicode at character {error.start}: {error.reason}") from None
+    params = pb.GenerateParams(**request.params.model_dump(exclude_defaults=True))
+    return pb.GenerateRequest(id=request.id, prompt=request.prompt, params=params)
 
 
 def unpack_request(payload: bytes) -> GenerationRequest:
