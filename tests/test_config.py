@@ -1,0 +1,263 @@
+import json
+import warnings
+
+import pytest
+
+from mii_hpc.config import (
+    SUPERSEDED_MII_FIELDS,
+    SUPERSEDED_MODEL_FIELDS,
+    GenerateParamsConfig,
+    MIIConfig,
+    MIIWarning,
+    ModelConfig,
+    SlurmConfig,
+    default_home,
+    resolve,
+    validate,
+)
+from mii_hpc.errors import ConfigError, InvalidRequestError
+
+NAME_RULE = "a name has 1 to 100 letters, digits, dots, dashes and underscores, and begins with a letter or digit"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"tensor_parallel": 0}, "tensor_parallel=0: Input should be greater than or equal to 1"),
+        ({"tensor_parallel": "two"}, "tensor_parallel='two': Input should be a valid integer"),
+        ({"tensor_parallel": 2.5}, "tensor_parallel=2.5: Input should be a valid integer"),
+        ({"replica_num": 1025}, "replica_num=1025: Input should be less than or equal to 1024"),
+        ({"max_length": 0}, "max_length=0: Input should be greater than or equal to 1"),
+        ({"dtype": "int8"}, "dtype='int8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ({"task": "fill-mask"}, "task='fill-mask': Input should be 'text-generation'"),
+        ({"device": "tpu"}, "device='tpu': Input should be 'auto', 'cuda' or 'cpu'"),
+        ({"cluster": "pbs"}, "cluster='pbs': Input should be 'auto', 'slurm' or 'local'"),
+        ({"port_number": 70000}, "port_number=70000: Input should be less than or equal to 65535"),
+        ({"startup_timeout": 0}, "startup_timeout=0: Input should be greater than 0"),
+        ({"queue_timeout": float("nan")}, "queue_timeout=nan: Input should be a finite number"),
+        ({"wait": "perhaps"}, "wait='perhaps': Input should be a valid boolean"),
+        ({"deployment_name": "a/b"}, f"deployment_name='a/b': {NAME_RULE}"),
+        ({"deployment_name": "../up"}, f"deployment_name='../up': {NAME_RULE}"),
+        ({"deployment_name": ".hidden"}, f"deployment_name='.hidden': {NAME_RULE}"),
+        ({"deployment_name": "a\n"}, f"deployment_name='a\\n': {NAME_RULE}"),
+        ({"deployment_name": "a" * 101}, NAME_RULE),
+        ({"slurm": "gpu"}, "slurm='gpu': Input should be a valid dictionary"),
+        ({"slurm": {"gpus_per_node": -1}}, "slurm.gpus_per_node=-1: Input should be greater than or equal to 0"),
+        ({"slurm": {"time": "soon"}}, "slurm.time='soon': "),
+        ({"slurm": {"mem": "lots"}}, "slurm.mem='lots': "),
+        ({"slurm": {"partition": "gpu\n#SBATCH --x"}}, "slurm.partition='gpu\\n#SBATCH --x': must be a single line"),
+        ({"slurm": {"extra": {"mail-type": "FAIL\n#SBATCH --x"}}}, "must be a single line"),
+        ({"slurm": {"extra": {"x\n#SBATCH --y": 1}}}, "must be a single line"),
+        ({"slurm": {"srun_args": ["-v\n"]}}, "must be a single line"),
+        (
+            {"inference_engine_config": {"engine": "vllm"}},
+            "inference_engine_config.engine='vllm': Input should be 'deepspeed' or 'echo'",
+        ),
+        (
+            {"inference_engine_config": {"memory_fraction": 1.5}},
+            "inference_engine_config.memory_fraction=1.5: Input should be less than or equal to 1",
+        ),
+    ],
+)
+def test_a_refusal_names_field_value_and_what_is_allowed(given, sentence):
+    with pytest.raises(ConfigError) as refusal:
+        resolve("model", **given)
+    assert sentence in str(refusal.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"^tensor_parallel=0: .*; slurm\.mem='x': .*; port_number=-1: "):
+        resolve("model", tensor_parallel=0, slurm={"mem": "x"}, port_number=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"tensor_paralel": 2}, "unknown keyword 'tensor_paralel': did you mean 'tensor_parallel'?"),
+        ({"model_config": {"replicas": 2}}, "unknown field 'replicas': did you mean 'replica_num'?"),
+        ({"mii_config": {"deployment": "x"}}, "unknown field 'deployment': did you mean 'deployment_name'?"),
+        ({"slurm": {"partion": "gpu"}}, "unknown field 'slurm.partion': did you mean 'partition' or 'python'?"),
+        (
+            {"mii_config": {"model_config": {"inference_engine_config": {"thread": 1}}}},
+            "unknown field 'inference_engine_config.thread': did you mean 'threads'?",
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_closest(arguments, sentence):
+    with pytest.raises(ConfigError) as refusal:
+        resolve("model", **arguments)
+    assert str(refusal.value) == sentence
+
+
+def test_a_name_like_no_other_is_answered_with_all():
+    with pytest.raises(ConfigError, match="unknown field 'slurm.zzz': valid are account, constraint, .*, time$"):
+        resolve("model", slurm={"zzz": 1})
+
+
+def test_a_model_is_needed_except_by_the_echo_engine():
+    with pytest.raises(ConfigError, match="^model_name_or_path='': name a model folder"):
+        resolve()
+    assert resolve(inference_engine_config={"engine": "echo"}).deployment_name == "echo"
+
+
+@pytest.mark.parametrize("name", sorted({**SUPERSEDED_MODEL_FIELDS, **SUPERSEDED_MII_FIELDS}))
+def test_deepspeed_miis_other_fields_warn_and_are_dropped(name):
+    says = {**SUPERSEDED_MODEL_FIELDS, **SUPERSEDED_MII_FIELDS}[name]
+    with pytest.warns(MIIWarning) as caught:
+        config = resolve("model", **{name: "anything"})
+    assert [str(warning.message) for warning in caught] == [f"'{name}' has no effect here: {says}"]
+    assert config == resolve("model")
+
+
+def test_nothing_warns_without_cause():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve("model", tensor_parallel=2, slurm={"partition": "gpu"})
+
+
+@pytest.mark.parametrize("spelling", ["bf16", "torch.bfloat16", "bfloat16"])
+def test_spellings_of_a_dtype(spelling):
+    assert resolve("model", dtype=spelling).model_conf.dtype == "bfloat16"
+
+
+def test_a_yaml_file(tmp_path):
+    file = tmp_path / "deployment.yaml"
+    file.write_text(
+        "deployment_name: chat\nmodel_config:\n  model_name_or_path: m\n  tensor_parallel: 2\n"
+        'slurm:\n  partition: gpu\n  time: 90\n  extra: {"mail-type": FAIL}\n'
+    )
+    config = resolve(mii_config=file)
+    assert config == resolve(mii_config=str(file))
+    assert (config.deployment_name, config.model_conf.tensor_parallel) == ("chat", 2)
+    assert (config.slurm.time, config.slurm.extra) == ("90", {"mail-type": "FAIL"})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "not a readable YAML file"),
+        ("a: [", "not a readable YAML file"),
+        ("- a\n- b\n", "must hold fields of MIIConfig"),
+        ("", "must hold fields of MIIConfig"),
+    ],
+)
+def test_a_file_that_is_no_deployment(tmp_path, text, says):
+    file = tmp_path / "x.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^mii_config='{file}': .*{says}"):
+        resolve("model", mii_config=file)
+
+
+@pytest.mark.parametrize("argument", ["mii_config", "model_config"])
+def test_an_argument_of_another_kind_is_refused(argument):
+    with pytest.raises(ConfigError, match=f"^{argument}=3: "):
+        resolve("model", **{argument: 3})
+
+
+def test_keywords_win_over_model_config_which_wins_over_mii_config():
+    config = resolve(
+        mii_config={
+            "deployment_name": "from-mii",
+            "port_number": 1234,
+            "model_config": {"model_name_or_path": "a", "tensor_parallel": 2, "replica_num": 2, "dtype": "float16"},
+        },
+        model_config={"tensor_parallel": 4, "replica_num": 4},
+        replica_num=8,
+        deployment_name="from-keyword",
+    )
+    model = config.model_conf
+    assert (model.dtype, model.tensor_parallel, model.replica_num) == ("float16", 4, 8)
+    assert (config.deployment_name, config.port_number) == ("from-keyword", 1234)
+    assert resolve("b", mii_config=config).model_conf == model.model_copy(update={"model_name_or_path": "b"})
+
+
+def test_objects_are_as_good_as_dictionaries():
+    made = resolve(
+        model_config=ModelConfig(model_name_or_path="m", tensor_parallel=2),
+        mii_config=MIIConfig(port_number=7),
+        slurm=SlurmConfig(partition="gpu"),
+    )
+    assert made == resolve("m", tensor_parallel=2, port_number=7, slurm={"partition": "gpu"})
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "Mistral-7B-v0.1"),
+        ("/models/my model (new)/", "my-model-new-"),
+        ("/models/.hidden", "hidden"),
+        ("x" * 150, "x" * 100),
+        ("ü", "model"),
+    ],
+)
+def test_the_default_name_is_made_from_the_models(model, name):
+    assert resolve(model).deployment_name == name
+
+
+def test_a_configuration_survives_json():
+    config = resolve(
+        "m",
+        tensor_parallel=2,
+        inference_engine_config={"num_blocks": 64},
+        slurm={"setup": ["module load x"], "extra": {"a": 1, "b": True, "c": "d"}, "time": 5},
+        queue_timeout=3,
+        home="~/deployments",
+    )
+    text = config.model_dump_json()
+    assert MIIConfig.model_validate_json(text) == config
+    assert json.loads(text)["model_conf"]["tensor_parallel"] == 2
+
+
+def test_the_home_is_absolute_and_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MII_HPC_HOME", "relative")
+    monkeypatch.chdir(tmp_path)
+    assert MIIConfig().home == tmp_path / "relative"
+    monkeypatch.delenv("MII_HPC_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_home().expanduser() == MIIConfig().home == tmp_path / ".mii_hpc"
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        resolve("m").deployment_name = "other"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_length": 0}, "max_length=0: "),
+        ({"max_length": 2**31}, "max_length=2147483648: "),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: "),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1: "),
+        ({"temperature": 0.0}, "temperature=0.0: Input should be greater than 0"),
+        ({"temperature": float("inf")}, "temperature=inf: "),
+        ({"top_p": 0}, "top_p=0: "),
+        ({"top_p": 1.01}, "top_p=1.01: "),
+        ({"top_k": 0}, "top_k=0: "),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: "),
+        ({"seed": -1}, "seed=-1: "),
+        ({"seed": 2**63}, "seed=9223372036854775808: "),
+        ({"num_return_sequences": 65}, "num_return_sequences=65: "),
+        ({"stop": ""}, "stop='': a stop string has 1 to 1024 characters"),
+        ({"stop": ["a"] * 65}, "at most 64"),
+        ({"stop": "a" * 1025}, "one here has 1025"),
+        ({"stop": [1]}, "stop.0=1: "),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens=5 exceeds max_new_tokens=4"),
+        ({"num_return_sequences": 2, "do_sample": False}, "needs do_sample=True"),
+        ({"max_tokens": 5}, "unknown field 'max_tokens': did you mean 'max_new_tokens'"),
+    ],
+)
+def test_options_of_a_request_have_ranges(options, sentence):
+    with pytest.raises(InvalidRequestError) as refusal:
+        validate(GenerateParamsConfig, options)
+    assert sentence in str(refusal.value)
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    validate(
+        GenerateParamsConfig,
+        {"max_length": 2**31 - 1, "seed": 2**63 - 1, "top_p": 1, "temperature": 100, "stop": ["a" * 1024] * 64},
+    )
+    params = validate(GenerateParamsConfig, {"stop": "one", "seed": 0, "min_new_tokens": 4, "max_new_tokens": 4})
+    assert params.stop == ("one",)

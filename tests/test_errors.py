@@ -1,0 +1,102 @@
+import ast
+import inspect
+import re
+
+import grpc
+import grpc.aio
+import pytest
+
+from mii_hpc import errors, wire
+from mii_hpc.errors import MIIError, RequestError
+
+CLASSES = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if inspect.isclass(kind) and issubclass(kind, Exception) and kind.__module__ == errors.__name__
+}
+RETRYABLE = {"QueueFullError", "ReplicaLostError", "UnavailableError"}
+
+
+def drawn_tree():
+    """Return {class: its bases} as the module's docstring draws it."""
+    bases, above = {}, {}
+    for line in errors.__doc__.splitlines():
+        found = re.match(r"^([\s│├└─]*)(\w+Error)(?: \((\w+)\))?(?:\s|$)", line)
+        if found:
+            depth = len(found[1])
+            above = {level: name for level, name in above.items() if level < depth}
+            parent = above[max(above)] if above else "Exception"
+            bases[found[2]] = {parent, found[3]} - {None}
+            above[depth] = found[2]
+    return bases
+
+
+def test_the_docstring_draws_the_real_tree():
+    assert drawn_tree() == {name: {base.__name__ for base in kind.__bases__} for name, kind in CLASSES.items()}
+
+
+def test_retryable_ones():
+    assert {name for name, kind in CLASSES.items() if kind.retryable} == RETRYABLE
+
+
+def test_the_module_imports_nothing():
+    tree = ast.parse(inspect.getsource(errors))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+class Context:
+    """What of a gRPC context wire.abort() uses; keeps what the client would see."""
+
+    async def abort(self, code, details, trailing_metadata):
+        raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing_metadata), details=details)
+
+
+async def over_the_wire(error):
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await wire.abort(Context(), error)
+    return failure.value
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+async def test_every_error_travels(kind):
+    seen = await over_the_wire(kind("its message: ü"))
+    back = wire.error_of(seen)
+    assert type(back) is kind
+    assert str(back) == "its message: ü"
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in CLASSES.values() if issubclass(k, RequestError)], ids=lambda kind: kind.__name__
+)
+async def test_every_request_error_has_a_status_code_of_its_own(kind):
+    """So that clients in other languages can tell them apart, and gRPC's own failures become ours."""
+    code = (await over_the_wire(kind("x"))).code()
+    assert type(wire.error_of(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata()))) is kind
+
+
+def test_foreign_failures_become_request_errors():
+    for code in grpc.StatusCode:
+        failure = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details="their words")
+        error = wire.error_of(failure)
+        assert isinstance(error, RequestError)
+        assert str(error) == f"their words ({code.name})"
+
+
+@pytest.mark.parametrize("name", ["NoSuchError", "Exception", "__name__", ""])
+def test_a_class_that_we_do_not_know_falls_back_to_the_code(name):
+    failure = grpc.aio.AioRpcError(
+        grpc.StatusCode.ABORTED, grpc.aio.Metadata(), grpc.aio.Metadata((wire.ERROR_KEY, name)), details="x"
+    )
+    assert type(wire.error_of(failure)) is errors.ReplicaLostError
+
+
+def test_a_failed_deployment_shows_the_log():
+    error = errors.DeploymentFailedError("job 7 failed", job_id="7", state="FAILED", log="Traceback: ...")
+    assert str(error) == "job 7 failed\nTraceback: ..."
+    assert (error.job_id, error.state, error.log) == ("7", "FAILED", "Traceback: ...")
+
+
+def test_python_s_own_classes_catch_ours():
+    assert issubclass(errors.ConfigError, ValueError)
+    assert issubclass(errors.RequestTimeoutError, TimeoutError)
+    assert all(issubclass(kind, MIIError) for kind in CLASSES.values())

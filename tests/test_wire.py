@@ -1,0 +1,92 @@
+import pytest
+
+from mii_hpc import wire
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.config import GenerateParamsConfig
+from mii_hpc.engine.base import Delta, GenerationRequest
+from mii_hpc.errors import InvalidRequestError
+
+ALL_SET = GenerateParamsConfig(
+    max_length=100,
+    max_new_tokens=50,
+    min_new_tokens=3,
+    do_sample=True,
+    temperature=0.7,
+    top_p=0.25,
+    top_k=40,
+    repetition_penalty=1.1,
+    seed=2**63 - 1,
+    stop=("END", "\n\n", "é"),
+    ignore_eos=True,
+    return_full_text=True,
+    num_return_sequences=2,
+    logprobs=True,
+    stream=True,
+)
+
+
+def travelled(request):
+    return wire.unpack_request(wire.pack_request(request).SerializeToString())
+
+
+def test_a_request_with_every_option():
+    assert set(GenerateParamsConfig.model_fields) == ALL_SET.model_fields_set
+    request = GenerationRequest("id", "a prompt 🙂\x00\n", ALL_SET)
+    assert travelled(request) == request
+    greedy = GenerationRequest("id", "", GenerateParamsConfig(do_sample=False, seed=0))
+    assert travelled(greedy) == greedy
+
+
+def test_defaults_do_not_travel():
+    message = wire.pack_request(GenerationRequest("id", "prompt", GenerateParamsConfig(top_p=0.9, stream=False)))
+    assert message.params.ByteSize() == 0
+    assert travelled(GenerationRequest("", "", GenerateParamsConfig())).params == GenerateParamsConfig()
+
+
+def test_the_protocol_has_the_options_of_the_configuration():
+    fields = pb.GenerateParams.DESCRIPTOR.fields
+    assert [field.name for field in fields] == list(GenerateParamsConfig.model_fields)
+    assert all(field.is_repeated or field.has_presence for field in fields)
+
+
+@pytest.mark.parametrize("payload", [b"\xff", b"garbage", b"\x12\x05ab", b"\x12\x01\xff"])
+def test_what_is_no_request_is_refused(payload):
+    with pytest.raises(InvalidRequestError, match="not a valid GenerateRequest message"):
+        wire.unpack_request(payload)
+
+
+def test_options_out_of_range_are_refused_at_the_receiver_too():
+    message = pb.GenerateRequest(id="1", prompt="x", params=pb.GenerateParams(top_p=7, max_new_tokens=-1))
+    with pytest.raises(InvalidRequestError, match=r"max_new_tokens=-1: .*; top_p=7.0: "):
+        wire.unpack_request(message.SerializeToString())
+
+
+def test_lone_surrogates_are_refused_before_they_travel():
+    with pytest.raises(InvalidRequestError, match="^prompt: not valid Unicode at character 3"):
+        wire.pack_request(GenerationRequest("id", "bad\ud800", GenerateParamsConfig()))
+    with pytest.raises(InvalidRequestError, match="^stop"):
+        wire.pack_request(GenerationRequest("id", "good", GenerateParamsConfig(stop=("bad\ud800",))))
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        Delta(""),
+        Delta("text", (1, 2), (-0.5, -1.5), 3, 7, 9, "length"),
+        Delta("", (), (), 0, 5, 5, "stop"),
+    ],
+)
+def test_deltas_travel(delta):
+    sent = wire.pack_delta(delta).SerializeToString()
+    assert wire.unpack_delta(pb.GenerateChunk.FromString(sent)) == delta
+
+
+def test_methods_are_those_of_the_protocol():
+    services = pb.DESCRIPTOR.services_by_name
+    declared = {
+        f"/{service.full_name}/{method.name}": (method.input_type.name, method.output_type.name)
+        for service in services.values()
+        for method in service.methods
+    }
+    ours = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ATTEND)
+    assert {m.path: (m.request.DESCRIPTOR.name, m.response.DESCRIPTOR.name) for m in ours} == declared
