@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ from mii_hpc.rundir import check_private, private_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
+CLAIM_SECONDS = 5.0
+"""How long to try to replace a stale entry that others replace, too."""
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """A heartbeat older than this, where the job's scheduler cannot be asked, means that the deployment is gone."""
@@ -84,13 +87,16 @@ class Registry:
         aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         write_atomically(aside, entry.model_dump_json(indent=2))
         try:
-            for _ in range(8):  # each turn but the last has met, and removed, somebody's stale entry
+            deadline = time.monotonic() + CLAIM_SECONDS
+            while time.monotonic() < deadline:  # each turn but the last has met somebody's stale entry
                 try:
                     os.link(aside, path)
                     return
                 except FileExistsError:
                     holder = self._read(path)
                 if holder is not None:
+                    if holder.run_dir == entry.run_dir:  # an NFS server may answer a repeated request like this
+                        return
                     if is_live(holder):
                         raise DeploymentExistsError(
                             f"deployment_name='{holder.deployment_name}': taken by job {holder.job_id or '(new)'}, "
@@ -98,7 +104,8 @@ class Registry:
                         )
                     log.info("removing the stale entry of job %s from the registry", holder.job_id)
                     self.withdraw(holder)
-            raise RegistryError(f"{path}: could not be claimed; other processes keep changing it")
+                    time.sleep(0.01)
+            raise RegistryError(f"{path}: a stale entry that cannot be removed; remove it with: rm {path}")
         finally:
             aside.unlink(missing_ok=True)
 
@@ -122,16 +129,16 @@ class Registry:
         holder = self._read(path)
         if holder is None or holder.run_dir != entry.run_dir:
             return
-        # Renaming is what exactly one process can do; a name claimed anew in between is given back.
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        # Of all who remove this run's entry, who makes this link may; so nobody removes a name claimed in between.
+        right = path.with_name(f".{path.name}.{sha256(bytes(entry.run_dir)).hexdigest()[:16]}")
         try:
-            path.rename(aside)
-        except FileNotFoundError:
+            os.link(path, right)
+        except (FileExistsError, FileNotFoundError):
             return
-        taken = self._read(aside)
-        if taken is not None and taken.run_dir != entry.run_dir:
-            os.link(aside, path)
-        aside.unlink(missing_ok=True)
+        taken = self._read(right)
+        if taken is not None and taken.run_dir == entry.run_dir:
+            path.unlink(missing_ok=True)
+        right.unlink(missing_ok=True)
 
     def get(self, deployment_name: str) -> Entry | None:
         """Return the entry of that name, or None."""
