@@ -41,9 +41,10 @@ def check_model(model: ModelConfig) -> ModelConfig:
         )
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        described = {**config, **(config.get("text_config") or {})}
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {path} is unreadable: {error}") from error
-    _check_shape(model, {**config, **config.get("text_config", {})})
+    _check_shape(model, described)
     return model
 
 
