@@ -90,12 +90,12 @@ def test_an_unknown_name_is_answered_with_the_closest(arguments, sentence):
 
 
 def test_a_name_like_no_other_is_answered_with_all():
-    with pytest.raises(ConfigError, match="unknown field 'slurm.zzz': valid are account, constraint, .*, time$"):
+    with pytest.raises(ConfigError, match=r"unknown field 'slurm.zzz': valid are account, constraint, .*, time$"):
         resolve("model", slurm={"zzz": 1})
 
 
 def test_a_model_is_needed_except_by_the_echo_engine():
-    with pytest.raises(ConfigError, match="^model_name_or_path='': name a model folder"):
+    with pytest.raises(ConfigError, match=r"^model_name_or_path='': name a model folder"):
         resolve()
     assert resolve(inference_engine_config={"engine": "echo"}).deployment_name == "echo"
 
@@ -219,7 +219,7 @@ def test_the_home_is_absolute_and_follows_the_environment(monkeypatch, tmp_path)
 
 
 def test_configurations_are_frozen():
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match=r"frozen"):
         resolve("m").deployment_name = "other"
 
 

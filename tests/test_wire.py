@@ -51,7 +51,7 @@ def test_the_protocol_has_the_options_of_the_configuration():
 
 @pytest.mark.parametrize("payload", [b"\xff", b"garbage", b"\x12\x05ab", b"\x12\x01\xff"])
 def test_what_is_no_request_is_refused(payload):
-    with pytest.raises(InvalidRequestError, match="not a valid GenerateRequest message"):
+    with pytest.raises(InvalidRequestError, match=r"not a valid GenerateRequest message"):
         wire.unpack_request(payload)
 
 
@@ -62,9 +62,9 @@ def test_options_out_of_range_are_refused_at_the_receiver_too():
 
 
 def test_lone_surrogates_are_refused_before_they_travel():
-    with pytest.raises(InvalidRequestError, match="^prompt: not valid Unicode at character 3"):
+    with pytest.raises(InvalidRequestError, match=r"^prompt: not valid Unicode at character 3"):
         wire.pack_request(GenerationRequest("id", "bad\ud800", GenerateParamsConfig()))
-    with pytest.raises(InvalidRequestError, match="^stop"):
+    with pytest.raises(InvalidRequestError, match=r"^stop"):
         wire.pack_request(GenerationRequest("id", "good", GenerateParamsConfig(stop=("bad\ud800",))))
 
 

@@ -1,0 +1,233 @@
+import os
+import threading
+import time
+
+import pytest
+
+from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
+from mii_hpc.registry import STALE_SECONDS, Entry, Registry, heartbeat_is_fresh
+
+
+def entry(name="chat", run="/runs/a", **fields):
+    now = time.time()
+    given = {"model": "m", "tensor_parallel": 1, "replica_num": 1, "cluster": "local", "job_id": "7"}
+    return Entry(
+        deployment_name=name, run_dir=run, **{**given, "submitted": now, "heartbeat": now, "detail": "", **fields}
+    )
+
+
+def live(_entry):
+    return True
+
+
+def stale(_entry):
+    return False
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(tmp_path / "home")
+
+
+def test_claim_publish_get_withdraw(registry):
+    assert registry.get("chat") is None
+    assert registry.entries() == []
+    registry.claim(entry(), live)
+    registry.publish(entry(state="ready"))
+    assert registry.get("chat").state == "ready"
+    registry.withdraw(entry())
+    assert registry.get("chat") is None
+    registry.withdraw(entry())
+    assert list(registry.folder.iterdir()) == [], "nothing is left aside"
+
+
+def test_entries_and_folder_are_private(registry):
+    registry.claim(entry(), live)
+    assert registry.folder.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in registry.folder.iterdir()] == [0o600]
+
+
+def test_a_live_name_is_refused_and_says_by_whom(registry):
+    registry.claim(entry(state="ready"), live)
+    with pytest.raises(DeploymentExistsError, match=r"^deployment_name='chat': taken by job 7, which is ready;"):
+        registry.claim(entry(run="/runs/b"), live)
+    assert str(registry.get("chat").run_dir) == "/runs/a"
+
+
+def test_a_stale_entry_is_replaced(registry):
+    registry.claim(entry(), live)
+    registry.claim(entry(run="/runs/b"), stale)
+    assert str(registry.get("chat").run_dir) == "/runs/b"
+
+
+def test_a_repeated_claim_of_one_run_succeeds(registry):
+    registry.claim(entry(), live)
+    registry.claim(entry(), live)
+
+
+@pytest.mark.parametrize("left_over", [False, True], ids=["free name", "stale entry"])
+def test_of_many_claimants_exactly_one_wins(registry, left_over):
+    for attempt in range(6):
+        name = f"chat-{attempt}"
+        if left_over:
+            registry.claim(entry(name, "/runs/old"), live)
+        start = threading.Barrier(16)
+        won, lost = [], []
+
+        def claim(number, name=name, start=start, won=won, lost=lost):
+            mine = entry(name, f"/runs/{number}")
+            start.wait()
+            try:
+                registry.claim(mine, lambda holder: str(holder.run_dir) != "/runs/old")
+                won.append(mine.run_dir)
+            except DeploymentExistsError as error:
+                lost.append(error)
+
+        threads = [threading.Thread(target=claim, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert (len(won), len(lost)) == (1, 15)
+        assert registry.get(name).run_dir == won[0]
+
+
+def test_a_run_withdraws_only_its_own_entry(registry):
+    registry.claim(entry(run="/runs/b"), live)
+    registry.withdraw(entry(run="/runs/a"))
+    assert registry.get("chat") is not None
+
+
+def test_withdrawing_does_not_remove_what_was_claimed_meanwhile(registry, monkeypatch):
+    """The entry of a dead run is found, but replaced by somebody else before it is removed."""
+    registry.claim(entry(run="/runs/dead"), live)
+    real = os.link
+
+    def claimed_just_before(source, target):
+        monkeypatch.setattr(os, "link", real)
+        registry.withdraw(entry(run="/runs/dead"))
+        registry.claim(entry(run="/runs/new"), live)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", claimed_just_before)
+    registry.withdraw(entry(run="/runs/dead"))
+    assert str(registry.get("chat").run_dir) == "/runs/new"
+    assert len(list(registry.folder.iterdir())) == 1
+
+
+def test_a_deployment_that_lost_its_name_does_not_take_it_back(registry):
+    registry.claim(entry(), live)
+    registry.withdraw(entry())
+    with pytest.raises(DeploymentNotFoundError):
+        registry.publish(entry())
+    registry.claim(entry(run="/runs/b"), live)
+    with pytest.raises(DeploymentExistsError):
+        registry.publish(entry())
+
+
+def test_half_written_entries_are_never_seen(registry):
+    registry.claim(entry(detail="x" * 100_000), live)
+    stop = threading.Event()
+
+    def rewrite():
+        for letter in "abcdefghij" * 6:
+            registry.publish(entry(detail=letter * 100_000))
+        stop.set()
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    seen = set()
+    while not stop.is_set():
+        found = registry.get("chat")
+        assert len(found.detail) == 100_000
+        assert len(set(found.detail)) == 1
+        assert [e.deployment_name for e in registry.entries()] == ["chat"]
+        seen.add(found.detail[0])
+    writer.join()
+    assert len(seen) > 2
+
+
+def test_find(registry, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    registry.claim(entry("one", model="org/model"), live)
+    registry.claim(entry("two", "/runs/2", model=str(link)), live)
+    assert registry.find("one").deployment_name == "one"
+    assert registry.find("org/model").deployment_name == "one"
+    for path in (model, link, f"{model}/", tmp_path / "link" / ".." / "model"):
+        assert registry.find(str(path)).deployment_name == "two"
+
+
+def test_find_prefers_the_name(registry):
+    registry.claim(entry("gpt2", model="other"), live)
+    registry.claim(entry("mine", "/runs/2", model="gpt2"), live)
+    assert registry.find("gpt2").deployment_name == "gpt2"
+
+
+def test_an_ambiguous_model_is_answered_with_the_names(registry):
+    registry.claim(entry("one"), live)
+    registry.claim(entry("two", "/runs/2"), live)
+    with pytest.raises(DeploymentNotFoundError, match=r"'m' is served by several .*: 'one', 'two'$"):
+        registry.find("m")
+
+
+def test_what_is_not_there_is_answered_with_what_is(registry):
+    with pytest.raises(DeploymentNotFoundError, match=r"there: none$"):
+        registry.find("chat")
+    registry.claim(entry("one"), live)
+    with pytest.raises(DeploymentNotFoundError, match=r"'chat' in .*; there: 'one' \(m\)$"):
+        registry.find("chat")
+
+
+def everything(registry):
+    yield lambda: registry.claim(entry(), live)
+    yield lambda: registry.get("chat")
+    yield lambda: registry.find("chat")
+    yield registry.entries
+
+
+def test_a_folder_open_to_others_is_refused_with_the_remedy(registry):
+    registry.claim(entry(), live)
+    registry.folder.chmod(0o777)
+    for act in everything(registry):
+        with pytest.raises(
+            RegistryError, match=rf"mode 0777 lets others in; mend it with: chmod 700 {registry.folder}"
+        ):
+            act()
+
+
+def test_a_folder_of_somebody_else_is_refused(registry, monkeypatch):
+    registry.claim(entry(), live)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    for act in everything(registry):
+        with pytest.raises(
+            RegistryError, match=rf"belongs to user id {os.getuid()}, .*\(user id 12345\).*MII_HPC_HOME"
+        ):
+            act()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RegistryError, match=r"cannot be made: Not a directory"):
+        Registry(tmp_path / "file").claim(entry(), live)
+
+
+def test_what_is_no_entry_is_refused_by_its_path(registry):
+    registry.claim(entry(), live)
+    path = registry.folder / "chat.json"
+    path.write_text("{}")
+    with pytest.raises(RegistryError, match=f"^{path}: not an entry"):
+        registry.get("chat")
+
+
+def test_entries_of_newer_versions_can_be_read():
+    text = entry().model_dump_json().replace('"detail"', '"a_new_field":1,"detail"')
+    assert Entry.model_validate_json(text).deployment_name == "chat"
+
+
+def test_heartbeats():
+    now = time.time()
+    assert heartbeat_is_fresh(entry(heartbeat=now))
+    assert not heartbeat_is_fresh(entry(heartbeat=now - STALE_SECONDS - 1))
