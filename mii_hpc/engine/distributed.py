@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import socket
@@ -139,6 +140,9 @@ def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
         return False
     folder = _extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # The ninja that was installed with us, also where the environment is not activated; another version of it
+    # would find the operator out of date and build it again.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -166,6 +170,8 @@ def _extensions_folder() -> Path:
     status = base.lstat()
     if base.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         base = Path(tempfile.mkdtemp(prefix="mii_hpc-"))
-    folder = base / f"torch-{torch.__version__}"
+    # What is built against one installation is out of date for any other.
+    installation = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    folder = base / f"torch-{torch.__version__}-{installation}"
     folder.mkdir(exist_ok=True)
     return folder
