@@ -227,8 +227,8 @@ def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_pat
         text = engine._model.tokenizer.decode([70])
         with pytest.raises(InvalidRequestError, match="not finite"):
             submit(engine, text).wait()
-        for _ in range(3):  # in the very blocks that held the numbers
-            submit(engine, "fine", do_sample=False, max_new_tokens=1).wait()
+        for _ in range(3):  # in the very block that held those numbers
+            submit(engine, "A!", do_sample=False, max_new_tokens=1).wait()
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tmp_path):
