@@ -29,6 +29,7 @@ from mii_hpc.errors import (
     DeploymentError,
     DeploymentStoppingError,
     MIIError,
+    RegistryError,
     ReplicaLostError,
     RequestTimeoutError,
     UnavailableError,
@@ -114,7 +115,7 @@ class Balancer:
             on_leaving=self.stop,
         )
         self._entry: Entry | None = None
-        self._was_ready = False
+        self._was_ready = self._ended = False
         self._stopping = asyncio.Event()
         self._reason = self._failure = ""
         self._dirty = asyncio.Event()
@@ -222,8 +223,10 @@ class Balancer:
             await self._drain()
             await self.membership.dismiss(self._failure, DISMISS_SECONDS)
         finally:
-            for task in (keeping, watching):
-                task.cancel()
+            watching.cancel()
+            # Not cancelled: a write that is under way on its thread must not come after the withdrawal.
+            self._ended = True
+            self._dirty.set()
             await asyncio.gather(keeping, watching, return_exceptions=True)
             for replica in self._router.live:
                 await replica.channel.close()
@@ -322,8 +325,9 @@ class Balancer:
 
     async def _keep_entry(self) -> None:
         """Publish the entry whenever something changes, and at least as a heartbeat."""
-        while True:
+        while not self._ended:
             assert self._entry is not None
+            self._dirty.clear()
             waiting = [r.detail for r in self.membership.replicas if r.state != "ready" and r.detail]
             ready = sum(r.state == "ready" for r in self.membership.replicas)
             detail = f"{ready} of {len(self.membership.replicas)} replicas ready" + (
@@ -337,11 +341,11 @@ class Balancer:
             except DeploymentError as error:
                 self.stop(f"it has lost its name: {error}")
                 return
-            except OSError as error:  # a full or absent filesystem must not end the deployment
+            except (OSError, RegistryError) as error:  # a full or absent filesystem must not end the deployment
                 log.warning("the registry entry could not be written: %s", error)
-            self._dirty.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._dirty.wait(), HEARTBEAT_SECONDS if not waiting else 0.5)
+                async with asyncio.timeout(HEARTBEAT_SECONDS if not waiting else 0.5):
+                    await self._dirty.wait()
 
 
 async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
