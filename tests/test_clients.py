@@ -1,0 +1,499 @@
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import mii_hpc
+from mii_hpc import clients
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.clients import AsyncMIIClient, MIIClient
+from mii_hpc.config import MIIConfig
+from mii_hpc.errors import (
+    ConfigError,
+    DeploymentNotFoundError,
+    DeploymentStoppingError,
+    InvalidRequestError,
+    QueueFullError,
+    ReplicaLostError,
+    RequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
+from mii_hpc.job import balancer
+from mii_hpc.job.replica import InferenceService
+from tests.live import Deployment, until
+
+FOREVER = {"max_new_tokens": 10**6}
+
+
+def replicas(responses):
+    return [response.replica for response in responses]
+
+
+async def test_requests_take_turns(deploy):
+    client = (await deploy(replica_num=3)).client()
+    one_at_a_time = [(await client.generate(f"prompt {number}"))[0] for number in range(6)]
+    assert replicas(one_at_a_time) == [0, 1, 2, 0, 1, 2]
+    in_a_list = await client.generate([f"prompt {number}" for number in range(6)])
+    assert replicas(in_a_list) == [0, 1, 2, 0, 1, 2]
+    assert [str(response) for response in in_a_list] == [f"prompt {number} " for number in range(6)]
+    assert replicas(await client(["a"] * 4)) == [0, 1, 2, 0]
+    assert replicas(await client(["a"] * 3)) == [1, 2, 0], "the turn goes on where the last list ended"
+
+
+async def test_requests_take_turns_whatever_their_size(deploy):
+    client = (await deploy()).client()
+    prompts = ["x" * (1, 200_000, 10, 3_000)[number % 4] + str(number) for number in range(200)]
+    responses = await client.generate(prompts)
+    assert replicas(responses) == [0, 1] * 100
+    assert [response.generated_text.strip() for response in responses] == prompts
+
+
+async def test_what_a_response_tells(deploy):
+    client = (await deploy()).client()
+    (response,) = await client.generate("one two three", max_new_tokens=2, logprobs=True)
+    assert (response.generated_text, str(response), repr(response)) == ("one two ",) * 3
+    assert (response.prompt_length, response.generated_length, response.finish_reason) == (3, 2, "length")
+    assert (response.token_ids, response.logprobs) == ((0, 1), (0.0, 0.0))
+    assert (await client.generate("a b", stop="b", return_full_text=True))[0].finish_reason == "stop"
+
+
+async def test_a_stream_joins_to_the_unary_answer(deploy):
+    client = (await deploy(replica_num=1)).client()
+    options = {"max_new_tokens": 7, "logprobs": True}
+    (whole,) = await client.generate("to be or not", **options)
+    pieces = [piece async for piece in client.stream("to be or not", **options)]
+    heard = []
+    (joined,) = await client.generate("to be or not", heard.extend, **options)
+    assert joined == whole
+    for stream in (pieces, heard):
+        assert "".join(map(str, stream)) == whole.generated_text
+        assert sum((piece.token_ids for piece in stream), ()) == whole.token_ids
+        assert [piece.finish_reason for piece in stream][-1] == whole.finish_reason
+        assert {piece.finish_reason for piece in stream[:-1]} <= {None}
+        assert stream[-1].generated_length == whole.generated_length
+
+
+async def test_pieces_come_as_they_are_made(deploy):
+    client = (await deploy(replica_num=1, echo_delay=0.03)).client()
+    assert len([piece async for piece in client.stream("a b c d")]) == 4
+
+
+async def test_several_answers_to_one_prompt(deploy):
+    client = (await deploy()).client()
+    responses = await client.generate(["a b", "c"], num_return_sequences=2)
+    assert [(str(r), r.index, r.replica) for r in responses] == [
+        ("a b ", 0, 0),
+        ("a b ", 1, 0),
+        ("c ", 0, 1),
+        ("c ", 1, 1),
+    ]
+    pieces = [piece async for piece in client.stream("a b", num_return_sequences=2)]
+    assert "".join(str(piece) for piece in pieces if piece.index == 1) == "a b "
+
+
+async def test_a_bad_prompt_fails_alone_and_last(deploy):
+    deployment = await deploy(echo_delay=0.02)
+    with pytest.raises(InvalidRequestError, match=r"^the prompt is empty$") as failure:
+        await deployment.client().generate(["good", "", "a b c d e f g h"])
+    good, bad, slow = failure.value.responses
+    assert [str(response) for response in (*good, *slow)] == ["good ", "a b c d e f g h "]
+    assert bad is failure.value
+    assert deployment.is_idle()
+
+
+async def test_wrong_options_are_refused_before_anything_is_sent(tmp_path):
+    client = AsyncMIIClient(MIIConfig(deployment_name="absent", home=tmp_path))
+    for call in (
+        client.generate("x", top_p=7),
+        client.generate("x", max_tokens=7),
+        client.generate(["x", 7]),
+        client.generate(["x", "y"], print),
+        anext(client.stream("x", top_k=0)),
+        client.generate("bad\ud800"),
+    ):
+        with pytest.raises(InvalidRequestError):
+            await call
+
+
+async def test_a_client_needs_a_name():
+    with pytest.raises(ConfigError, match=r"^deployment_name='': "):
+        MIIClient(MIIConfig())
+
+
+@pytest.mark.parametrize("prompts", ["one", ["one", "two", "three"]], ids=["one", "several"])
+async def test_a_timeout_ends_the_requests_everywhere(deploy, prompts):
+    deployment = await deploy(echo_delay=0.01)
+    began = time.monotonic()
+    with pytest.raises(RequestTimeoutError):
+        await deployment.client().generate(prompts, timeout=0.2, **FOREVER)
+    assert 0.2 <= time.monotonic() - began < 5
+    await until(deployment.is_idle)
+
+
+async def test_a_stream_has_a_timeout_too(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    pieces = []
+    with pytest.raises(RequestTimeoutError):
+        async for piece in deployment.client().stream("one two", timeout=0.3, **FOREVER):
+            pieces.append(piece)
+    assert pieces
+    await until(deployment.is_idle)
+
+
+async def test_leaving_a_stream_cancels_it_everywhere(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    stream = deployment.client().stream("one", **FOREVER)
+    await anext(stream)
+    assert sum(stats.running for stats in deployment.stats()) == 1
+    await stream.aclose()
+    await until(deployment.is_idle)
+
+
+async def test_a_cancelled_call_ends_its_requests_everywhere(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    call = asyncio.create_task(deployment.client().generate(["a", "b", "c", "d"], **FOREVER))
+    await until(lambda: [stats.running for stats in deployment.stats()] == [2, 2])
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await until(deployment.is_idle)
+
+
+async def test_a_failing_streaming_fn_ends_the_request(deploy):
+    deployment = await deploy(echo_delay=0.01)
+
+    def fail(_responses):
+        raise RuntimeError("the caller's own")
+
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        await deployment.client().generate("one", fail, **FOREVER)
+    await until(deployment.is_idle)
+
+
+@pytest.mark.parametrize("notice", ["connection", "report"])
+async def test_a_replica_lost_in_mid_stream(deploy, notice):
+    deployment = await deploy(tensor_parallel=2, echo_delay=0.01)
+    client = deployment.client()
+    calls = [asyncio.create_task(client.generate(f"{n} b", max_new_tokens=60)) for n in range(4)]
+    await until(lambda: [stats.running for stats in deployment.stats()] == [2, 2])
+    leader, follower = deployment.ranks[2:]
+    if notice == "connection":
+        await leader.stop_engine()
+    leader.report_death()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    lost = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert [type(error) for error in lost] == [ReplicaLostError] * 2
+    assert {str(error) for error in lost} == {"deployment 'chat' lost replica 1 on node2 with the request in flight"}
+    assert [response.generated_length for (response,) in (o for o in outcomes if o not in lost)] == [60, 60]
+    await until(lambda: deployment.balancer.membership.replicas[1].state == "ready")
+    assert leader.epochs == follower.epochs == [1, 2]
+    assert deployment.ranks[0].epochs == [1]
+    assert sorted(replicas(await client.generate(["a", "b"]))) == [0, 1]
+
+
+async def test_a_replica_lost_between_requests_is_not_asked(deploy):
+    deployment = await deploy(replica_num=3)
+    client = deployment.client()
+    deployment.ranks[1].comes_back = False
+    deployment.ranks[1].report_death()
+    await until(lambda: len(deployment.balancer._router.live) == 2)
+    assert replicas(await client.generate(["a"] * 4)) == [0, 2, 0, 2]
+
+
+async def test_without_a_live_replica(deploy):
+    deployment = await deploy()
+    for rank in deployment.ranks:
+        rank.comes_back = False
+        rank.report_death()
+    await until(lambda: not deployment.balancer._router.live)
+    with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve"):
+        await deployment.client().generate("x")
+
+
+async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
+    async def cut(self, payload, context):
+        yield pb.GenerateChunk(text="The answer is not", generated_length=4)
+
+    monkeypatch.setattr(InferenceService, "generate", cut)
+    client = (await deploy()).client()
+    with pytest.raises(RequestError, match="cut short"):
+        await client.generate("x")
+    with pytest.raises(RequestError, match="cut short"):
+        [piece async for piece in client.stream("x")]
+
+
+async def test_a_full_queue(deploy):
+    deployment = await deploy(replica_num=1, max_batch_size=1, queue_bound=2, echo_delay=0.01)
+    with pytest.raises(QueueFullError, match="2 requests are waiting") as failure:
+        await deployment.client().generate(["a"] * 6, max_new_tokens=10)
+    assert failure.value.retryable
+    assert 3 <= sum(isinstance(outcome, list) for outcome in failure.value.responses) < 6
+
+
+async def test_status(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    client = deployment.client()
+    await client.generate(["a", "b", "c"])
+    stream = client.stream("x", **FOREVER)
+    await anext(stream)
+    status = await client.status()
+    await stream.aclose()
+    assert (status.deployment_name, status.state, status.job_id) == ("chat", "ready", str(deployment.job.pid))
+    assert [(r.state, r.host, r.epoch, r.served, r.in_flight) for r in status.replicas] == [
+        ("ready", "node0", 1, 2, 0),
+        ("ready", "node1", 1, 2, 1),
+    ]
+
+
+async def test_terminate_lets_running_requests_finish(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    client, other = deployment.client(), deployment.client()
+    running = asyncio.create_task(client.generate("a b c", max_new_tokens=30))
+    await until(lambda: not deployment.is_idle())
+    ending = asyncio.create_task(other.terminate_server())
+    await until(lambda: deployment.state() == "stopping")
+    with pytest.raises(DeploymentStoppingError, match=r"^deployment 'chat' is ending \(a client asked for it\)$"):
+        await client.generate("too late")
+    assert (await running)[0].generated_length == 30
+    await ending
+    assert deployment.registry.get("chat") is None
+    assert [rank.left for rank in deployment.ranks] == ["", ""]
+
+
+async def test_terminate_does_not_wait_for_long_requests(deploy, monkeypatch):
+    monkeypatch.setattr(balancer, "DRAIN_SECONDS", 0.1)
+    deployment = await deploy(echo_delay=0.01)
+    client = deployment.client()
+    running = asyncio.create_task(client.generate("a", **FOREVER))
+    await until(lambda: not deployment.is_idle())
+    await client.terminate_server()
+    with pytest.raises((DeploymentStoppingError, UnavailableError)):
+        await running
+
+
+async def test_after_the_end(deploy):
+    deployment = await deploy()
+    client = deployment.client()
+    await client.generate("x")
+    await deployment.client().terminate_server()
+    await deployment.server.stop(None)
+    with pytest.raises((UnavailableError, DeploymentStoppingError)):
+        await client.generate("x")
+    with pytest.raises(DeploymentNotFoundError, match="'chat' is not in the registry"):
+        await client.generate("x")
+    with pytest.raises(DeploymentNotFoundError):
+        await client.terminate_server()
+
+
+async def test_a_client_follows_its_deployment_to_another_address(deploy):
+    first = await deploy()
+    async with AsyncMIIClient(first.config) as client:
+        await client.generate("x")
+        await first.stop()
+        second = await deploy()
+        assert second.address != first.address
+        with pytest.raises(UnavailableError):
+            await client.generate("x")
+        await client.generate("x")
+
+
+async def test_before_the_balancer_listens(tmp_path):
+    deployment = Deployment(tmp_path)
+    client = deployment.client()
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' is not serving yet: job  is pending$"):
+        await client.generate("x")
+    assert (await client.status()).state == "pending"
+    deployment.end_job()
+
+
+async def test_nobody_at_the_address(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
+    deployment = await deploy()
+    await deployment.server.stop(None)
+    with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} "):
+        await deployment.client().generate("x")
+
+
+async def test_through_a_tunnel(deploy):
+    deployment = await deploy()
+    port = int(deployment.address.rpartition(":")[2])
+    deployment.registry.publish(deployment.registry.get("chat").model_copy(update={"address": "192.0.2.1:1"}))
+    config = deployment.config.model_copy(update={"port_number": port})
+    async with AsyncMIIClient(config, "localhost") as client:
+        assert str((await client.generate("hello"))[0]) == "hello "
+
+
+# The client for plain scripts.
+
+
+@pytest.fixture
+def sync_client(deploy_in_thread):
+    """A plain client, of a deployment that it has as an attribute."""
+    threaded = deploy_in_thread(echo_delay=0.005)
+    with MIIClient(threaded.config) as client:
+        client.threaded = threaded
+        yield client
+
+
+def test_a_plain_script(sync_client):
+    assert replicas(sync_client(["a", "b", "c"])) == [0, 1, 0]
+    heard = []
+    (whole,) = sync_client.generate("a b c", streaming_fn=heard.extend)
+    assert "".join(map(str, heard)) == "".join(map(str, sync_client.stream("a b c"))) == str(whole) == "a b c "
+    assert sync_client.status().state == "ready"
+    sync_client.close()
+    assert str(sync_client("again")[0]) == "again "
+
+
+def test_errors_are_the_same(sync_client):
+    with pytest.raises(InvalidRequestError, match="the prompt is empty") as failure:
+        sync_client.generate(["a", ""])
+    assert str(failure.value.responses[0][0]) == "a "
+    with pytest.raises(InvalidRequestError, match="one prompt at a time"):
+        sync_client.generate(["a", "b"], print)
+    with pytest.raises(RequestTimeoutError):
+        sync_client.generate("a", timeout=0.1, **FOREVER)
+    sync_client.threaded.until(sync_client.threaded.deployment.is_idle)
+
+
+def test_streaming_fn_is_called_on_the_callers_thread(sync_client):
+    threads = []
+    sync_client.generate("a b", lambda _responses: threads.append(threading.current_thread()))
+    assert set(threads) == {threading.current_thread()}
+
+
+def test_leaving_a_plain_stream_cancels_it(sync_client):
+    for _ in sync_client.stream("a", **FOREVER):
+        break
+    sync_client.threaded.until(sync_client.threaded.deployment.is_idle)
+
+
+async def test_a_plain_client_inside_a_running_loop(sync_client):
+    assert str(sync_client("in Jupyter")[0]) == "in Jupyter "
+    assert "".join(map(str, sync_client.stream("a b"))) == "a b "
+
+
+def test_a_plain_client_in_eight_threads(sync_client):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: sync_client([f"{n} a", f"{n} b"]), range(32)))
+    assert [[str(r) for r in answer] for answer in answers] == [[f"{n} a ", f"{n} b "] for n in range(32)]
+
+
+def test_the_verbs(deploy_in_thread):
+    threaded = deploy_in_thread()
+    home = {"home": threaded.config.home}
+    by_name, by_model = mii_hpc.client("chat", home), mii_hpc.client("echo", home)
+    assert str(by_name("x")[0]) == str(by_model("x")[0]) == "x "
+    by_name.terminate_server()
+    with pytest.raises(DeploymentNotFoundError, match="there: none"):
+        mii_hpc.client("chat", home)
+    by_model.close()
+
+
+def test_a_deployment_whose_job_is_gone_is_not_found(deploy_in_thread):
+    threaded = deploy_in_thread()
+    threaded.deployment.end_job()
+    with pytest.raises(DeploymentNotFoundError, match=r"its job \d+ has ended without notice"):
+        mii_hpc.client("chat", {"home": threaded.config.home})
+
+
+def in_a_process(script, threaded, **popen):
+    """Run a script, which finds a client in the name `client`, in a process of its own."""
+    begin = (
+        "import json, os, sys, threading, time, mii_hpc\n"
+        f"client = mii_hpc.client('chat', {{'home': {str(threaded.config.home)!r}}})\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", begin + script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+FORKED_WHILE_IDLE = """
+print(client("before"), flush=True)
+for _ in range(2):
+    child = os.fork()
+    print(client("parent" if child else "child"), flush=True)
+    if not child:
+        client.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_after_a_fork_while_idle(deploy_in_thread):
+    script = in_a_process(FORKED_WHILE_IDLE, deploy_in_thread())
+    output, errors = script.communicate(timeout=60)
+    assert script.returncode == 0, errors
+    assert sorted(output.splitlines()) == ["[before ]", "[child ]", "[child ]", "[parent ]", "[parent ]"]
+
+
+FORKED_WHILE_BUSY = """
+done = []
+busy = threading.Thread(target=lambda: done.append(client("a b", max_new_tokens=100)))
+busy.start()
+while client.status().replicas[0].in_flight == 0:
+    time.sleep(0.005)
+child = os.fork()
+if not child:
+    try:
+        client("child")
+    except mii_hpc.UnavailableError as error:
+        print(error, flush=True)
+        os._exit(0)
+    os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+busy.join()
+print(done[0][0].generated_length, client("parent"), flush=True)
+"""
+
+
+def test_after_a_fork_while_busy(deploy_in_thread):
+    script = in_a_process(FORKED_WHILE_BUSY, deploy_in_thread(echo_delay=0.01))
+    output, errors = script.communicate(timeout=60)
+    assert script.returncode == 0, errors
+    child, parent = output.splitlines()
+    assert child.startswith("this process was forked while requests of its parent were running")
+    assert parent == "100 [parent ]"
+
+
+INTERRUPTED = """
+try:
+    client(["a", "b"], max_new_tokens=10**6)
+except KeyboardInterrupt:
+    print(client("still works"), flush=True)
+    input()
+"""
+
+
+def test_ctrl_c_ends_the_requests(deploy_in_thread):
+    threaded = deploy_in_thread(echo_delay=0.01)
+    script = in_a_process(INTERRUPTED, threaded, stdin=subprocess.PIPE)
+    threaded.until(lambda: [stats.running for stats in threaded.deployment.stats()] == [1, 1])
+    script.send_signal(signal.SIGINT)
+    assert script.stdout.readline() == "[still works ]\n"
+    threaded.until(threaded.deployment.is_idle)
+    script.communicate("\n", timeout=30)
+
+
+LOADED = """
+client("hello"), list(client.stream("hello"))
+print(json.dumps(sorted(sys.modules)))
+client.close()
+"""
+
+
+def test_a_client_loads_neither_torch_nor_mpi(deploy_in_thread):
+    script = in_a_process(LOADED, deploy_in_thread(), env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    output, errors = script.communicate(timeout=60)
+    assert script.returncode == 0, errors
+    loaded = set(json.loads(output))
+    assert "grpc" in loaded
+    assert not loaded & {"torch", "transformers", "deepspeed", "mpi4py", "numpy"}
