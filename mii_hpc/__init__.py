@@ -12,7 +12,12 @@ Importing this loads neither torch nor MPI, and each name is loaded when it is f
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# gRPC reads this when it is loaded, and never again. Without it every connection that is closed for idleness leaves
+# a line on the user's standard error.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 if TYPE_CHECKING:
     from mii_hpc.api import client as client

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mii_hpc import startup, submission
-from mii_hpc.clients import MIIClient
+from mii_hpc.clients import MIIClient, find
 from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
 from mii_hpc.errors import ConfigError
-from mii_hpc.registry import Registry
 
 
 def serve(
@@ -36,16 +36,23 @@ def serve(
     return MIIClient(config)
 
 
-def client(model_or_deployment_name: str, mii_config: Mapping[str, Any] | MIIConfig | None = None) -> MIIClient:
-    """Return a client of a running deployment, found in the registry by its name or its model.
+def client(
+    model_or_deployment_name: str,
+    mii_config: Mapping[str, Any] | MIIConfig | None = None,
+    registry: str | Path | None = None,
+) -> MIIClient:
+    """Return a client of a running deployment, found by its name or its model's.
 
-    `mii_config` is needed only for another `home` than the default one. Raises DeploymentNotFoundError when there
-    is no such deployment, or more than one serves the model.
+    Looked for in your own home (`mii_config`, where it is not the default one), then in the homes of those who share
+    theirs with you: `registry`, or the colon-separated paths in MII_HPC_PATH. Raises DeploymentNotFoundError when
+    there is no such deployment, or more than one serves the model; RegistryError when a home cannot be trusted.
     """
     if not isinstance(model_or_deployment_name, str) or not model_or_deployment_name:
         raise ConfigError(f"model_or_deployment_name={model_or_deployment_name!r}: must be a name")
     config = mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})
-    entry = Registry(config.home).find(model_or_deployment_name)
-    found = MIIClient(config.model_copy(update={"deployment_name": entry.deployment_name}))
+    paths = str(registry) if registry is not None else os.environ.get("MII_HPC_PATH", "")
+    homes = [config.home, *(Path(path).expanduser() for path in paths.split(":") if path)]
+    config = find(model_or_deployment_name, config, homes)
+    found = MIIClient(config)
     found.check()
     return found

@@ -13,13 +13,14 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from mii_hpc import credentials, transport, wire
+from mii_hpc import credentials, sharing, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.engine.base import Delta, GenerationRequest
@@ -33,7 +34,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.registry import Entry, Registry
+from mii_hpc.registry import Entry, Registry, choose
 from mii_hpc.rundir import RunDir
 
 CONNECT_SECONDS = 20.0
@@ -103,11 +104,60 @@ class DeploymentStatus:
     replicas: tuple[ReplicaStatus, ...]
 
 
+class Located(NamedTuple):
+    """A deployment, as a client finds it."""
+
+    entry: Entry
+    credentials: credentials.ClientCredentials
+    shared: bool
+
+
+def locate(config: MIIConfig) -> Located:
+    """Find a deployment by its name, in the user's own home or in that of somebody who shares it.
+
+    Raises DeploymentNotFoundError when it is not there, RegistryError when what is there cannot be trusted.
+    """
+    if sharing.is_foreign(config.home):
+        entry, keys = sharing.read(config.home, config.deployment_name)
+        shared = True
+    else:
+        found = Registry(config.home).get(config.deployment_name)
+        if found is None:
+            raise DeploymentNotFoundError(
+                f"deployment '{config.deployment_name}' is not in the registry {config.home / 'registry'}"
+            )
+        entry, keys, shared = found, credentials.load_owner(RunDir(found.run_dir)), False
+    if keys.fingerprint != entry.fingerprint:
+        raise RegistryError(f"deployment '{config.deployment_name}': its certificate is not the one in the registry")
+    return Located(entry, keys, shared)
+
+
+def find(model_or_deployment_name: str, config: MIIConfig, homes: Sequence[Path]) -> MIIConfig:
+    """Return the configuration of the first deployment of that name or model in one of the homes.
+
+    Raises DeploymentNotFoundError when there is none, or more than one of that model in a home.
+    """
+    missed = []
+    for home in homes:
+        try:
+            if sharing.is_foreign(home):
+                shared = [sharing.read(home, name)[0] for name in sharing.names(home)]
+                entry = choose(shared, model_or_deployment_name, sharing.shares_of(home))
+            else:
+                entry = Registry(home).find(model_or_deployment_name)
+        except DeploymentNotFoundError as error:
+            missed.append(str(error))
+        else:
+            return config.model_copy(update={"home": home, "deployment_name": entry.deployment_name})
+    raise DeploymentNotFoundError("; ".join(missed))
+
+
 class AsyncMIIClient:
     """A client for use inside one event loop; every method belongs to the loop of the first call.
 
-    `mii_config` names the deployment and the home of its registry. The balancer's address is the one in the
-    registry; where `port_number` is set it is `host` with that port, as through an SSH tunnel.
+    `mii_config` names the deployment and the home of its registry, which may be the home of somebody who shares it
+    with you. The balancer's address is the one in the registry, unless `host` names another way to it, such as the
+    "127.0.0.1" of an SSH tunnel; its port is `port_number` then, where that is set.
     """
 
     def __init__(self, mii_config: MIIConfig, host: str = "localhost") -> None:
@@ -116,6 +166,7 @@ class AsyncMIIClient:
         self.mii_config = mii_config
         self._host = host
         self._channel: grpc.aio.Channel | None = None
+        self._address = ""
         self._metadata: tuple[tuple[str, str], ...] = ()
         self._connecting = asyncio.Lock()
 
@@ -166,7 +217,7 @@ class AsyncMIIClient:
 
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
-        entry = self._entry()
+        entry = locate(self.mii_config).entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
         answer = await self._call(wire.STATUS, pb.StatusRequest())
@@ -191,9 +242,11 @@ class AsyncMIIClient:
         """
         from mii_hpc import submission
 
-        entry = self._entry()
+        located = locate(self.mii_config)
+        if located.shared:
+            await self._call(wire.TERMINATE, pb.TerminateRequest())  # which the deployment refuses, in its own words
+        entry, registry = located.entry, Registry(self.mii_config.home)
         job = submission.job_of(entry)
-        registry = Registry(self.mii_config.home)
         if entry.address:
             try:
                 await self._call(wire.TERMINATE, pb.TerminateRequest())
@@ -208,6 +261,14 @@ class AsyncMIIClient:
             if time.monotonic() > deadline:
                 raise UnavailableError(f"job {entry.job_id} has not ended after {TERMINATE_SECONDS:.0f} s; try scancel")
             await asyncio.sleep(0.2)
+        await self.close()
+
+    async def rotate_token(self) -> None:
+        """Make the deployment's old tokens open nothing from now on, without touching requests that run.
+
+        The owner's other clients, and those of the group it is shared with, read the new ones from their files.
+        """
+        await self._call(wire.ROTATE_TOKEN, pb.RotateTokenRequest())
         await self.close()
 
     async def close(self) -> None:
@@ -285,11 +346,13 @@ class AsyncMIIClient:
             raise await self._failed(failure) from None
 
     async def _failed(self, failure: grpc.aio.AioRpcError) -> MIIError:
+        if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
+            await self.close()  # the token may have been rotated; the next call reads it anew
         if failure.code() is grpc.StatusCode.UNAVAILABLE and wire.own_error_name(failure) is None:
             # The balancer may have moved (a requeued job); the next call looks it up anew.
             await self.close()
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
-                self._entry()
+                locate(self.mii_config)
                 return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
             return UnavailableError(self._says("is gone"))
         return wire.error_of(failure)
@@ -297,31 +360,26 @@ class AsyncMIIClient:
     async def _connected(self) -> grpc.aio.Channel:
         """Return the channel to the balancer, once it is connected; a request must not overtake another."""
         async with self._connecting:
-            if self._channel is not None:
-                return self._channel
-            entry = self._entry()
-            if not entry.address:
-                raise UnavailableError(self._says(f"is not serving yet: job {entry.job_id} is {entry.state}"))
-            keys = credentials.load(RunDir(entry.run_dir))
-            port = self.mii_config.port_number
-            channel = transport.open_channel(f"{self._host}:{port}" if port else entry.address, keys)
+            if self._channel is None:
+                located = locate(self.mii_config)
+                self._address = self._way_to(located.entry)
+                self._metadata = transport.authorization(located.credentials)
+                self._channel = transport.open_channel(self._address, located.credentials)
             try:
-                await asyncio.wait_for(channel.channel_ready(), CONNECT_SECONDS)
+                await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
             except TimeoutError:
-                await channel.close()
+                await self.close()
                 raise UnavailableError(
-                    self._says(
-                        f"does not answer at {entry.address} (job {entry.job_id}) within {CONNECT_SECONDS:.0f} s"
-                    )
+                    self._says(f"does not answer at {self._address} within {CONNECT_SECONDS:.0f} s")
                 ) from None
-            self._channel, self._metadata = channel, transport.authorization(keys)
-            return channel
+            return self._channel
 
-    def _entry(self) -> Entry:
-        entry = Registry(self.mii_config.home).get(self.mii_config.deployment_name)
-        if entry is None:
-            raise DeploymentNotFoundError(self._says(f"is not in the registry {self.mii_config.home / 'registry'}"))
-        return entry
+    def _way_to(self, entry: Entry) -> str:
+        if not entry.address:
+            raise UnavailableError(self._says(f"is not serving yet: job {entry.job_id} is {entry.state}"))
+        if self._host == "localhost":
+            return entry.address
+        return f"{self._host}:{self.mii_config.port_number or entry.address.rpartition(':')[2]}"
 
     def _says(self, predicate: str) -> str:
         return f"deployment '{self.mii_config.deployment_name}' {predicate}"
@@ -387,11 +445,15 @@ class MIIClient:
         with self._lock:
             self._stop()
 
+    def rotate_token(self) -> None:
+        """Make the deployment's old tokens open nothing from now on. See AsyncMIIClient.rotate_token()."""
+        self._run(lambda client: client.rotate_token())
+
     def check(self) -> None:
         """Raise DeploymentNotFoundError unless the deployment exists now."""
         from mii_hpc import submission
 
-        entry = Registry(self.mii_config.home).find(self.mii_config.deployment_name)
+        entry = locate(self.mii_config).entry
         if not submission.is_live(entry):
             raise DeploymentNotFoundError(
                 f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"

@@ -240,6 +240,8 @@ class MIIConfig(_Model):
     """The balancer's port; 0 takes any free one."""
     home: Path = Field(default_factory=lambda: default_home(), validate_default=True)
     """The folder of the registry and the run directories, on a filesystem that all nodes share."""
+    share: str | None = Field(None, pattern=r"^group:[A-Za-z_][A-Za-z0-9_.-]*$")
+    """"group:NAME" lets the members of a Unix group generate and ask for the status, but not terminate."""
     wait: bool = True
     """False makes serve() return once the job is submitted."""
     startup_timeout: float = Field(1800.0, gt=0)
@@ -251,6 +253,11 @@ class MIIConfig(_Model):
     @classmethod
     def _drop_superseded(cls, values: Any) -> Any:
         return _without_superseded(values, SUPERSEDED_MII_FIELDS)
+
+    @property
+    def shared_group(self) -> str | None:
+        """The Unix group that the deployment is shared with."""
+        return self.share.removeprefix("group:") if self.share else None
 
     @field_validator("home")
     @classmethod

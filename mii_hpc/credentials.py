@@ -1,11 +1,15 @@
-"""The secrets of one deployment: TLS key and certificate, and the token.
+"""The secrets of one deployment: TLS key and certificate, and its tokens.
 
 They are files of mode 0600 in the run directory and nowhere else: not in argv, environment, pickles or logs.
+Three tokens open different doors: the owner's everything that a client can ask for; the guests' what a Unix group
+may do where the deployment is shared; the ranks' own what they say among themselves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+import ssl
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,24 +23,34 @@ _LIFETIME = timedelta(days=3650)  # the certificate dies with its deployment; on
 
 
 @dataclass(frozen=True)
-class Credentials:
-    """Key, certificate and token of a deployment. PEM bytes; never shown by repr()."""
+class ClientCredentials:
+    """What a client needs: the certificate to believe (PEM), and the token to show. Never shown by repr()."""
 
     certificate: bytes = field(repr=False)
     token: str = field(repr=False)
-    key: bytes = field(repr=False, default=b"")
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the certificate, in hexadecimal."""
-        from cryptography import x509
-        from cryptography.hazmat.primitives import hashes
-
-        return x509.load_pem_x509_certificate(self.certificate).fingerprint(hashes.SHA256()).hex()
+        return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.certificate.decode())).hexdigest()
 
 
-def create(run: RunDir) -> Credentials:
-    """Make new credentials for a run and write them to its directory."""
+@dataclass(frozen=True)
+class ServerCredentials:
+    """What the job's processes need: the key (PEM) with its certificate, and the ranks' own token."""
+
+    certificate: bytes = field(repr=False)
+    key: bytes = field(repr=False)
+    rank_token: str = field(repr=False)
+
+    @property
+    def as_client(self) -> ClientCredentials:
+        """What one of the job's processes shows to another."""
+        return ClientCredentials(self.certificate, self.rank_token)
+
+
+def create(run: RunDir) -> ClientCredentials:
+    """Make new credentials for a run, write them to its directory, and return the owner's."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -62,20 +76,40 @@ def create(run: RunDir) -> Credentials:
     )
     write_atomically(run.tls_key, key_pem.decode())
     write_atomically(run.tls_certificate, certificate.public_bytes(serialization.Encoding.PEM).decode())
-    write_atomically(run.token, secrets.token_urlsafe(32))
-    return load(run)
+    write_atomically(run.rank_token, new_token())
+    write_atomically(run.owner_token, new_token())
+    write_atomically(run.guest_token, new_token())
+    return load_owner(run)
 
 
-def load(run: RunDir) -> Credentials:
-    """Read the credentials of a run.
+def new_token() -> str:
+    """Return a random token of 256 bits."""
+    return secrets.token_urlsafe(32)
+
+
+def load_owner(run: RunDir) -> ClientCredentials:
+    """Read what the owner's clients need.
 
     Raises RegistryError when the directory or one of the files belongs to another user or lets others in.
     """
+    _check(run)
+    return ClientCredentials(_read(run.tls_certificate), read_token(run.owner_token))
+
+
+def load_server(run: RunDir) -> ServerCredentials:
+    """Read what the job's processes need. Raises RegistryError as load_owner() does."""
+    _check(run)
+    return ServerCredentials(_read(run.tls_certificate), _read(run.tls_key), read_token(run.rank_token))
+
+
+def read_token(path: Path) -> str:
+    """Read one token. Raises RegistryError when its file belongs to another user or lets others in."""
+    return _read(path).decode().strip()
+
+
+def _check(run: RunDir) -> None:
     check_private(run.path)
     check_private(run.credentials)
-    return Credentials(
-        key=_read(run.tls_key), certificate=_read(run.tls_certificate), token=_read(run.token).decode().strip()
-    )
 
 
 def _read(path: Path) -> bytes:

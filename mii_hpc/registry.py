@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -156,29 +156,8 @@ class Registry:
         return [entry for entry in read if entry is not None]
 
     def find(self, model_or_deployment_name: str) -> Entry:
-        """Return the entry with that deployment name, or else the one that serves that model.
-
-        A model is named as it was to serve(), or by any path to the same folder. Raises
-        DeploymentNotFoundError when there is none, or more than one deployment of that model.
-        """
-        if "/" not in model_or_deployment_name:
-            entry = self.get(model_or_deployment_name)
-            if entry is not None:
-                return entry
-        entries = self.entries()
-        folder = os.path.realpath(model_or_deployment_name)
-        serving = [e for e in entries if e.model == model_or_deployment_name or os.path.realpath(e.model) == folder]
-        if len(serving) == 1:
-            return serving[0]
-        if serving:
-            names = ", ".join(f"'{entry.deployment_name}'" for entry in serving)
-            raise DeploymentNotFoundError(
-                f"'{model_or_deployment_name}' is served by several deployments; name one of them: {names}"
-            )
-        live = ", ".join(f"'{entry.deployment_name}' ({entry.model})" for entry in entries) or "none"
-        raise DeploymentNotFoundError(
-            f"no deployment has the name or the model '{model_or_deployment_name}' in {self.folder}; there: {live}"
-        )
+        """Return the entry with that deployment name or that model, as choose() does."""
+        return choose(self.entries(), model_or_deployment_name, self.folder)
 
     def _path(self, deployment_name: str) -> Path:
         return self.folder / f"{deployment_name}.json"
@@ -198,3 +177,24 @@ class Registry:
 def heartbeat_is_fresh(entry: Entry) -> bool:
     """Whether the deployment gave a sign of life lately."""
     return time.time() - entry.heartbeat < STALE_SECONDS
+
+
+def choose(entries: Sequence[Entry], model_or_deployment_name: str, folder: Path) -> Entry:
+    """Return the entry with that deployment name, or else the one that serves that model.
+
+    A model is named as it was to serve(), or by any path to the same folder. Raises DeploymentNotFoundError when
+    there is none, or more than one deployment of that model.
+    """
+    name = model_or_deployment_name
+    for entry in entries:
+        if entry.deployment_name == name:
+            return entry
+    model = os.path.realpath(name)
+    serving = [entry for entry in entries if entry.model == name or os.path.realpath(entry.model) == model]
+    if len(serving) == 1:
+        return serving[0]
+    if serving:
+        names = ", ".join(f"'{entry.deployment_name}'" for entry in serving)
+        raise DeploymentNotFoundError(f"'{name}' is served by several deployments; name one of them: {names}")
+    live = ", ".join(f"'{entry.deployment_name}' ({entry.model})" for entry in entries) or "none"
+    raise DeploymentNotFoundError(f"no deployment has the name or the model '{name}' in {folder}; there: {live}")

@@ -46,7 +46,7 @@ class RunDir:
     @classmethod
     def create(cls, config: MIIConfig) -> RunDir:
         """Make the directory for a new run below the configuration's home, and write the configuration to it."""
-        runs = private_folder(config.home) / "runs"
+        runs = private_folder(config.home, entered_by_group=True) / "runs"
         private_folder(runs)
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         run = cls(runs / f"{config.deployment_name}-{stamp}-{secrets.token_hex(3)}")
@@ -76,9 +76,19 @@ class RunDir:
         return self.credentials / "tls.crt"
 
     @property
-    def token(self) -> Path:
-        """The token that every call carries."""
-        return self.credentials / "token"
+    def owner_token(self) -> Path:
+        """The token of the owner's clients."""
+        return self.credentials / "owner-token"
+
+    @property
+    def guest_token(self) -> Path:
+        """The token of the group that the deployment is shared with."""
+        return self.credentials / "guest-token"
+
+    @property
+    def rank_token(self) -> Path:
+        """The token of the job's own processes."""
+        return self.credentials / "rank-token"
 
     @property
     def submitit(self) -> Path:
@@ -141,21 +151,24 @@ def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
     return text.split("\n", 1)[-1] if start else text
 
 
-def private_folder(path: Path) -> Path:
+def private_folder(path: Path, entered_by_group: bool = False) -> Path:
     """Make a directory with mode 0700 where there is none, and return it.
 
-    Raises RegistryError when it belongs to somebody else, or others can read or write it.
+    Raises RegistryError as check_private() does.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise RegistryError(f"{path}: cannot be made: {error.strerror}") from error
-    check_private(path)
+    check_private(path, entered_by_group)
     return path
 
 
-def check_private(path: Path) -> None:
-    """Raise RegistryError unless the path is ours and closed to others; the message says what mends it."""
+def check_private(path: Path, entered_by_group: bool = False) -> None:
+    """Raise RegistryError unless the path is ours and closed to others; the message says what mends it.
+
+    `entered_by_group` lets a group pass through a directory, without listing it, to what is shared below it.
+    """
     try:
         status = path.stat()
     except OSError as error:
@@ -165,15 +178,15 @@ def check_private(path: Path) -> None:
             f"{path}: belongs to user id {status.st_uid}, and only a folder or file of your own (user id "
             f"{os.geteuid()}) can be trusted; choose another with MII_HPC_HOME or `home`"
         )
-    if stat.S_IMODE(status.st_mode) & 0o077:
+    if stat.S_IMODE(status.st_mode) & 0o077 & ~(0o010 if entered_by_group else 0):
         kind = "700" if path.is_dir() else "600"
         raise RegistryError(
             f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others in; mend it with: chmod {kind} {path}"
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file of mode 0600 so that a reader on any node sees all of it or none.
+def write_atomically(path: Path, text: str, mode: int = 0o600, group_id: int = -1) -> None:
+    """Write a file so that a reader on any node sees all of it or none. -1 leaves the group as it is.
 
     Written aside in the same directory, flushed to the server, then renamed.
     """
@@ -181,6 +194,8 @@ def write_atomically(path: Path, text: str) -> None:
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
+            os.fchown(file.fileno(), -1, group_id)
+            os.fchmod(file.fileno(), mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

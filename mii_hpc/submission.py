@@ -21,6 +21,7 @@ from mii_hpc.errors import DeploymentError, SubmissionError
 from mii_hpc.placement import Placement, place
 from mii_hpc.registry import Entry, Registry, heartbeat_is_fresh
 from mii_hpc.rundir import RunDir
+from mii_hpc.sharing import Share
 from mii_hpc.signals import signals_blocked
 
 log = logging.getLogger(__name__)
@@ -143,13 +144,16 @@ def job_of(entry: Entry) -> Job:
 
 
 def is_live(entry: Entry) -> bool:
-    """Whether the deployment of an entry still exists: the scheduler knows, else the heartbeat must do."""
+    """Whether the deployment of an entry still exists, by its job's state and its heartbeat."""
     if not entry.job_id:  # claimed, and about to be submitted
         return heartbeat_is_fresh(entry)
-    phase = job_of(entry).state().phase
-    if phase == "unknown":
-        return entry.state == "pending" or heartbeat_is_fresh(entry)
-    return phase != "gone"
+    match job_of(entry).state().phase:
+        case "gone":
+            return False
+        case "pending":  # in the queue, perhaps again
+            return True
+        case _:  # a scheduler may take long to see that a job's processes are gone; the heartbeat tells
+            return entry.state == "pending" or heartbeat_is_fresh(entry)
 
 
 def check(config: MIIConfig) -> tuple[MIIConfig, Placement]:
@@ -162,6 +166,8 @@ def check(config: MIIConfig) -> tuple[MIIConfig, Placement]:
         cluster = "slurm" if shutil.which("sbatch") else "local"
     elif cluster == "slurm" and shutil.which("sbatch") is None:
         raise SubmissionError("cluster='slurm': there is no sbatch on PATH; on a machine without Slurm use 'local'")
+    if config.shared_group is not None:
+        Share(config.home, config.deployment_name, config.shared_group).check()
     config = config.model_copy(update={"cluster": cluster, "model_conf": check_model(config.model_conf)})
     return config, place(config.model_conf, config.slurm)
 
@@ -190,6 +196,8 @@ def prepare(config: MIIConfig) -> tuple[RunDir, Entry]:
             heartbeat=now,
         )
         Registry(config.home).claim(entry, is_live)
+        if config.shared_group is not None:
+            Share(config.home, config.deployment_name, config.shared_group).create(run)
     except BaseException:
         shutil.rmtree(run.path)
         raise

@@ -9,12 +9,17 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mii_hpc.credentials import TLS_NAME, Credentials
+from mii_hpc.credentials import TLS_NAME, ClientCredentials, ServerCredentials
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_STREAMS_PER_CONNECTION = 4096
 KEEPALIVE_SECONDS = 5
 """A peer that stays silent for twice this is gone."""
+IDLE_SECONDS = 2
+"""A connection without a call, or that does not get through TLS, is closed after this.
+
+gRPC cannot close a connection for what its calls show, but one that shows no valid token has no call that lasts.
+A client's connection that is closed for idleness comes back with its next call."""
 
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
@@ -22,10 +27,11 @@ _KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
-Handler = Callable[[Any, grpc.aio.ServicerContext], Any]
+Admits = Callable[[str, str], bool]
+"""Tells whether a token (second) opens a method (first, by its path)."""
 
 
-def open_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
+def open_channel(address: str, credentials: ClientCredentials) -> grpc.aio.Channel:
     """Return a channel to "host:port" that believes only the holder of the deployment's key."""
     return grpc.aio.secure_channel(
         address,
@@ -46,21 +52,21 @@ def open_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
     )
 
 
-def authorization(credentials: Credentials) -> tuple[tuple[str, str], ...]:
+def authorization(credentials: ClientCredentials) -> tuple[tuple[str, str], ...]:
     """Return the metadata that shows the token to a server."""
     return (("authorization", f"Bearer {credentials.token}"),)
 
 
-def create_server(
-    credentials: Credentials, services: Mapping[str, Mapping[str, grpc.RpcMethodHandler]]
-) -> grpc.aio.Server:
-    """Return a server of the given services, by full name and method, that answers only bearers of the token."""
+def create_server(services: Mapping[str, Mapping[str, grpc.RpcMethodHandler]], admits: Admits) -> grpc.aio.Server:
+    """Return a server of the given services, by full name and method, that answers only calls that are admitted."""
     server = grpc.aio.server(
-        interceptors=[_TokenGuard(credentials.token)],
+        interceptors=[_Gate(admits)],
         options=[
             *_KEEPALIVE,
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
             ("grpc.keepalive_permit_without_calls", 0),
+            ("grpc.server_handshake_timeout_ms", IDLE_SECONDS * 1000),
+            ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
             ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -72,7 +78,7 @@ def create_server(
     return server
 
 
-def listen(server: grpc.aio.Server, address: str, credentials: Credentials) -> int:
+def listen(server: grpc.aio.Server, address: str, credentials: ServerCredentials) -> int:
     """Bind a server to "host:port", with TLS, and return the port. Raises OSError when it cannot be bound."""
     try:
         port = server.add_secure_port(
@@ -85,11 +91,16 @@ def listen(server: grpc.aio.Server, address: str, credentials: Credentials) -> i
     return int(port)
 
 
-class _TokenGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Looks at the token before a method is even looked up, so that nothing of a stranger's call is decoded."""
+def same_token(shown: str, expected: str) -> bool:
+    """Compare two tokens in a time that does not depend on where they differ."""
+    return hmac.compare_digest(shown.encode(), expected.encode())
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Looks at the token before a method is even looked up: nothing of a stranger's call is decoded or answered."""
+
+    def __init__(self, admits: Admits) -> None:
+        self._admits = admits
 
     async def intercept_service(
         self,
@@ -97,11 +108,11 @@ class _TokenGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         shown = next((v for k, v in handler_call_details.invocation_metadata if k == "authorization"), "")
-        if hmac.compare_digest(shown.encode() if isinstance(shown, str) else shown, self._expected):
+        if isinstance(shown, str) and self._admits(handler_call_details.method, shown.removeprefix("Bearer ")):
             return await continuation(handler_call_details)
         # A stream-stream handler answers calls of every kind, and reads nothing.
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
 async def _refuse(_requests: Any, context: grpc.aio.ServicerContext) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing, wrong, or not good for this call")

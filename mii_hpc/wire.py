@@ -50,6 +50,7 @@ GENERATE = Method("mii_hpc.v1.Inference", "Generate", pb.GenerateRequest, pb.Gen
 LOAD = Method("mii_hpc.v1.Inference", "Load", pb.LoadRequest, pb.LoadResponse)
 STATUS = Method("mii_hpc.v1.Deployment", "Status", pb.StatusRequest, pb.StatusResponse)
 TERMINATE = Method("mii_hpc.v1.Deployment", "Terminate", pb.TerminateRequest, pb.TerminateResponse)
+ROTATE_TOKEN = Method("mii_hpc.v1.Deployment", "RotateToken", pb.RotateTokenRequest, pb.RotateTokenResponse)
 ATTEND = Method("mii_hpc.v1.Membership", "Attend", pb.RankReport, pb.RankOrder)
 
 

@@ -51,7 +51,7 @@ class Rank:
     async def live(self):
         """Attend, also at a balancer that takes the place of another, and obey, until told to leave."""
         while self.left is None:
-            async with transport.open_channel(self._address, self._keys) as channel:
+            async with transport.open_channel(self._address, self._keys.as_client) as channel:
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await self._obey(channel)
             await asyncio.sleep(0.02)
@@ -62,7 +62,7 @@ class Rank:
             request_serializer=pb.RankReport.SerializeToString,
             response_deserializer=pb.RankOrder.FromString,
         )
-        async for order in attend(self._reports(), metadata=transport.authorization(self._keys)):
+        async for order in attend(self._reports(), metadata=transport.authorization(self._keys.as_client)):
             match order.WhichOneof("order"):
                 case "start":
                     await self._start(order.start)
@@ -99,7 +99,9 @@ class Rank:
         address = ""
         if self.role.leads:
             services = {wire.GENERATE.service: InferenceService(self.engine).handlers()}
-            self._server = transport.create_server(self._keys, services)
+            self._server = transport.create_server(
+                services, lambda _method, token: transport.same_token(token, self._keys.rank_token)
+            )
             address = f"127.0.0.1:{transport.listen(self._server, '127.0.0.1:0', self._keys)}"
             await self._server.start()
         self.tell(engine=pb.READY, address=address, detail="")
@@ -134,7 +136,7 @@ class Deployment:
             cluster="local",
         )
         self.run, self.entry = submission.prepare(self.config)
-        self.keys = credentials.load(self.run)
+        self.keys = credentials.load_server(self.run)
         self.registry = Registry(self.config.home)
         self.job = subprocess.Popen(["sh", "-c", "read _", "job", str(self.run.path)], stdin=subprocess.PIPE)
         self.ranks, self._tasks, self._clients = [], [], []
@@ -148,8 +150,8 @@ class Deployment:
         return self
 
     async def start_balancer(self):
-        self.balancer = Balancer(self.run, self.config, self.keys)
-        self.server = transport.create_server(self.keys, self.balancer.services())
+        self.balancer = Balancer(self.run, self.config, self.keys.as_client)
+        self.server = transport.create_server(self.balancer.services(), self.balancer.admits)
         address = f"127.0.0.1:{transport.listen(self.server, '127.0.0.1:0', self.keys)}"
         await self.server.start()
         self.entry = self.entry.model_copy(

@@ -327,7 +327,7 @@ async def test_through_a_tunnel(deploy):
     port = int(deployment.address.rpartition(":")[2])
     deployment.registry.publish(deployment.registry.get("chat").model_copy(update={"address": "192.0.2.1:1"}))
     config = deployment.config.model_copy(update={"port_number": port})
-    async with AsyncMIIClient(config, "localhost") as client:
+    async with AsyncMIIClient(config, "127.0.0.1") as client:
         assert str((await client.generate("hello"))[0]) == "hello "
 
 

@@ -8,6 +8,8 @@ from mii_hpc.config import resolve
 from mii_hpc.errors import RegistryError
 from mii_hpc.rundir import RunDir
 
+TOKENS = ("owner-token", "guest-token", "rank-token")
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -18,12 +20,18 @@ def test_they_are_private_files(run):
     credentials.create(run)
     assert run.credentials.stat().st_mode & 0o777 == 0o700
     files = {path.name: path.stat().st_mode & 0o777 for path in run.credentials.iterdir()}
-    assert files == {"tls.key": 0o600, "tls.crt": 0o600, "token": 0o600}
+    assert files == {"tls.key": 0o600, "tls.crt": 0o600} | dict.fromkeys(TOKENS, 0o600)
 
 
 def test_loading_gives_what_was_created(run):
     keys = credentials.create(run)
-    assert credentials.load(run) == keys
+    assert credentials.load_owner(run) == keys
+    assert credentials.load_server(run).certificate == keys.certificate
+
+
+def test_every_door_has_its_own_token(run):
+    credentials.create(run)
+    assert len({credentials.read_token(run.credentials / name) for name in TOKENS}) == len(TOKENS)
 
 
 def test_every_run_has_its_own(run, tmp_path):
@@ -33,18 +41,19 @@ def test_every_run_has_its_own(run, tmp_path):
     assert len(one.token) >= 32
 
 
-@pytest.mark.parametrize("which", ["path", "credentials", "tls_key", "tls_certificate", "token"])
+@pytest.mark.parametrize("which", ["path", "credentials", "tls_key", "tls_certificate", "rank_token"])
 def test_what_others_can_read_is_not_used(run, which):
     credentials.create(run)
     path = getattr(run, which)
     path.chmod(path.stat().st_mode | 0o040)
     with pytest.raises(RegistryError, match=rf"^{path}: mode 0\d40 lets others in; mend it with: chmod"):
-        credentials.load(run)
+        credentials.load_server(run)
 
 
 def test_secrets_are_not_shown(run):
     keys = credentials.create(run)
-    assert repr(keys) == str(keys) == "Credentials()"
+    assert repr(keys) == str(keys) == "ClientCredentials()"
+    assert repr(credentials.load_server(run)) == "ServerCredentials()"
     assert keys.token not in f"{vars(run)}"
 
 

@@ -88,5 +88,5 @@ def test_methods_are_those_of_the_protocol():
         for service in services.values()
         for method in service.methods
     }
-    ours = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ATTEND)
+    ours = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)
     assert {m.path: (m.request.DESCRIPTOR.name, m.response.DESCRIPTOR.name) for m in ours} == declared

@@ -138,6 +138,14 @@ class TerminateResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RotateTokenRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RotateTokenResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RankReport(_message.Message):
     __slots__ = ("rank", "host", "engine", "epoch", "store_address", "address", "detail", "log", "leaving")
     RANK_FIELD_NUMBER: _ClassVar[int]

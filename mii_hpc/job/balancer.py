@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -38,7 +39,8 @@ from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership
 from mii_hpc.job.process import die_with_parent
 from mii_hpc.registry import HEARTBEAT_SECONDS, Entry, Registry
-from mii_hpc.rundir import Failure, RunDir
+from mii_hpc.rundir import Failure, RunDir, write_atomically
+from mii_hpc.sharing import Share
 from mii_hpc.submission import SlurmJob
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,10 @@ DRAIN_SECONDS = 3.0
 DISMISS_SECONDS = 8.0
 TRIAL_SECONDS = 120.0
 """A replica's first generation may take this long; it warms up what is compiled on first use."""
+
+
+GUESTS_METHODS = frozenset({wire.GENERATE.path, wire.STATUS.path})
+OWNERS_METHODS = GUESTS_METHODS | {wire.TERMINATE.path, wire.ROTATE_TOKEN.path}
 
 
 @dataclass
@@ -97,13 +103,43 @@ class Router:
         return [self._live[index] for index in sorted(self._live)]
 
 
+class Doors:
+    """Which token opens which method of the balancer."""
+
+    def __init__(self, run: RunDir, config: MIIConfig) -> None:
+        self._run = run
+        self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
+        self._rank = credentials.read_token(run.rank_token)
+        self._owner = credentials.read_token(run.owner_token)
+        self._guest = credentials.read_token(run.guest_token)
+
+    def admits(self, method: str, token: str) -> bool:
+        """Whether a token opens a method. Takes the same time whatever the answer."""
+        rank, owner, guest = (transport.same_token(token, own) for own in (self._rank, self._owner, self._guest))
+        return (
+            (rank and method == wire.ATTEND.path)
+            or (owner and method in OWNERS_METHODS)
+            or (guest and bool(self._share) and method in GUESTS_METHODS)
+        )
+
+    def change_locks(self) -> None:
+        """Make new tokens for the owner and the guests; calls that were admitted already go on."""
+        self._owner, self._guest = credentials.new_token(), credentials.new_token()
+        write_atomically(self._run.owner_token, self._owner)
+        write_atomically(self._run.guest_token, self._guest)
+        if self._share:
+            self._share.write_token(self._guest)
+
+
 class Balancer:
     """The balancer of one deployment. Belongs to one event loop."""
 
-    def __init__(self, run: RunDir, config: MIIConfig, keys: credentials.Credentials) -> None:
+    def __init__(self, run: RunDir, config: MIIConfig, keys: credentials.ClientCredentials) -> None:
         model = config.model_conf
         self._run, self._config, self._keys = run, config, keys
         self._registry = Registry(config.home)
+        self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
+        self._doors = Doors(run, config)
         self._router = Router()
         self._authorization = transport.authorization(keys)
         self.membership = Membership(
@@ -120,6 +156,10 @@ class Balancer:
         self._reason = self._failure = ""
         self._dirty = asyncio.Event()
         self._started = time.monotonic()
+
+    def admits(self, method: str, token: str) -> bool:
+        """Whether a token opens a method."""
+        return self._doors.admits(method, token)
 
     def services(self) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
         """Return the handlers of everything that the balancer answers."""
@@ -138,6 +178,11 @@ class Balancer:
                     self.terminate,
                     request_deserializer=pb.TerminateRequest.FromString,
                     response_serializer=pb.TerminateResponse.SerializeToString,
+                ),
+                wire.ROTATE_TOKEN.name: grpc.unary_unary_rpc_method_handler(
+                    self.rotate_token,
+                    request_deserializer=pb.RotateTokenRequest.FromString,
+                    response_serializer=pb.RotateTokenResponse.SerializeToString,
                 ),
             },
             wire.ATTEND.service: {
@@ -205,6 +250,14 @@ class Balancer:
         self.stop("a client asked for it")
         return pb.TerminateResponse()
 
+    async def rotate_token(
+        self, _request: pb.RotateTokenRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.RotateTokenResponse:
+        """Make the clients' tokens invalid, and write new ones to their files."""
+        self._doors.change_locks()
+        log.info("the clients' tokens were replaced")
+        return pb.RotateTokenResponse()
+
     def stop(self, reason: str) -> None:
         """Begin to end the deployment: from now on no request is admitted. The first reason counts."""
         if not self._stopping.is_set():
@@ -231,6 +284,8 @@ class Balancer:
             for replica in self._router.live:
                 await replica.channel.close()
             self._registry.withdraw(self._entry)
+            if self._share:
+                self._share.withdraw()
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -323,6 +378,11 @@ class Balancer:
                 )
             self.membership.expire(timeout)
 
+    def _publish(self, entry: Entry) -> None:
+        self._registry.publish(entry)
+        if self._share:
+            self._share.publish(entry)
+
     async def _keep_entry(self) -> None:
         """Publish the entry whenever something changes, and at least as a heartbeat."""
         while not self._ended:
@@ -337,7 +397,7 @@ class Balancer:
                 update={"state": self._state(), "heartbeat": time.time(), "detail": detail}
             )
             try:
-                await asyncio.to_thread(self._registry.publish, self._entry)
+                await asyncio.to_thread(self._publish, self._entry)
             except DeploymentError as error:
                 self.stop(f"it has lost its name: {error}")
                 return
@@ -351,11 +411,11 @@ class Balancer:
 async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     """Run the balancer at "host:port" until the deployment has ended. Returns the process's exit status."""
     config = run.load_config()
-    keys = credentials.load(run)
-    balancer = Balancer(run, config, keys)
+    keys = credentials.load_server(run)
+    balancer = Balancer(run, config, keys.as_client)
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, balancer.stop, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
-    server = transport.create_server(keys, balancer.services())
+    server = transport.create_server(balancer.services(), balancer.admits)
     # On several hosts, login nodes may come in by another interface than the ranks do.
     transport.listen(server, f"{'0.0.0.0' if spans_hosts else host}:{port}", keys)
     await server.start()
@@ -375,7 +435,7 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
                 "state": "loading",
                 "host": socket.gethostname(),
                 "address": address,
-                "fingerprint": keys.fingerprint,
+                "fingerprint": keys.as_client.fingerprint,
                 "started": claimed.started or time.time(),
                 "ends": ends,
             }
@@ -389,6 +449,9 @@ def main(run_path: str, address: str, spans_hosts: str) -> None:
     """Run the balancer process."""
     die_with_parent()
     log_to_stderr()
+    # A stranger's idle connections, each closed after a moment, must not take the place of anybody's.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sys.exit(asyncio.run(serve(RunDir(Path(run_path)), address, spans_hosts == "1")))
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -66,6 +67,9 @@ def _withdraw(run: RunDir, config: MIIConfig) -> None:
 
 def main(run_path: str) -> None:
     """Run one rank. Exits with status 0 when the deployment ended well, else 1 with the reason in the run directory."""
+    os.umask(0o077)
+    # A core dump would hold the deployment's secrets.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # submitit ignores SIGTERM and SIGCONT; until the supervisor listens to them, a signal shall simply end the rank.
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
         signal.signal(signum, signal.SIG_DFL)

@@ -151,8 +151,11 @@ async def serve(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
     if spec.rank != 0:
         tell(ready="")
         return await ended
-    keys = credentials.load(run)
-    server = transport.create_server(keys, {wire.GENERATE.service: InferenceService(engine).handlers()})
+    keys = credentials.load_server(run)
+    server = transport.create_server(
+        {wire.GENERATE.service: InferenceService(engine).handlers()},
+        admits=lambda _method, token: transport.same_token(token, keys.rank_token),
+    )
     port = transport.listen(server, f"{listen_host}:0", keys)
     await server.start()
     tell(ready=f"{listen_host}:{port}")

@@ -85,7 +85,7 @@ class Supervisor:
 
     async def _attend(self) -> str:
         """Hold the stream to the balancer until it says leave; return why, "" when all is well."""
-        keys = credentials.load(self.run)
+        keys = credentials.load_server(self.run).as_client
         last_heard = time.monotonic()
         while True:
             async with transport.open_channel(self.address, keys) as channel:

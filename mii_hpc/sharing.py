@@ -1,0 +1,123 @@
+"""Deployments shared with a Unix group: what its members may read, and how they believe it.
+
+Sharing opens one folder per deployment below the owner's home, `shared/NAME`, of mode 0750: the registry entry, the
+certificate, and the guests' token, which lets its bearer generate and ask for the status, and nothing else.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from mii_hpc.credentials import ClientCredentials
+from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
+from mii_hpc.registry import Entry
+from mii_hpc.rundir import RunDir, write_atomically
+
+_ENTRY, _CERTIFICATE, _TOKEN = "entry.json", "tls.crt", "token"
+
+
+class Share:
+    """One deployment's folder for a group. Belongs to the owner."""
+
+    def __init__(self, home: Path, deployment_name: str, group: str) -> None:
+        self._home = home
+        self._folder = shares_of(home) / deployment_name
+        self._group = group
+
+    def check(self) -> None:
+        """Raise ConfigError unless the group exists and its members can reach the home directory."""
+        group_id = self._group_id()
+        if os.geteuid() != 0 and group_id not in (os.getegid(), *os.getgroups()):
+            raise ConfigError(f"share='group:{self._group}': you are not a member of that group")
+        for folder in self._home.parents:
+            try:
+                status = folder.stat()
+            except FileNotFoundError:
+                continue
+            enters = stat.S_IXGRP if status.st_gid == group_id else stat.S_IXOTH
+            if not status.st_mode & enters:
+                raise ConfigError(
+                    f"share='group:{self._group}': its members cannot enter {folder}; choose a `home` that they can "
+                    f"reach, or: chmod o+x {folder}"
+                )
+
+    def create(self, run: RunDir) -> None:
+        """Open the folder to the group, with the certificate and the guests' token."""
+        group_id = self._group_id()
+        for folder, mode in ((self._home, 0o710), (shares_of(self._home), 0o750), (self._folder, 0o750)):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            os.chown(folder, -1, group_id)
+            folder.chmod(mode)
+        self._write(_CERTIFICATE, run.tls_certificate.read_text())
+        self.write_token(run.guest_token.read_text())
+
+    def write_token(self, token: str) -> None:
+        """Replace the guests' token."""
+        self._write(_TOKEN, token)
+
+    def publish(self, entry: Entry) -> None:
+        """Replace the entry."""
+        self._write(_ENTRY, entry.model_dump_json(indent=2))
+
+    def withdraw(self) -> None:
+        """Close the share."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self._folder / name, text, mode=0o640, group_id=self._group_id())
+
+    def _group_id(self) -> int:
+        try:
+            return grp.getgrnam(self._group).gr_gid
+        except KeyError:
+            raise ConfigError(f"share='group:{self._group}': there is no such group") from None
+
+
+def shares_of(home: Path) -> Path:
+    """Return the folder below a home that holds its shares."""
+    return home / "shared"
+
+
+def is_foreign(home: Path) -> bool:
+    """Whether a home belongs to somebody else, so that only what he shares is of use."""
+    try:
+        return home.stat().st_uid != os.geteuid()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RegistryError(f"{home}: cannot be entered: {error.strerror}") from error
+
+
+def names(home: Path) -> list[str]:
+    """Return the names of the deployments below a home that are shared with us."""
+    try:
+        return sorted(folder.name for folder in shares_of(home).iterdir() if os.access(folder, os.R_OK | os.X_OK))
+    except (FileNotFoundError, PermissionError):
+        return []
+
+
+def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
+    """Return the entry and the guests' credentials of a deployment that another user shares.
+
+    Raises DeploymentNotFoundError when there is none, or it is not shared with us; RegistryError when anybody but
+    the owner of the home could have written what we would have to believe.
+    """
+    folder = shares_of(home) / deployment_name
+    owner = home.stat().st_uid
+    for path in (home, shares_of(home), folder, *(folder / name for name in (_ENTRY, _CERTIFICATE, _TOKEN))):
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, PermissionError):
+            raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
+        if status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(status.st_mode):
+            raise RegistryError(f"{path}: others than the owner of {home} could have written it; it is not believed")
+    try:
+        entry = Entry.model_validate_json((folder / _ENTRY).read_text())
+        certificate, token = (folder / _CERTIFICATE).read_bytes(), (folder / _TOKEN).read_text().strip()
+    except (FileNotFoundError, PermissionError):
+        raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
+    return entry, ClientCredentials(certificate, token)

@@ -1,0 +1,312 @@
+"""Deployments on a real Slurm cluster, with real MPI ranks and real DeepSpeed engines."""
+
+import concurrent.futures
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import mii_hpc as mii
+from mii_hpc.registry import Registry
+from mii_hpc.submission import is_live
+from tests.engine.reference import PROMPTS, Reference
+from tests.models import tiny_model
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+REPOSITORY = Path(__file__).parents[2]
+ECHO = {"inference_engine_config": {"engine": "echo", "echo_delay": 0.02}}
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+SERVE = """
+import json, sys, mii_hpc as mii
+mii.serve(**json.loads(sys.argv[1]))
+"""
+ASK = """
+import json, sys, mii_hpc as mii
+name, home, prompts, options = json.loads(sys.argv[1])
+print(json.dumps([(str(a), a.replica) for a in mii.client(name, mii_config={"home": home})(prompts, **options)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(cluster):
+    """A folder that all nodes see, as on a shared filesystem."""
+    folder = Path(tempfile.mkdtemp(prefix="mii-shared-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(folder)
+        yield folder
+    cluster.reset()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def home(shared):
+    return shared / "home"
+
+
+@pytest.fixture(scope="module")
+def llama(shared):
+    return tiny_model(shared / "tiny-llama", "llama", files=2)
+
+
+@pytest.fixture(scope="module")
+def gpt_neox(shared):
+    return tiny_model(shared / "tiny-neox", "gpt_neox")
+
+
+@pytest.fixture
+def ended(cluster, home):
+    """Ends, after the test, whatever jobs and entries it has left."""
+    yield
+    cluster.reset()
+    shutil.rmtree(home / "registry", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def deployment(cluster, home, llama):
+    """Two replicas of two ranks, served by a script that has exited."""
+    arguments = {
+        "model_name_or_path": str(llama),
+        "tensor_parallel": 2,
+        "replica_num": 2,
+        "cluster": "slurm",
+        "home": str(home),
+        "startup_timeout": 400,
+    }
+    subprocess.run([sys.executable, "-c", SERVE, json.dumps(arguments)], check=True, timeout=500)
+    yield mii.client("tiny-llama", mii_config={"home": home})
+    cluster.reset()
+    shutil.rmtree(home / "registry", ignore_errors=True)
+
+
+def eventually(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.1)
+    return value
+
+
+def job_processes(cluster):
+    return [pid for node in cluster.nodes for pid in cluster.job_processes(node)]
+
+
+def ports(cluster):
+    return {(node, socket.port) for node in cluster.nodes for socket in cluster.listening_sockets(node)}
+
+
+def engines(cluster, run_dir):
+    """The engine processes of a run, by rank in the replica and host."""
+    found = {}
+    for node in cluster.nodes:
+        for pid in cluster.job_processes(node):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if "mii_hpc.job.replica" in words and str(run_dir) in words:
+                found[node, json.loads(words[4])["rank"]] = pid
+    return found
+
+
+def assert_ended(cluster, home, name, run_dir, ports_before):
+    """Within 15 s: no process, no entry, no bound port."""
+    eventually(lambda: not job_processes(cluster), 15, "every process of the job is gone")
+    assert Registry(home).get(name) is None
+    assert ports(cluster) == ports_before
+
+
+def test_strict_round_robin(deployment):
+    status = deployment.status()
+    assert [(replica.index, replica.state) for replica in status.replicas] == [(0, "ready"), (1, "ready")]
+    assert len({replica.host for replica in status.replicas}) == 2
+    first = deployment("x", max_new_tokens=1)[0].replica
+    turns = [(first + 1 + turn) % 2 for turn in range(8)]
+    one_at_a_time = [deployment("x", max_new_tokens=1)[0].replica for _ in range(4)]
+    in_one_list = [answer.replica for answer in deployment(["x"] * 4, max_new_tokens=1)]
+    assert one_at_a_time + in_one_list == turns
+    assert len(set(turns[:2])) == 2
+
+
+def test_greedy_tokens_equal_transformers(deployment, llama):
+    assert_greedy_like_transformers(deployment, llama)
+
+
+def test_client_from_a_new_process_and_from_a_node_outside_the_job(cluster, deployment, home, llama):
+    outside = next(node for node in cluster.nodes if not cluster.job_processes(node))
+    expected = [str(answer) for answer in deployment(PROMPTS, **GREEDY)]
+    for name in ("tiny-llama", str(llama)):
+        argv = [sys.executable, "-c", ASK, json.dumps([name, str(home), PROMPTS, GREEDY])]
+        here = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60)
+        there = cluster.run_on(outside, argv, check=True, capture_output=True, text=True)
+        for asked in (here, there):
+            answers = json.loads(asked.stdout)
+            assert [text for text, _ in answers] == expected
+            assert {replica for _, replica in answers} == {0, 1}
+
+
+def test_killed_engine_loses_only_its_requests_and_comes_back(cluster, deployment, home):
+    entry = Registry(home).get("tiny-llama")
+    victim_host = deployment.status().replicas[0].host
+    pid = engines(cluster, entry.run_dir)[victim_host, 0]
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        # No end-of-sequence, so that all are still in flight when the engine dies.
+        options = {"max_new_tokens": 200, "ignore_eos": True, "timeout": 120}
+        asked = [threads.submit(deployment, "x", **options) for _ in range(16)]
+        eventually(lambda: [r.in_flight for r in deployment.status().replicas] == [8, 8], 60, "8 on each replica")
+        os.kill(pid, signal.SIGKILL)
+        lost = [future.exception() for future in asked if future.exception() is not None]
+        answered = [future.result()[0] for future in asked if future.exception() is None]
+    assert {type(error) for error in lost} == {mii.ReplicaLostError}
+    assert all(part in str(lost[0]) for part in ("'tiny-llama'", "replica 0", victim_host))
+    assert [answer.replica for answer in answered] == [1] * 8
+    assert len(lost) == 8
+    replica = eventually(
+        lambda: next((r for r in deployment.status().replicas if r.index == 0 and r.state == "ready"), None),
+        60,
+        "the replica serves again",
+    )
+    assert replica.epoch == 2
+    assert Registry(home).get("tiny-llama").job_id == entry.job_id
+    assert {answer.replica for answer in deployment(["x"] * 4, **GREEDY)} == {0, 1}
+
+
+def test_terminate_leaves_nothing(cluster, deployment, home):
+    entry = Registry(home).get("tiny-llama")
+    deployment.terminate_server()
+    assert_ended(cluster, home, "tiny-llama", entry.run_dir, {(node, 6818) for node in cluster.nodes})
+    results = [pickle.loads(path.read_bytes()) for path in sorted(entry.run_dir.glob("submitit/*_result.pkl"))]
+    assert results == [("success", None)] * 4
+    eventually(lambda: _show(entry.job_id, "JobState") == "COMPLETED", 15, "Slurm says so, too")
+    assert _show(entry.job_id, "ExitCode") == "0:0"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_one_replica_over_two_nodes(cluster, home, request, architecture, ended):
+    model = request.getfixturevalue(architecture)
+    client = mii.serve(
+        str(model), tensor_parallel=2, cluster="slurm", home=home, slurm={"tasks_per_node": 1}, startup_timeout=400
+    )
+    hosts = {node for node, _ in engines(cluster, Registry(home).get(model.name).run_dir)}
+    assert len(hosts) == 2
+    assert_greedy_like_transformers(client, model)
+
+
+def test_second_architecture_then_scancel(cluster, home, gpt_neox, ended):
+    before = ports(cluster)
+    client = mii.serve(str(gpt_neox), tensor_parallel=2, cluster="slurm", home=home, startup_timeout=400)
+    assert_greedy_like_transformers(client, gpt_neox)
+    entry = Registry(home).get("tiny-neox")
+    subprocess.run(["scancel", entry.job_id], check=True, timeout=30)
+    assert_ended(cluster, home, "tiny-neox", entry.run_dir, before)
+    results = [pickle.loads(path.read_bytes()) for path in sorted(entry.run_dir.glob("submitit/*_result.pkl"))]
+    assert results == [("success", None)] * 2
+    eventually(lambda: _show(entry.job_id, "JobState") == "CANCELLED", 15, "Slurm says so, too")
+
+
+def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, shared, home, llama, ended):
+    broken = shutil.copytree(llama, shared / "broken")
+    for path in broken.glob("*.safetensors"):
+        path.write_bytes(b"\xff" * 100)
+    with pytest.raises(mii.DeploymentFailedError, match="Traceback") as caught:
+        mii.serve(str(broken), cluster="slurm", home=home, startup_timeout=400)
+    raised = time.time()
+    run_dir = max((home / "runs").glob("broken-*"))
+    died = min(path.stat().st_mtime for path in (run_dir / "failures").iterdir())
+    assert raised - died < 5
+    assert caught.value.job_id and "rank 0" in str(caught.value)
+    assert Registry(home).get("broken") is None
+    eventually(lambda: not job_processes(cluster), 15, "the job is gone")
+
+
+def test_two_deployments_and_a_stale_entry(cluster, home, ended):
+    first = mii.serve(deployment_name="first", cluster="slurm", home=home, **ECHO)
+    second = mii.serve(deployment_name="second", cluster="slurm", home=home, **ECHO)
+    assert str(first("one")[0]).strip() == "one" and str(second("two")[0]).strip() == "two"
+    with pytest.raises(mii.DeploymentExistsError, match=r"deployment_name='first': taken by job \d+, which is ready"):
+        mii.serve(deployment_name="first", cluster="slurm", home=home, **ECHO)
+    with pytest.raises(mii.DeploymentNotFoundError, match="several"):
+        mii.client("echo", mii_config={"home": home})
+    for pid in job_processes(cluster):
+        if Path(f"/proc/{pid}/comm").read_text().strip() != "slurmstepd":  # Slurm's own, which reports the end
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not job_processes(cluster), 15, "every process is gone")
+    assert Registry(home).get("first").state == "ready"
+    eventually(lambda: not is_live(Registry(home).get("first")), 15, "Slurm knows that the job is gone")
+    with pytest.raises(mii.DeploymentNotFoundError, match="is gone"):
+        mii.client("first", mii_config={"home": home})
+    again = mii.serve(deployment_name="first", cluster="slurm", home=home, **ECHO)
+    assert str(again("three")[0]).strip() == "three"
+    again.terminate_server()
+
+
+def test_dead_node_takes_only_its_replica(cluster, home, ended):
+    client = mii.serve(replica_num=3, cluster="slurm", home=home, slurm={"tasks_per_node": 1}, **ECHO)
+    job_id = client.status().job_id
+    victim = client.status().replicas[2].host
+    cluster.kill_node(victim)
+    eventually(lambda: client.status().replicas[2].state != "ready", 40, "the replica is out")
+    assert {answer.replica for answer in client(["x"] * 6)} == {0, 1}
+    assert client.status().job_id == job_id
+    client.terminate_server()
+
+
+def test_walltime_ends_the_deployment_in_order(cluster, home, ended):
+    client = mii.serve(cluster="slurm", home=home, slurm={"partition": "short", "time": "2"}, **ECHO)
+    entry = Registry(home).get("echo")
+    assert entry.ends is not None and 0 < entry.ends - time.time() <= 120
+    eventually(lambda: Registry(home).get("echo") is None, 150, "it ends before its walltime")
+    eventually(lambda: _show(entry.job_id, "JobState") == "COMPLETED", 20, "the ranks left with status 0")
+    with pytest.raises((mii.DeploymentNotFoundError, mii.UnavailableError)):
+        client("x")
+
+
+def test_what_sbatch_refuses(home, cluster):
+    with pytest.raises(mii.SubmissionError, match=r"nvalid partition"):
+        mii.serve(cluster="slurm", home=home, slurm={"partition": "nowhere"}, **ECHO)
+    assert Registry(home).get("echo") is None
+
+
+@pytest.mark.parametrize(
+    ("template", "replicas"), [("one-node.sbatch", 1), ("many-nodes.sbatch", 2), ("cpu.sbatch", 2)]
+)
+def test_template_comes_up_and_answers(cluster, shared, home, llama, template, replicas, ended):
+    export = {"MODEL": llama, "NAME": "by-hand", "PYTHON": sys.executable, "MII_HPC_HOME": home}
+    variables = ",".join(f"{name}={value}" for name, value in export.items())
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", f"--export=ALL,{variables}", REPOSITORY / "slurm" / template],
+        check=True, capture_output=True, text=True, timeout=60, cwd=shared,
+    )  # fmt: skip
+    job_id = submitted.stdout.strip()
+
+    def ready():
+        assert _show(job_id, "JobState") in ("PENDING", "RUNNING"), (shared / f"mii-{job_id}.log").read_text()
+        entry = Registry(home).get("by-hand")
+        return entry is not None and entry.state == "ready"
+
+    eventually(ready, 300, "the deployment is ready")
+    client = mii.client(str(llama), mii_config={"home": home})
+    assert len(client.status().replicas) == replicas
+    assert_greedy_like_transformers(client, llama)
+    client.terminate_server()
+    eventually(lambda: _show(job_id, "JobState") == "COMPLETED", 20, "the batch script ended with status 0")
+
+
+def assert_greedy_like_transformers(client, model):
+    reference = Reference(model)
+    expected = [reference.greedy(prompt, **GREEDY) for prompt in PROMPTS]
+    answers = client(PROMPTS, **GREEDY)
+    assert [list(answer.token_ids) for answer in answers] == expected
+    assert [str(answer) for answer in answers] == [reference.decode(token_ids) for token_ids in expected]
+
+
+def _show(job_id, field):
+    shown = subprocess.run(["scontrol", "show", "job", job_id], check=True, capture_output=True, text=True, timeout=30)
+    return next(word.split("=", 1)[1] for word in shown.stdout.split() if word.startswith(f"{field}="))
