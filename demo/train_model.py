@@ -10,15 +10,11 @@ write like a manual, not to be right. The seed is fixed; how many steps fit depe
 
 import argparse
 import math
-import os
 import re
 import tempfile
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
-
-# On a busy machine threads that spin while they wait cost five times the time: set before torch reads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from rich.console import Console
