@@ -123,7 +123,8 @@ class LocalJob:
             return JobState("unknown", reason=f"it runs on {self.host}")
         process = Path("/proc") / self.id
         try:
-            ours = str(self.run_dir).encode() in (process / "cmdline").read_bytes()
+            command = (process / "cmdline").read_bytes()
+            ours = str(self.run_dir).encode() in command or not command  # empty while the program is being started
             zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             return JobState("gone")
@@ -197,7 +198,11 @@ def prepare(config: MIIConfig) -> tuple[RunDir, Entry]:
         )
         Registry(config.home).claim(entry, is_live)
         if config.shared_group is not None:
-            Share(config.home, config.deployment_name, config.shared_group).create(run)
+            try:
+                Share(config.home, config.deployment_name, config.shared_group).create(run)
+            except BaseException:
+                _give_up(entry, config)
+                raise
     except BaseException:
         shutil.rmtree(run.path)
         raise
@@ -213,7 +218,7 @@ def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -
     try:
         job_id = _submit_to_slurm(run, config, placement) if entry.cluster == "slurm" else _submit_locally(run, config)
     except BaseException:
-        registry.withdraw(entry)
+        _give_up(entry, config)
         shutil.rmtree(run.path)
         raise
     entry = entry.model_copy(update={"job_id": job_id})
@@ -223,6 +228,13 @@ def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -
             registry.publish(entry)
     log.info("deployment '%s' submitted as job %s; its files are in %s", entry.deployment_name, job_id, run.path)
     return entry
+
+
+def _give_up(entry: Entry, config: MIIConfig) -> None:
+    """Make the name free again."""
+    Registry(config.home).withdraw(entry)
+    if config.shared_group is not None:
+        Share(config.home, config.deployment_name, config.shared_group).withdraw()
 
 
 def slurm_parameters(config: MIIConfig, placement: Placement) -> dict[str, Any]:
