@@ -33,3 +33,7 @@ def deploy_in_thread(tmp_path, monkeypatch):
     yield start
     for deployment in running:
         deployment.stop()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", action="store_true", help="write the golden files anew")
