@@ -14,7 +14,7 @@ from mii_hpc.config import MIIConfig
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
 from mii_hpc.registry import Entry, Registry
 from mii_hpc.rundir import RunDir, tail
-from mii_hpc.submission import Job, JobState, job_of
+from mii_hpc.submission import Job, JobState, free_name, job_of
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,8 @@ def wait_until_ready(run: RunDir, entry: Entry, config: MIIConfig) -> None:
             _wait(run, entry, config, job, show)
     except BaseException:
         job.cancel()
-        registry = Registry(config.home)
         if job.state().phase != "running":  # a running job withdraws its entry itself
-            registry.withdraw(entry)
+            free_name(entry, config)
         raise
 
 
@@ -84,7 +83,7 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
         elif published is None or published.state == "pending":
             show("starting: the ranks are meeting")
         if started is not None and now > started + config.startup_timeout:
-            detail = published.detail if published is not None else "its ranks have not met"
+            detail = (published.detail if published is not None else "") or "its ranks have not met"
             raise DeploymentTimeoutError(
                 f"job {job.id} is not ready after startup_timeout={config.startup_timeout:.0f} s ({detail}); "
                 "it was cancelled"

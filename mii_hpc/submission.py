@@ -201,7 +201,7 @@ def prepare(config: MIIConfig) -> tuple[RunDir, Entry]:
             try:
                 Share(config.home, config.deployment_name, config.shared_group).create(run)
             except BaseException:
-                _give_up(entry, config)
+                free_name(entry, config)
                 raise
     except BaseException:
         shutil.rmtree(run.path)
@@ -218,7 +218,7 @@ def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -
     try:
         job_id = _submit_to_slurm(run, config, placement) if entry.cluster == "slurm" else _submit_locally(run, config)
     except BaseException:
-        _give_up(entry, config)
+        free_name(entry, config)
         shutil.rmtree(run.path)
         raise
     entry = entry.model_copy(update={"job_id": job_id})
@@ -230,11 +230,15 @@ def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -
     return entry
 
 
-def _give_up(entry: Entry, config: MIIConfig) -> None:
-    """Make the name free again."""
-    Registry(config.home).withdraw(entry)
-    if config.shared_group is not None:
+def free_name(entry: Entry, config: MIIConfig) -> None:
+    """Withdraw what a run shared, and its entry; nothing happens when the name is another run's by now."""
+    registry = Registry(config.home)
+    holder = registry.get(config.deployment_name)
+    if holder is not None and holder.run_dir != entry.run_dir:
+        return
+    if config.shared_group is not None:  # first, while nobody else can take the name and share it anew
         Share(config.home, config.deployment_name, config.shared_group).withdraw()
+    registry.withdraw(entry)
 
 
 def slurm_parameters(config: MIIConfig, placement: Placement) -> dict[str, Any]:

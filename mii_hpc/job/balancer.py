@@ -41,7 +41,7 @@ from mii_hpc.job.process import die_with_parent
 from mii_hpc.registry import HEARTBEAT_SECONDS, Entry, Registry
 from mii_hpc.rundir import Failure, RunDir, write_atomically
 from mii_hpc.sharing import Share
-from mii_hpc.submission import SlurmJob
+from mii_hpc.submission import SlurmJob, free_name
 
 log = logging.getLogger(__name__)
 
@@ -283,9 +283,7 @@ class Balancer:
             await asyncio.gather(keeping, watching, return_exceptions=True)
             for replica in self._router.live:
                 await replica.channel.close()
-            self._registry.withdraw(self._entry)
-            if self._share:
-                self._share.withdraw()
+            free_name(self._entry, self._config)
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -368,6 +366,7 @@ class Balancer:
     async def _watch_deadlines(self) -> None:
         while True:
             await asyncio.sleep(1.0)
+            import ctypes; ctypes.CDLL(None).malloc_trim(0)
             timeout = self._config.startup_timeout
             if not self._was_ready and time.monotonic() > self._started + timeout:
                 details = "; ".join(

@@ -23,6 +23,7 @@ from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
 from mii_hpc.job.supervisor import supervise
 from mii_hpc.registry import Registry
 from mii_hpc.rundir import Failure, RunDir
+from mii_hpc.submission import free_name
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,9 @@ def _introduce(rank: int, config: MIIConfig, held: contextlib.ExitStack) -> rend
 
 
 def _withdraw(run: RunDir, config: MIIConfig) -> None:
-    registry = Registry(config.home)
-    entry = registry.get(config.deployment_name)
+    entry = Registry(config.home).get(config.deployment_name)
     if entry is not None and entry.run_dir == run.path:
-        registry.withdraw(entry)
+        free_name(entry, config)
 
 
 def main(run_path: str) -> None:
