@@ -279,7 +279,8 @@ async def test_terminate_does_not_wait_for_long_requests(deploy, monkeypatch):
         await running
 
 
-async def test_after_the_end(deploy):
+async def test_after_the_end(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
     deployment = await deploy()
     client = deployment.client()
     await client.generate("x")
@@ -293,7 +294,8 @@ async def test_after_the_end(deploy):
         await client.terminate_server()
 
 
-async def test_a_client_follows_its_deployment_to_another_address(deploy):
+async def test_a_client_follows_its_deployment_to_another_address(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
     first = await deploy()
     async with AsyncMIIClient(first.config) as client:
         await client.generate("x")

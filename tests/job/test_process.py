@@ -1,0 +1,148 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mii_hpc.job.process import Child, tell
+from tests.live import until
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """Start a child process that runs the given lines of Python; return it and its log."""
+    (tmp_path / "modules").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    started = []
+
+    async def start(lines, *arguments, **options):
+        module = f"child_{len(started)}"
+        (tmp_path / "modules" / f"{module}.py").write_text(
+            "import os, signal, sys, time\nfrom mii_hpc.job.process import die_with_parent, tell\n" + lines
+        )
+        started.append(await Child.start(module, *arguments, log=tmp_path / "log", **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.returncode is None:
+            each.process.kill()
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_notes(child):
+    talker = await child("tell(progress='half', of='it ü')\ntell(ready='here')\n")
+    assert await talker.next_note() == {"progress": "half", "of": "it ü"}
+    assert await talker.next_note() == {"ready": "here"}
+    assert await talker.next_note() is None
+    assert await talker.process.wait() == 0
+
+
+async def test_a_note_cut_short_is_none(child):
+    talker = await child("os.write(int(os.environ['MII_HPC_NOTES_FD']), b'{\"progress\":')\n")
+    assert await talker.next_note() is None
+
+
+async def test_the_end_is_noticed_while_a_grandchild_lives_on_without_the_pipe(child):
+    talker = await child(
+        "import subprocess\n"
+        "p = subprocess.Popen(['sleep', '60'])\ntell(pid=p.pid)\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    pid = (await talker.next_note())["pid"]
+    assert await asyncio.wait_for(talker.next_note(), 10) is None
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_tell_outside_a_child_says_nothing():
+    tell(ready="nobody listens")
+
+
+async def test_arguments_output_environment_and_descriptors(child, tmp_path):
+    reading, writing = os.pipe()
+    (tmp_path / "log").write_text("before\n")
+    writer = await child(
+        "print('out', *sys.argv[1:], os.environ['EXTRA'])\nprint('err', file=sys.stderr)\n"
+        "os.write(int(sys.argv[1]), b'passed')\n",
+        str(writing),
+        "two",
+        pass_fds=(writing,),
+        EXTRA="extra",
+    )
+    assert await writer.process.wait() == 0
+    assert (tmp_path / "log").read_text() == f"before\nout {writing} two extra\nerr\n"
+    assert os.read(reading, 10) == b"passed"
+    os.close(reading)
+    os.close(writing)
+
+
+async def test_a_child_is_ended_in_order(child):
+    patient = await child(
+        "import asyncio\n"
+        "async def main():\n"
+        "    done = asyncio.Event()\n"
+        "    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, done.set)\n"
+        "    tell(up=1)\n"
+        "    await done.wait()\n"
+        "asyncio.run(main())\n"
+        "sys.exit(3)\n"
+    )
+    await patient.next_note()
+    assert await patient.end(30) == 3
+    assert await patient.end(30) == 3, "again does no harm"
+
+
+async def test_a_child_that_will_not_end_is_killed(child):
+    stubborn = await child("signal.signal(signal.SIGINT, signal.SIG_IGN)\ntell(up=1)\ntime.sleep(60)\n")
+    await stubborn.next_note()
+    assert await stubborn.end(0.1) == -signal.SIGKILL
+
+
+async def test_what_slurm_signals_to_everybody_does_not_reach_a_child(child):
+    shielded = await child("tell(up=1)\ntime.sleep(60)\n")
+    await shielded.next_note()
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        shielded.process.send_signal(signum)
+    assert os.getsid(shielded.process.pid) != os.getsid(0)
+    assert await shielded.end(10) == -signal.SIGINT
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR2}
+
+
+PARENT = """
+import asyncio, sys, time
+from pathlib import Path
+from mii_hpc.job.process import Child
+
+async def main():
+    child = await Child.start("mortal", log=Path(sys.argv[1]))
+    print((await child.next_note())["pid"], flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_child_dies_with_its_parent(tmp_path):
+    (tmp_path / "mortal.py").write_text(
+        "import os, time\nfrom mii_hpc.job.process import die_with_parent, tell\n"
+        "die_with_parent()\ntell(pid=os.getpid())\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    pid = int(await asyncio.to_thread(parent.stdout.readline))
+    assert alive(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    await until(lambda: not alive(pid))
