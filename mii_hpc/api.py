@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mii_hpc import startup, submission
-from mii_hpc.clients import MIIClient, find
+from mii_hpc import sharing, startup, submission
+from mii_hpc.clients import MIIClient
 from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
-from mii_hpc.errors import ConfigError
+from mii_hpc.errors import ConfigError, DeploymentNotFoundError
+from mii_hpc.registry import Registry, choose
 
 
 def serve(
@@ -51,8 +52,22 @@ def client(
         raise ConfigError(f"model_or_deployment_name={model_or_deployment_name!r}: must be a name")
     config = mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})
     paths = str(registry) if registry is not None else os.environ.get("MII_HPC_PATH", "")
-    homes = [config.home, *(Path(path).expanduser() for path in paths.split(":") if path)]
-    config = find(model_or_deployment_name, config, homes)
-    found = MIIClient(config)
-    found.check()
-    return found
+    missed = []
+    for home in (None, *(Path(path).expanduser() for path in paths.split(":") if path)):
+        try:
+            found = _client_in(config, model_or_deployment_name, home)
+        except DeploymentNotFoundError as error:
+            missed.append(str(error))
+        else:
+            found.check()
+            return found
+    raise DeploymentNotFoundError("; ".join(missed))
+
+
+def _client_in(config: MIIConfig, model_or_deployment_name: str, sharing_home: Path | None) -> MIIClient:
+    if sharing_home is None:
+        entry = Registry(config.home).find(model_or_deployment_name)
+        return MIIClient(config.model_copy(update={"deployment_name": entry.deployment_name}))
+    entry = choose(sharing.entries(sharing_home), model_or_deployment_name, sharing.shares_of(sharing_home))
+    update = {"deployment_name": entry.deployment_name, "home": sharing_home}
+    return MIIClient(config.model_copy(update=update), sharing_home=True)

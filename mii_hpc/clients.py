@@ -13,7 +13,6 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -30,11 +29,12 @@ from mii_hpc.errors import (
     InvalidRequestError,
     MIIError,
     RegistryError,
+    RequestCancelledError,
     RequestError,
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.registry import Entry, Registry, choose
+from mii_hpc.registry import Entry, Registry
 from mii_hpc.rundir import RunDir
 
 CONNECT_SECONDS = 20.0
@@ -109,65 +109,45 @@ class Located(NamedTuple):
 
     entry: Entry
     credentials: credentials.ClientCredentials
-    shared: bool
 
 
-def locate(config: MIIConfig) -> Located:
-    """Find a deployment by its name, in the user's own home or in that of somebody who shares it.
+def locate(config: MIIConfig, sharing_home: bool = False) -> Located:
+    """Find a deployment by its name, in the user's own home or, if `sharing_home`, in somebody's who shares it.
 
     Raises DeploymentNotFoundError when it is not there, RegistryError when what is there cannot be trusted.
     """
-    if sharing.is_foreign(config.home):
+    if sharing_home:
         entry, keys = sharing.read(config.home, config.deployment_name)
-        shared = True
     else:
         found = Registry(config.home).get(config.deployment_name)
         if found is None:
             raise DeploymentNotFoundError(
                 f"deployment '{config.deployment_name}' is not in the registry {config.home / 'registry'}"
             )
-        entry, keys, shared = found, credentials.load_owner(RunDir(found.run_dir)), False
+        entry, keys = found, credentials.load_owner(RunDir(found.run_dir))
     if keys.fingerprint != entry.fingerprint:
         raise RegistryError(f"deployment '{config.deployment_name}': its certificate is not the one in the registry")
-    return Located(entry, keys, shared)
-
-
-def find(model_or_deployment_name: str, config: MIIConfig, homes: Sequence[Path]) -> MIIConfig:
-    """Return the configuration of the first deployment of that name or model in one of the homes.
-
-    Raises DeploymentNotFoundError when there is none, or more than one of that model in a home.
-    """
-    missed = []
-    for home in homes:
-        try:
-            if sharing.is_foreign(home):
-                shared = [sharing.read(home, name)[0] for name in sharing.names(home)]
-                entry = choose(shared, model_or_deployment_name, sharing.shares_of(home))
-            else:
-                entry = Registry(home).find(model_or_deployment_name)
-        except DeploymentNotFoundError as error:
-            missed.append(str(error))
-        else:
-            return config.model_copy(update={"home": home, "deployment_name": entry.deployment_name})
-    raise DeploymentNotFoundError("; ".join(missed))
+    return Located(entry, keys)
 
 
 class AsyncMIIClient:
     """A client for use inside one event loop; every method belongs to the loop of the first call.
 
-    `mii_config` names the deployment and the home of its registry, which may be the home of somebody who shares it
-    with you. The balancer's address is the one in the registry, unless `host` names another way to it, such as the
-    "127.0.0.1" of an SSH tunnel; its port is `port_number` then, where that is set.
+    `mii_config` names the deployment and the home of its registry; `sharing_home` says that this is the home of
+    somebody else, who shares the deployment with you and is trusted in that. The balancer's address is the one in
+    the registry, unless `host` names another way to it, such as the "127.0.0.1" of an SSH tunnel; its port is
+    `port_number` then, where that is set.
     """
 
-    def __init__(self, mii_config: MIIConfig, host: str = "localhost") -> None:
+    def __init__(self, mii_config: MIIConfig, host: str = "localhost", *, sharing_home: bool = False) -> None:
         if not mii_config.deployment_name:
             raise ConfigError("deployment_name='': a client needs the deployment's name")
         self.mii_config = mii_config
         self._host = host
+        self._sharing_home = sharing_home
         self._channel: grpc.aio.Channel | None = None
         self._address = ""
-        self._metadata: tuple[tuple[str, str], ...] = ()
+        self._metadata: tuple[tuple[str, str], ...] | None = None
         self._connecting = asyncio.Lock()
 
     async def generate(
@@ -217,7 +197,7 @@ class AsyncMIIClient:
 
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
-        entry = locate(self.mii_config).entry
+        entry = self._locate().entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
         answer = await self._call(wire.STATUS, pb.StatusRequest())
@@ -242,8 +222,8 @@ class AsyncMIIClient:
         """
         from mii_hpc import submission
 
-        located = locate(self.mii_config)
-        if located.shared:
+        located = self._locate()
+        if self._sharing_home:
             await self._call(wire.TERMINATE, pb.TerminateRequest())  # which the deployment refuses, in its own words
         entry, registry = located.entry, Registry(self.mii_config.home)
         job = submission.job_of(entry)
@@ -269,7 +249,7 @@ class AsyncMIIClient:
         The owner's other clients, and those of the group it is shared with, read the new ones from their files.
         """
         await self._call(wire.ROTATE_TOKEN, pb.RotateTokenRequest())
-        await self.close()
+        self._metadata = None
 
     async def close(self) -> None:
         """Close the connection. The deployment goes on."""
@@ -329,6 +309,10 @@ class AsyncMIIClient:
                 yield _response(delta, replica)
         except grpc.aio.AioRpcError as failure:
             raise await self._failed(failure) from None
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise RequestCancelledError("the client was closed before the answer was complete") from None
         finally:
             call.cancel()
         if unfinished:
@@ -347,12 +331,12 @@ class AsyncMIIClient:
 
     async def _failed(self, failure: grpc.aio.AioRpcError) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
-            await self.close()  # the token may have been rotated; the next call reads it anew
+            self._metadata = None  # the token may have been rotated; the next call reads it anew
         if failure.code() is grpc.StatusCode.UNAVAILABLE and wire.own_error_name(failure) is None:
             # The balancer may have moved (a requeued job); the next call looks it up anew.
             await self.close()
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
-                locate(self.mii_config)
+                self._locate()
                 return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
             return UnavailableError(self._says("is gone"))
         return wire.error_of(failure)
@@ -360,10 +344,11 @@ class AsyncMIIClient:
     async def _connected(self) -> grpc.aio.Channel:
         """Return the channel to the balancer, once it is connected; a request must not overtake another."""
         async with self._connecting:
-            if self._channel is None:
-                located = locate(self.mii_config)
-                self._address = self._way_to(located.entry)
+            if self._channel is None or self._metadata is None:
+                located = self._locate()
                 self._metadata = transport.authorization(located.credentials)
+            if self._channel is None:
+                self._address = self._way_to(located.entry)
                 self._channel = transport.open_channel(self._address, located.credentials)
             try:
                 await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
@@ -373,6 +358,9 @@ class AsyncMIIClient:
                     self._says(f"does not answer at {self._address} within {CONNECT_SECONDS:.0f} s")
                 ) from None
             return self._channel
+
+    def _locate(self) -> Located:
+        return locate(self.mii_config, self._sharing_home)
 
     def _way_to(self, entry: Entry) -> str:
         if not entry.address:
@@ -391,13 +379,14 @@ class MIIClient:
     See AsyncMIIClient for what the arguments mean and what the methods guarantee; these are the same, blocking.
     """
 
-    def __init__(self, mii_config: MIIConfig, host: str = "localhost") -> None:
+    def __init__(self, mii_config: MIIConfig, host: str = "localhost", *, sharing_home: bool = False) -> None:
         self.mii_config = mii_config
         self._host = host
+        self._sharing_home = sharing_home
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
         self._calls = 0
-        AsyncMIIClient(mii_config, host)  # refuses what is wrong now, not at the first call
+        self._new_client()  # refuses what is wrong now, not at the first call
         _Forks.watch(self)
 
     def generate(
@@ -453,7 +442,7 @@ class MIIClient:
         """Raise DeploymentNotFoundError unless the deployment exists now."""
         from mii_hpc import submission
 
-        entry = locate(self.mii_config).entry
+        entry = locate(self.mii_config, self._sharing_home).entry
         if not submission.is_live(entry):
             raise DeploymentNotFoundError(
                 f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
@@ -476,7 +465,7 @@ class MIIClient:
         """Yield the worker, and count the call that it is for."""
         with self._lock:
             if self._worker is None:
-                self._worker = _Worker(AsyncMIIClient(self.mii_config, self._host))
+                self._worker = _Worker(self._new_client())
             elif self._worker.pid != os.getpid():
                 raise UnavailableError(
                     "this process was forked while requests of its parent were running, after which gRPC does not "
@@ -489,6 +478,9 @@ class MIIClient:
         finally:
             with self._lock:
                 self._calls -= 1
+
+    def _new_client(self) -> AsyncMIIClient:
+        return AsyncMIIClient(self.mii_config, self._host, sharing_home=self._sharing_home)
 
     def _stop(self) -> None:
         worker, self._worker = self._worker, None

@@ -82,22 +82,13 @@ def shares_of(home: Path) -> Path:
     return home / "shared"
 
 
-def is_foreign(home: Path) -> bool:
-    """Whether a home belongs to somebody else, so that only what he shares is of use."""
+def entries(home: Path) -> list[Entry]:
+    """Return the entries of the deployments below a home that are shared with us, by name."""
     try:
-        return home.stat().st_uid != os.geteuid()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise RegistryError(f"{home}: cannot be entered: {error.strerror}") from error
-
-
-def names(home: Path) -> list[str]:
-    """Return the names of the deployments below a home that are shared with us."""
-    try:
-        return sorted(folder.name for folder in shares_of(home).iterdir() if os.access(folder, os.R_OK | os.X_OK))
+        folders = sorted(shares_of(home).iterdir())
     except (FileNotFoundError, PermissionError):
         return []
+    return [read(home, folder.name)[0] for folder in folders if os.access(folder, os.R_OK | os.X_OK)]
 
 
 def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
@@ -107,7 +98,10 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
     the owner of the home could have written what we would have to believe.
     """
     folder = shares_of(home) / deployment_name
-    owner = home.stat().st_uid
+    try:
+        owner = home.stat().st_uid
+    except OSError as error:
+        raise RegistryError(f"{home}: cannot be entered: {error.strerror}") from None
     for path in (home, shares_of(home), folder, *(folder / name for name in (_ENTRY, _CERTIFICATE, _TOKEN))):
         try:
             status = path.lstat()

@@ -37,7 +37,7 @@ from mii_hpc.errors import (
 )
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership
-from mii_hpc.job.process import die_with_parent
+from mii_hpc.job.process import die_with_parent, give_memory_back
 from mii_hpc.registry import HEARTBEAT_SECONDS, Entry, Registry
 from mii_hpc.rundir import Failure, RunDir, write_atomically
 from mii_hpc.sharing import Share
@@ -366,7 +366,7 @@ class Balancer:
     async def _watch_deadlines(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            import ctypes; ctypes.CDLL(None).malloc_trim(0)
+            give_memory_back()
             timeout = self._config.startup_timeout
             if not self._was_ready and time.monotonic() > self._started + timeout:
                 details = "; ".join(

@@ -1,0 +1,139 @@
+"""What a second Unix user tries against ports and files: `stranger.py USER JSON`, printed as JSON.
+
+Runs as root until grpc is loaded, then as the user: it is the kernel that must refuse him, not a missing import.
+"""
+
+import asyncio
+import concurrent.futures.thread  # noqa: F401 (the user could not load it later, nor the next)
+import encodings.idna  # noqa: F401
+import grp
+import json
+import os
+import pwd
+import ssl
+import sys
+
+import grpc
+import grpc.aio
+
+from mii_hpc import transport, wire
+from mii_hpc.credentials import ClientCredentials
+
+METHODS = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)
+TOKENS = {"none": (), "wrong": (("authorization", "Bearer wrong"),), "other": (("authorization", "Basic cm9vdDo="),)}
+
+
+def become(user):
+    entry = pwd.getpwnam(user)
+    os.setgroups([group.gr_gid for group in grp.getgrall() if user in group.gr_mem] + [entry.pw_gid])
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+    os.environ["HOME"] = entry.pw_dir
+
+
+async def call(channel, method, metadata):
+    """The status of one call, whatever its kind; all calls look alike on the wire."""
+    requests = iter([method.request().SerializeToString()])
+
+    async def send():
+        for request in requests:
+            yield request
+
+    answer = channel.stream_stream(method.path)(send(), metadata=metadata, timeout=4)
+    try:
+        return "ANSWERED" if [part async for part in answer] else "OK"
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+
+
+async def knock(address):
+    """Every method with no token and with wrong ones, over TLS and in the clear; reflection and health, too."""
+    host, port = address.rsplit(":", 1)
+    certificate = await asyncio.to_thread(certificate_of, host, int(port))
+    channels = {"plain": grpc.aio.insecure_channel(address)}
+    if certificate:
+        channels["tls"] = transport.open_channel(address, ClientCredentials(certificate, ""))
+    methods = [
+        *METHODS,
+        *(
+            wire.Method(service, name, wire.STATUS.request, None)
+            for service, name in (
+                ("grpc.health.v1.Health", "Check"),
+                ("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"),
+            )
+        ),
+    ]
+    tried = [
+        (way, token, method)
+        for way in channels
+        for token in TOKENS
+        for method in (methods if way == "tls" else methods[:1])
+    ]
+    statuses = await asyncio.gather(*(call(channels[way], method, TOKENS[token]) for way, token, method in tried))
+    for channel in channels.values():
+        await channel.close()
+    return [
+        (address, way, token, method.path, status) for (way, token, method), status in zip(tried, statuses, strict=True)
+    ]
+
+
+async def knock_everywhere(addresses):
+    return await asyncio.gather(*map(knock, addresses))
+
+
+def certificate_of(host, port):
+    try:
+        return ssl.get_server_certificate((host, port), timeout=4).encode()
+    except (OSError, ssl.SSLError):
+        return None
+
+
+def read(path):
+    try:
+        if os.path.isdir(path):  # noqa: PTH112
+            return os.listdir(path)  # noqa: PTH208
+        with open(path, "rb") as file:  # noqa: PTH123
+            return file.read().decode(errors="replace")
+    except OSError as error:
+        return type(error).__name__
+
+
+def replace(path):
+    try:
+        with open(f"{path}.mine", "w"):  # noqa: PTH123
+            pass
+        os.replace(f"{path}.mine", path)  # noqa: PTH105
+        return "replaced"
+    except OSError as error:
+        return type(error).__name__
+
+
+def main(user, task):
+    become(user)
+    result = {"uid": os.getuid()}
+    result["calls"] = [outcome for outcomes in asyncio.run(knock_everywhere(task["knock"])) for outcome in outcomes]
+    result["read"] = {path: read(path) for path in task.get("read", ())}
+    result["replaced"] = {path: replace(path) for path in task.get("replace", ())}
+    print(json.dumps(result))
+
+
+def use(user, home, name):
+    """As a member of the group: generate, then try to terminate."""
+    import mii_hpc as mii
+
+    warm = mii.MIIClient, mii.client  # loaded while still root  # noqa: F841
+    become(user)
+    result = {}
+    for verb in ("generate", "status", "rotate_token", "terminate_server"):
+        try:
+            client = mii.client(name, registry=home)
+            answer = client.generate("hello") if verb == "generate" else getattr(client, verb)()
+            result[verb] = str(answer[0]) if verb == "generate" else "done"
+        except mii.MIIError as error:
+            result[verb] = type(error).__name__
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    user, what, *rest = sys.argv[1:]
+    main(user, json.loads(rest[0])) if what == "knock" else use(user, *rest)
