@@ -83,11 +83,15 @@ def main(run_path: str) -> None:
         log.exception("the rank has failed")
         rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or -1)
         with contextlib.suppress(OSError):
-            run.write_failure(
-                Failure(
-                    rank, socket.gethostname(), f"rank {rank}: {type(error).__name__}: {error}", traceback.format_exc()
+            if run.read_failure() is None:  # else this is only its echo
+                run.write_failure(
+                    Failure(
+                        rank,
+                        socket.gethostname(),
+                        f"rank {rank}: {type(error).__name__}: {error}",
+                        traceback.format_exc(),
+                    )
                 )
-            )
         sys.exit(1)
 
 
