@@ -70,21 +70,17 @@ class LayerShape:
 class PagedCache:
     """Keys and values of all layers, each a tensor [blocks, page_size, heads, head size]."""
 
-    def __init__(
-        self, layers: Sequence[LayerShape], num_blocks: int, page_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerShape], num_blocks: int, page_size: int, device: torch.device) -> None:
         """Allocate it. On CPU the memory is taken only as blocks are first written."""
         import torch
 
         self.page_size = page_size
         # Zeros, because padding is read before it is masked, and a stray NaN would survive the mask.
         self.keys = [
-            torch.zeros(num_blocks, page_size, *layer.key, dtype=layer.dtype, device=device)
-            for layer in layers
+            torch.zeros(num_blocks, page_size, *layer.key, dtype=layer.dtype, device=device) for layer in layers
         ]
         self.values = [
-            torch.zeros(num_blocks, page_size, *layer.value, dtype=layer.dtype, device=device)
-            for layer in layers
+            torch.zeros(num_blocks, page_size, *layer.value, dtype=layer.dtype, device=device) for layer in layers
         ]
 
     def clear(self, blocks: Iterable[int]) -> None:

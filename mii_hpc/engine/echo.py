@@ -70,9 +70,7 @@ class EchoEngine:
     def stats(self) -> EngineStats:
         """Return the load; there are no blocks."""
         with self._changed:
-            return EngineStats(
-                running=len(self._running), waiting=len(self._waiting), generated_tokens=self._generated
-            )
+            return EngineStats(running=len(self._running), waiting=len(self._waiting), generated_tokens=self._generated)
 
     def close(self) -> None:
         """Make `run` return. Requests in hand are dropped."""

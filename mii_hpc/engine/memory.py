@@ -62,9 +62,7 @@ def plan_budget(
                 f"memory_fraction={config.memory_fraction}: the weights take {weights / 2**30:.1f} GiB on "
                 f"this rank and leave no room for a KV cache; use more ranks (tensor_parallel) or memory"
             )
-        _log.info(
-            "KV cache: %.2f GiB, of %.2f GiB free", num_blocks * block_bytes / 2**30, max(room, 0) / 2**30
-        )
+        _log.info("KV cache: %.2f GiB, of %.2f GiB free", num_blocks * block_bytes / 2**30, max(room, 0) / 2**30)
     budget = Budget(max_batch_size, max_batch_tokens, page_size, num_blocks)
     _log.info("%s", budget)
     return budget

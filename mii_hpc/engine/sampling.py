@@ -119,9 +119,7 @@ def _penalise(scores: torch.Tensor, samplers: Sequence[Sampler]) -> None:
     for row, sampler in zip(scores, samplers, strict=True):
         if sampler.seen is not None:
             seen = sampler.seen.to(row.device)
-            row.copy_(
-                torch.where(seen, torch.where(row < 0, row * sampler.penalty, row / sampler.penalty), row)
-            )
+            row.copy_(torch.where(seen, torch.where(row < 0, row * sampler.penalty, row / sampler.penalty), row))
 
 
 def _draw(scores: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -194,9 +192,7 @@ def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> list[int]:
     return result
 
 
-def _logprobs(
-    logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]
-) -> list[float | None]:
+def _logprobs(logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> list[float | None]:
     result: list[float | None] = [None] * len(samplers)
     rows = [row for row, sampler in enumerate(samplers) if sampler.logprobs]
     if rows:

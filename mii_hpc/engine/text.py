@@ -25,9 +25,7 @@ class Detokenizer:
     whose tokens have not all come are held back.
     """
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], byte_tokens: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], byte_tokens: frozenset[int] = frozenset()) -> None:
         """Use `decode` for any run of tokens; `byte_tokens` are those of a byte-fallback vocabulary."""
         self._decode = decode
         self._byte_tokens = byte_tokens

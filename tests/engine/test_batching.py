@@ -124,9 +124,7 @@ def test_several_sequences_each_have_a_seed(engine):
 
 
 def test_full_text_and_logprobs(engine):
-    answer = submit(
-        engine, "Full 🙂", do_sample=False, max_new_tokens=6, return_full_text=True, logprobs=True
-    ).wait()
+    answer = submit(engine, "Full 🙂", do_sample=False, max_new_tokens=6, return_full_text=True, logprobs=True).wait()
     assert answer.text().startswith("Full 🙂")
     assert len(answer.logprobs()) == len(answer.token_ids())
     assert all(value <= 0 for value in answer.logprobs())
@@ -244,9 +242,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tmp_path):
 
 
 def test_an_attention_of_its_own_is_refused_by_name(tmp_path):
-    folder = tiny_model(
-        tmp_path, "bloom", n_head=4, n_layer=2, intermediate_size=None, num_key_value_heads=None
-    )
+    folder = tiny_model(tmp_path, "bloom", n_head=4, n_layer=2, intermediate_size=None, num_key_value_heads=None)
     engine = make(model_name_or_path=str(folder), max_length=64)
     with pytest.raises(ConfigError, match="BloomForCausalLM"):
         engine.load(lambda sentence: None)

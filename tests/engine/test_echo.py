@@ -42,9 +42,7 @@ def test_a_stream_has_a_delta_per_token_and_joins_to_the_unary_answer():
 
 def test_full_text_logprobs_and_several_sequences():
     with echo() as engine:
-        answer = submit(
-            engine, "a b", return_full_text=True, logprobs=True, num_return_sequences=3, stream=True
-        ).wait()
+        answer = submit(engine, "a b", return_full_text=True, logprobs=True, num_return_sequences=3, stream=True).wait()
     assert [answer.text(index) for index in range(3)] == ["a ba b "] * 3
     assert answer.logprobs(2) == [0.0, 0.0]
 
