@@ -204,7 +204,7 @@ async def test_a_replica_lost_between_requests_is_not_asked(deploy):
     client = deployment.client()
     deployment.ranks[1].comes_back = False
     deployment.ranks[1].report_death()
-    await until(lambda: len(deployment.balancer._router.live) == 2)
+    await until(lambda: len(deployment.balancer.router.live) == 2)
     assert replicas(await client.generate(["a"] * 4)) == [0, 2, 0, 2]
 
 
@@ -213,7 +213,7 @@ async def test_without_a_live_replica(deploy):
     for rank in deployment.ranks:
         rank.comes_back = False
         rank.report_death()
-    await until(lambda: not deployment.balancer._router.live)
+    await until(lambda: not deployment.balancer.router.live)
     with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve"):
         await deployment.client().generate("x")
 

@@ -140,7 +140,7 @@ class Balancer:
         self._registry = Registry(config.home)
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
         self._doors = Doors(run, config)
-        self._router = Router()
+        self.router = Router()
         self._authorization = transport.authorization(keys)
         self.membership = Membership(
             model.tensor_parallel,
@@ -199,7 +199,7 @@ class Balancer:
         try:
             if self._stopping.is_set():
                 raise DeploymentStoppingError(self._says(f"is ending ({self._reason})"))
-            replica = self._router.next()
+            replica = self.router.next()
         except MIIError as error:
             await wire.abort(context, error)
         call = replica.channel.unary_stream(wire.GENERATE.path)(
@@ -235,8 +235,8 @@ class Balancer:
                     state=replica.state,
                     host=replica.host,
                     epoch=replica.epoch,
-                    in_flight=self._router.in_flight(replica.index),
-                    served=self._router.served.get(replica.index, 0),
+                    in_flight=self.router.in_flight(replica.index),
+                    served=self.router.served.get(replica.index, 0),
                     detail=replica.detail,
                 )
                 for replica in self.membership.replicas
@@ -281,15 +281,15 @@ class Balancer:
             self._ended = True
             self._dirty.set()
             await asyncio.gather(keeping, watching, return_exceptions=True)
-            for replica in self._router.live:
+            for replica in self.router.live:
                 await replica.channel.close()
             free_name(self._entry, self._config)
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
-        while any(replica.in_flight for replica in self._router.live) and time.monotonic() < deadline:
+        while any(replica.in_flight for replica in self.router.live) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        for replica in self._router.live:
+        for replica in self.router.live:
             for call in list(replica.in_flight):
                 call.cancel()
 
@@ -311,7 +311,7 @@ class Balancer:
         except grpc.aio.AioRpcError as failure:
             await channel.close()
             raise wire.error_of(failure) from failure
-        self._router.add(LiveReplica(index, replica.epoch, replica.host, channel))
+        self.router.add(LiveReplica(index, replica.epoch, replica.host, channel))
         asyncio.get_running_loop().call_soon(self._note_readiness)
 
     def _note_readiness(self) -> None:
@@ -319,7 +319,7 @@ class Balancer:
         self._dirty.set()
 
     def _lose_replica(self, index: int) -> None:
-        replica = self._router.remove(index)
+        replica = self.router.remove(index)
         self._dirty.set()
         if replica is not None:
             for call in list(replica.in_flight):

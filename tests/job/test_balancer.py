@@ -136,7 +136,7 @@ async def test_bytes_pass_through_unread(deploy):
             deployment.address, wire.GENERATE.path, owner.token, owner.certificate, payload=payload
         )
         assert (code, name) == (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError.__name__)
-    assert deployment.balancer._router.served == {0: 2}
+    assert deployment.balancer.router.served == {0: 2}
 
 
 async def test_the_entry_tells_where_it_is_and_how_it_does(deploy, monkeypatch):

@@ -1,0 +1,157 @@
+"""What TLS and the token cost: small messages streamed through our balancer, and through a bare gRPC proxy.
+
+`python benchmarks/transport.py` prints, for 1 and 16 streams at once, the messages per second of each way and their
+ratio. Source, proxy and client are processes of their own in both; the source sends ready-made pieces of an answer,
+as a replica does when it makes one token per message, only faster than any engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from rich.console import Console
+from rich.table import Table
+
+from mii_hpc import credentials, submission, transport, wire
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.config import resolve
+from mii_hpc.job.balancer import Balancer, LiveReplica
+from mii_hpc.rundir import RunDir
+
+PIECE = pb.GenerateChunk(text="word ", token_ids=[1234], generated_length=1).SerializeToString()
+
+
+def source_handlers(messages: int) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+    """Return a service that answers every request with so many small messages."""
+
+    async def generate(_request, _context):
+        for _ in range(messages):
+            yield PIECE
+
+    return {wire.GENERATE.service: {wire.GENERATE.name: grpc.unary_stream_rpc_method_handler(generate)}}
+
+
+def run_source(run: RunDir, ours: bool, messages: int, told: Connection) -> None:
+    """Serve the source until the process is ended."""
+
+    async def serve() -> None:
+        keys = credentials.load_server(run)
+        if ours:
+            server = transport.create_server(
+                source_handlers(messages), lambda _method, token: transport.same_token(token, keys.rank_token)
+            )
+            port = transport.listen(server, "127.0.0.1:0", keys)
+        else:
+            server = bare_server(source_handlers(messages))
+            port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        told.send(f"127.0.0.1:{port}")
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+def run_proxy(run: RunDir, ours: bool, source: str, told: Connection) -> None:
+    """Serve our balancer, or a bare proxy, in front of the source."""
+
+    async def serve() -> None:
+        keys = credentials.load_server(run)
+        if ours:
+            balancer = Balancer(run, run.load_config(), keys.as_client)
+            replica = LiveReplica(0, 1, "localhost", transport.open_channel(source, keys.as_client))
+            balancer.router.add(replica)
+            server = transport.create_server(balancer.services(), balancer.admits)
+            port = transport.listen(server, "127.0.0.1:0", keys)
+        else:
+            upstream = grpc.aio.insecure_channel(source)
+
+            async def passed_on(requests, _context):
+                async for piece in upstream.unary_stream(wire.GENERATE.path)(await anext(requests)):
+                    yield piece
+
+            handler = grpc.stream_stream_rpc_method_handler(passed_on)
+            server = bare_server({wire.GENERATE.service: {wire.GENERATE.name: handler}})
+            port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        told.send(f"127.0.0.1:{port}")
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+def bare_server(services: dict[str, dict[str, grpc.RpcMethodHandler]]) -> grpc.aio.Server:
+    """Return a server without TLS, token or limits."""
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()]
+    )
+    return server
+
+
+async def messages_per_second(run: RunDir, ours: bool, address: str, streams: int, messages: int) -> float:
+    """Read so many streams at once to their ends."""
+    keys = credentials.load_owner(run)
+    channel = transport.open_channel(address, keys) if ours else grpc.aio.insecure_channel(address)
+    metadata = transport.authorization(keys) if ours else ()
+
+    async def read() -> int:
+        return len([piece async for piece in channel.unary_stream(wire.GENERATE.path)(b"", metadata=metadata)])
+
+    async with channel:
+        await channel.channel_ready()
+        began = time.perf_counter()
+        counts = await asyncio.gather(*(read() for _ in range(streams)))
+        seconds = time.perf_counter() - began
+    if counts != [messages] * streams:
+        raise RuntimeError(f"messages were lost: {counts}")
+    return sum(counts) / seconds
+
+
+def started(target, *args) -> str:
+    """Start a process and return the address that it tells."""
+    mine, its = multiprocessing.Pipe()
+    multiprocessing.Process(target=target, args=(*args, its), daemon=True).start()
+    if not mine.poll(30):
+        raise TimeoutError(f"{target.__name__} did not start")
+    return mine.recv()
+
+
+def main() -> None:
+    """Measure both ways in turn, and print medians."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--messages", type=int, default=2000, help="per stream")
+    options.add_argument("--rounds", type=int, default=7)
+    given = options.parse_args()
+    multiprocessing.set_start_method("spawn")
+    table = Table("streams", "bare proxy, messages/s", "balancer with TLS and token, messages/s", "ratio")
+    with tempfile.TemporaryDirectory() as home:
+        engine = {"engine": "echo"}
+        run, _ = submission.prepare(resolve(inference_engine_config=engine, home=Path(home) / "home", cluster="local"))
+        addresses = {
+            ours: started(run_proxy, run, ours, started(run_source, run, ours, given.messages))
+            for ours in (False, True)
+        }
+        for streams in (1, 16):
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(given.rounds + 1):  # the first one warms up
+                for ours, address in addresses.items():
+                    rates[ours].append(asyncio.run(messages_per_second(run, ours, address, streams, given.messages)))
+            bare, own = (rates[ours][1:] for ours in (False, True))
+            ratio = statistics.median(b / a for a, b in zip(bare, own, strict=True))
+            table.add_row(
+                str(streams), f"{statistics.median(bare):.0f}", f"{statistics.median(own):.0f}", f"{ratio:.2f}"
+            )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
