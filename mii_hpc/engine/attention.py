@@ -222,6 +222,10 @@ def _read(
 ) -> torch.Tensor:
     key = keys.index_select(0, chunk.table).flatten(0, 1)[None, : chunk.end].transpose(1, 2)
     value = values.index_select(0, chunk.table).flatten(0, 1)[None, : chunk.end].transpose(1, 2)
+    shared = query.shape[1] // key.shape[1]
+    if query.is_cuda and shared > 1:
+        # Not every fused kernel knows shared key heads, and the one that is always there holds all scores at once.
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     whole = chunk.start == 0 and (window is None or window >= chunk.end)
     output = scaled_dot_product_attention(
         query,

@@ -76,6 +76,8 @@ class BatchingEngine:
     def run(self) -> None:
         """Generate until `close` is called on rank 0; then return on every rank."""
         torch.set_num_threads(threads(self._spec))
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)  # every thread begins with the first one
         if self._spec.rank == 0:
             self._lead()
         else:
