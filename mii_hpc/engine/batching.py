@@ -402,8 +402,6 @@ def _decoder(model: LoadedModel) -> tuple[Callable[[Sequence[int]], str], frozen
         backend = tokenizer.backend_tokenizer
         return lambda ids: str(backend.decode(ids, skip_special_tokens=True)), byte_tokens
     return (
-        lambda ids: str(
-            tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ),
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
         byte_tokens,
     )

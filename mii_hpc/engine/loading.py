@@ -24,6 +24,7 @@ from mii_hpc.engine.attention import PagedAttention
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.cache import LayerShape
 from mii_hpc.engine.distributed import quiet
+from mii_hpc.engine.packing import pack_linears
 from mii_hpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -94,10 +95,11 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         progress("DeepSpeed shards this architecture right")
         module = _load_shard(model, config, dtype, spec, device, progress)
     module.eval().requires_grad_(False)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    pack_linears(module)
     attention = PagedAttention()
     layers = _measure(module, attention, device)
     tokenizer = _load_tokenizer(model)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     progress(f"loaded: {weights / 2**30:.2f} GiB of weights on rank {spec.rank}")
     text_config = config.get_text_config()
     return LoadedModel(
@@ -115,9 +117,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
 
 def _load_config(model: ModelConfig) -> Any:
     try:
-        return AutoConfig.from_pretrained(
-            model.model_name_or_path, trust_remote_code=model.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {error}") from error
 
@@ -204,8 +204,7 @@ def _measure(module: nn.Module, attention: PagedAttention, device: torch.device)
     count = module.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     if sorted(measured) != list(range(count)):
         raise ConfigError(
-            f"{name} cannot be served: only {len(measured)} of its {count} layers use transformers' "
-            f"attention interface"
+            f"{name} cannot be served: only {len(measured)} of its {count} layers use transformers' attention interface"
         )
     return tuple(measured[layer] for layer in range(count))
 
@@ -380,9 +379,7 @@ class _Checkpoint:
         wanted = module.state_dict()
         found: dict[str, str] = {}
         for stored in self._files:
-            name, converted = rename_source_key(
-                stored, renamings, converters, module.base_model_prefix, wanted
-            )
+            name, converted = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
             if converted is None:
                 found[name] = stored
         tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import threading
+from multiprocessing.connection import wait
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import EngineSpec, create_engine
@@ -49,7 +50,8 @@ class Replica:
 
     def ready(self):
         """Return None, or what load() raised on the leader."""
-        assert self.connection.poll(240), "the ranks are not ready"
+        wait([self.connection, *(process.sentinel for process in self.processes)], 240)
+        assert self.connection.poll(10), "the ranks are not ready"
         return self.connection.recv()
 
     def answers(self, requests):

@@ -1,0 +1,85 @@
+"""Weights in the layout that oneDNN computes with, so that it does not rearrange them in every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+# Only for these, and only on CPU, does oneDNN have a layout of its own.
+DTYPES = (torch.float32, torch.bfloat16)
+# The layout is chosen for this many rows: decode steps have few, and for many the choice makes no difference.
+ROWS = 16
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, or a rank's share of one, over a packed weight.
+
+    Measured at 16 rows: 0.5 to 0.7 of the plain layer's time in bfloat16, 0.3 to 0.6 in float32.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, group: Any = None, inputs: slice | None = None
+    ) -> None:
+        """With a `group`, its ranks' products are added up before the bias is; `inputs` are those of this rank."""
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._group = group
+        self._inputs = inputs
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for rows [..., inputs]."""
+        if self._group is None:
+            return _product(rows, self.weight, self.bias)
+        from deepspeed import comm
+
+        if self._inputs is not None:
+            rows = rows[..., self._inputs].contiguous()
+        output = _product(rows, self.weight, None)
+        comm.inference_all_reduce(output, group=self._group)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace the linear layers of a module on CPU by packed ones, one at a time.
+
+    The plain weights are dropped as it goes, so that no memory is taken twice. Weights that another layer uses as
+    well, such as a head that is tied to the embeddings, stay as they are.
+    """
+    if not torch._C._has_mkldnn:
+        return
+    owners = Counter(id(parameter) for part in module.modules() for parameter in part._parameters.values())
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            weight = child._parameters.get("weight")
+            if weight is None or weight.device.type != "cpu" or weight.dtype not in DTYPES or owners[id(weight)] > 1:
+                continue
+            # DeepSpeed gives a rank nothing of a layer that is too small to cut.
+            packed = _packed(child) if weight.numel() else None
+            if packed is not None:
+                setattr(part, name, packed)
+
+
+def _packed(layer: Any) -> PackedLinear | None:
+    """Return the same layer over a packed weight, or None if it is of another kind."""
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
+
+    # These and none that are derived from them, which may do something else.
+    kind = type(layer)
+    if kind is nn.Linear or (kind is LinearLayer and not layer.gather_output):
+        return PackedLinear(layer.weight, layer.bias)
+    if kind is LinearAllreduce:
+        return PackedLinear(layer.weight, layer.bias, layer.mp_group)
+    if kind is LmHeadLinearAllreduce:
+        first = sum(layer._partition_sizes[: layer.tp_index])
+        return PackedLinear(layer.weight, layer.bias, layer.mp_group, slice(first, first + layer.weight.shape[1]))
+    return None
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return output
