@@ -38,3 +38,22 @@ def second_user(cluster: Cluster) -> Iterator[str]:
         subprocess.run(["useradd", "--create-home", GUEST], check=True, timeout=30)
     yield GUEST
     subprocess.run(["userdel", "--remove", "--force", GUEST], check=True, capture_output=True, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def shared(cluster: Cluster) -> Iterator[Path]:
+    """A folder that all nodes see, as on a shared filesystem, and that every user can pass through."""
+    folder = Path(tempfile.mkdtemp(prefix="mii-shared-"))
+    folder.chmod(0o711)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.chdir(folder)
+        yield folder
+    cluster.reset()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def home(shared: Path) -> Path:
+    """The home of registry and run directories."""
+    return shared / "home"

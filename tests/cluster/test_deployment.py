@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from mii_hpc.registry import Registry
 from mii_hpc.submission import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -35,23 +35,6 @@ import json, sys, mii_hpc as mii
 name, home, prompts, options = json.loads(sys.argv[1])
 print(json.dumps([(str(a), a.replica) for a in mii.client(name, mii_config={"home": home})(prompts, **options)]))
 """
-
-
-@pytest.fixture(scope="module")
-def shared(cluster):
-    """A folder that all nodes see, as on a shared filesystem."""
-    folder = Path(tempfile.mkdtemp(prefix="mii-shared-"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.chdir(folder)
-        yield folder
-    cluster.reset()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def home(shared):
-    return shared / "home"
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +70,6 @@ def deployment(cluster, home, llama):
     yield mii.client("tiny-llama", mii_config={"home": home})
     cluster.reset()
     shutil.rmtree(home / "registry", ignore_errors=True)
-
-
-def eventually(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-    return value
 
 
 def job_processes(cluster):
