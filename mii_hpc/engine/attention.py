@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -35,6 +36,8 @@ class PagedAttention:
         self._cache: PagedCache | None = None
         self._layout: _Layout | None = None
         self._measured: dict[int, LayerShape] = {}
+        # cuDNN comes first by default and takes some 50 ms to plan each new shape; here most steps have one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         AttentionInterface.register(self.name, self._attend)
 
     @contextmanager
@@ -220,12 +223,18 @@ def _read(
     if query.is_cuda and shared > 1:
         # Not every fused kernel knows shared key heads, and the one that is always there holds all scores at once.
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    whole = chunk.start == 0 and (window is None or window >= chunk.end)
+    unbounded = window is None or window >= chunk.end
+    whole = chunk.start == 0 and unbounded
+    mask = None
+    if not whole:
+        # The first is the same mask, but one that fast kernels know.
+        lower_right = query.is_cuda and unbounded
+        mask = causal_lower_right(query.shape[2], chunk.end) if lower_right else chunk.mask(window)
     output = scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if whole else chunk.mask(window),
+        attn_mask=mask,
         is_causal=whole,
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,19 +74,22 @@ class PagedCache:
 
     def __init__(self, layers: Sequence[LayerShape], num_blocks: int, page_size: int, device: torch.device) -> None:
         """Allocate it. On CPU the memory is taken only as blocks are first written."""
-        import torch
-
         self.page_size = page_size
         # Zeros, because padding is read before it is masked, and a stray NaN would survive the mask.
-        self.keys = [
-            torch.zeros(num_blocks, page_size, *layer.key, dtype=layer.dtype, device=device) for layer in layers
-        ]
-        self.values = [
-            torch.zeros(num_blocks, page_size, *layer.value, dtype=layer.dtype, device=device) for layer in layers
-        ]
+        self.keys = [_zeros((num_blocks, page_size, *layer.key), layer.dtype, device) for layer in layers]
+        self.values = [_zeros((num_blocks, page_size, *layer.value), layer.dtype, device) for layer in layers]
 
     def clear(self, blocks: Iterable[int]) -> None:
         """Zero blocks whose sequence has written numbers that are not finite."""
         chosen = list(blocks)
         for tensor in (*self.keys, *self.values):
             tensor[chosen] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    import torch
+
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The kernel gives such pages when they are first written; torch.zeros would write them all at once.
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)

@@ -1,8 +1,10 @@
+import os
 import random
+from pathlib import Path
 
 import pytest
 
-from mii_hpc.engine.cache import NULL_BLOCK, BlockAllocator
+from mii_hpc.engine.cache import NULL_BLOCK, BlockAllocator, LayerShape, PagedCache
 from mii_hpc.engine.step import Slice, Step
 
 
@@ -46,3 +48,19 @@ def test_a_step_survives_its_way_to_the_other_ranks():
     assert Step.decode(step.encode()) == step
     assert Step.decode(Step(stop=True).encode()).stop
     assert step.wanted == 1
+
+
+@pytest.mark.engine
+def test_on_cpu_a_cache_takes_memory_only_as_it_is_written():
+    torch = pytest.importorskip("torch")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    layer = LayerShape((8, 64), (8, 64), torch.bfloat16)
+    before = resident()
+    cache = PagedCache([layer] * 4, num_blocks=4096, page_size=32, device=torch.device("cpu"))  # of 1 GiB
+    cache.keys[0][5] = 1
+    assert resident() - before < 100 * 2**20
+    assert cache.keys[0][5].min() == 1
+    assert not cache.values[3][4095].any()
