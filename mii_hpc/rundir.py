@@ -105,6 +105,11 @@ class RunDir:
         """One file for each rank that failed for good."""
         return self.path / "failures"
 
+    @property
+    def controller_log(self) -> Path:
+        """The log of the process that is the job, where there is no Slurm."""
+        return self.logs / "controller.log"
+
     def rank_log(self, rank: int) -> Path:
         """The log of a rank's supervisor."""
         return self.logs / f"rank-{rank}.log"

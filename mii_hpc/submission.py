@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -301,11 +302,29 @@ def _submit_locally(run: RunDir, config: MIIConfig) -> str:
     from mii_hpc.job import launch
 
     executor = submitit.LocalExecutor(folder=run.submitit, python=config.slurm.python)
-    executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, setup=list(config.slurm.setup))
+    # Not with submitit's `setup`: the job would be a shell that does not pass on signals.
+    executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
     # Ctrl-C or a closed terminal is meant for this process, not for the deployment.
-    with signals_blocked(signal.SIGINT, signal.SIGHUP):
+    with signals_blocked(signal.SIGINT, signal.SIGHUP), _streams_in(run.controller_log):
         job = executor.submit(launch.main, str(run.path), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return str(job.job_id)
+
+
+@contextlib.contextmanager
+def _streams_in(log_file: Path) -> Iterator[None]:
+    """Send what processes started meanwhile write to a file, so that nobody who reads this one waits for their end."""
+    kept = {descriptor: os.dup(descriptor) for descriptor in (0, 1, 2)}
+    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    try:
+        for descriptor, instead in ((0, nothing), (1, output), (2, output)):
+            os.dup2(instead, descriptor)
+        yield
+    finally:
+        for descriptor, before in kept.items():
+            os.dup2(before, descriptor)
+        for descriptor in (output, nothing, *kept.values()):
+            os.close(descriptor)
 
 
 def _inside_job_of(config: MIIConfig) -> bool:

@@ -381,6 +381,7 @@ def test_a_local_submission_survives_ctrl_c(config, monkeypatch):
             seen.update(parameters)
 
         def submit(self, function, *arguments):
+            seen["streams"] = [str(Path(f"/proc/self/fd/{number}").readlink()) for number in range(3)]
             seen["blocked"] = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             seen["pickle"] = pickle.dumps((function, arguments))
             seen["arguments"] = arguments
@@ -390,6 +391,8 @@ def test_a_local_submission_survives_ctrl_c(config, monkeypatch):
     run, entry = submitted(chat)
     assert seen["blocked"] >= {signal.SIGINT, signal.SIGHUP}
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGHUP}
+    assert seen["streams"] == [os.devnull, str(run.controller_log), str(run.controller_log)]
+    assert str(Path("/proc/self/fd/1").readlink()) != str(run.controller_log)
     assert seen["mode"] == 0o700
     assert seen["arguments"] == (str(run.path), os.environ.get("CUDA_VISIBLE_DEVICES"))
     assert (entry.job_id, entry.cluster, entry.job_host) == ("1", "local", socket.gethostname())

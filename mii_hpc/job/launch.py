@@ -28,17 +28,12 @@ def main(run_path: str, cuda_visible_devices: str | None) -> None:
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     mpiexec = find_mpiexec()
+    command = [mpiexec, *_options(mpiexec), "-n", str(config.model_conf.world_size)]
+    command += [sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    if config.slurm.setup:
+        command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
     ranks = subprocess.Popen(
-        [
-            mpiexec,
-            *_options(mpiexec),
-            "-n",
-            str(config.model_conf.world_size),
-            sys.executable,
-            "-m",
-            "mii_hpc.job.rank",
-            run_path,
-        ],
+        command,
         env=environment,
         start_new_session=True,
     )

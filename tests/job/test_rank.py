@@ -1,0 +1,244 @@
+"""Whole deployments on this machine: a script, the local executor, mpiexec, ranks, engines, balancer."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import mii_hpc
+from mii_hpc import submission
+from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, ReplicaLostError, UnavailableError
+from mii_hpc.registry import Registry
+from mii_hpc.rundir import RunDir
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.mpi
+
+SERVE = """
+import sys, mii_hpc
+client = mii_hpc.serve(
+    deployment_name=sys.argv[1], home=sys.argv[2], cluster="local", tensor_parallel=2, replica_num=2,
+    startup_timeout=120, inference_engine_config={"engine": "echo", "echo_delay": 0.01},
+    slurm={"setup": ["export FROM_SETUP='two words'"]},
+)
+print(*(response.replica for response in client(["a", "b", "c", "d"])))
+"""
+"""A script that serves and exits."""
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+class Served:
+    """A deployment that a script has left behind."""
+
+    def __init__(self, name, home):
+        self.name, self.home = name, home
+        script = subprocess.run(
+            [sys.executable, "-c", SERVE, name, str(home)], capture_output=True, text=True, timeout=150, check=False
+        )
+        assert script.returncode == 0, script.stderr
+        self.output = script.stdout
+        self.entry = Registry(home).get(name)
+        self.run = RunDir(self.entry.run_dir)
+
+    def client(self):
+        return mii_hpc.client(self.name, {"home": self.home})
+
+    def processes(self, module=""):
+        """Return the ids of its processes: all that have its run directory in their arguments."""
+        lines = {int(path.name): command_line(path.name) for path in Path("/proc").glob("[0-9]*")}
+        return [
+            pid
+            for pid, line in lines.items()
+            if any(part.startswith(str(self.run.path)) for part in line)
+            and (not module or line[1:3] == ["-m", f"mii_hpc.job.{module}"])
+        ]
+
+    def engine_of(self, rank):
+        return next(
+            pid
+            for pid in self.processes("replica")
+            if Path(f"/proc/{pid}/fd/1").readlink() == self.run.engine_log(rank)
+        )
+
+    def kill(self):
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not self.processes(), 10, "all killed")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("deployments") / "home"
+
+
+@pytest.fixture(scope="module")
+def served(home):
+    served = Served("shared", home)
+    yield served
+    served.kill()
+
+
+@pytest.fixture
+def serve(home):
+    made = []
+
+    def start(name):
+        made.append(Served(name, home))
+        return made[-1]
+
+    yield start
+    for served in made:
+        served.kill()
+
+
+def test_it_goes_on_after_the_script_has_exited(served):
+    assert served.output == "0 1 0 1\n"
+    with served.client() as client:
+        status = client.status()
+        assert (status.state, [replica.state for replica in status.replicas]) == ("ready", ["ready", "ready"])
+        assert [response.replica for response in client(["a", "b"])] == [0, 1]
+    assert len(served.processes("rank")) == len(served.processes("replica")) == 4
+    assert len(served.processes("balancer")) == 1
+
+
+def test_another_process_finds_it_by_name_and_by_model(served):
+    script = (
+        "import sys, mii_hpc\n"
+        "for name in ('shared', 'echo'):\n"
+        "    print(mii_hpc.client(name, {'home': sys.argv[1]})('hi'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(served.home)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[hi ]\n[hi ]\n", done.stderr
+
+
+def test_setup_lines_run_before_the_ranks(served):
+    environment = Path(f"/proc/{served.processes('rank')[0]}/environ").read_bytes().split(b"\0")
+    assert b"FROM_SETUP=two words" in environment
+
+
+def test_its_name_is_taken(served):
+    with pytest.raises(DeploymentExistsError, match=r"^deployment_name='shared': taken by job \d+, which is ready"):
+        mii_hpc.serve(
+            deployment_name="shared", home=served.home, cluster="local", inference_engine_config={"engine": "echo"}
+        )
+
+
+def test_no_secret_is_in_arguments_environment_or_logs(served):
+    run = served.run
+    secrets = [file.read_bytes().strip() for file in (run.owner_token, run.guest_token, run.rank_token)]
+    secrets.append(run.tls_key.read_bytes().splitlines()[1])
+    places = [Path(f"/proc/{pid}/{name}") for pid in served.processes() for name in ("cmdline", "environ")]
+    places += [path for folder in (run.logs, run.submitit) for path in folder.iterdir()]
+    assert len(places) > 20
+    assert [place for place in places if any(secret in place.read_bytes() for secret in secrets)] == []
+
+
+@pytest.mark.parametrize("rank", [2, 3], ids=["leader", "follower"])
+def test_a_killed_engine_costs_only_its_own_requests_and_comes_back(served, rank):
+    with served.client() as client:
+        others = {number: served.engine_of(number) for number in (0, 1)}
+        with ThreadPoolExecutor(8) as pool:
+            calls = [pool.submit(client.generate, f"{number}", max_new_tokens=150) for number in range(8)]
+            eventually(lambda: [r.in_flight for r in client.status().replicas] == [4, 4], 30, "all requests run")
+            os.kill(served.engine_of(rank), signal.SIGKILL)
+            errors = [call.exception() for call in calls]
+        lost = [error for error in errors if error is not None]
+        assert [type(error) for error in lost] == [ReplicaLostError] * 4
+        assert str(lost[0]) == (
+            f"deployment 'shared' lost replica 1 on {socket.gethostname()} with the request in flight"
+        )
+        eventually(lambda: client.status().replicas[1].state == "ready", 60, "the replica is back")
+        assert sorted(response.replica for response in client(["a", "b"])) == [0, 1]
+        assert {number: served.engine_of(number) for number in (0, 1)} == others
+        assert client.status().job_id == served.entry.job_id
+
+
+def test_a_killed_balancer_comes_back_at_its_address(served):
+    with served.client() as client:
+        engines = sorted(served.processes("replica"))
+        epochs = [replica.epoch for replica in client.status().replicas]
+        (balancer,) = served.processes("balancer")
+        os.kill(balancer, signal.SIGKILL)
+
+        def answers():
+            try:
+                return client("a")
+            except UnavailableError:
+                return None
+
+        eventually(lambda: served.processes("balancer") not in ([], [balancer]), 30, "another balancer")
+        eventually(answers, 60, "it serves again")
+        eventually(lambda: client.status().state == "ready", 60, "it is ready again")
+        assert sorted(served.processes("replica")) == engines
+        assert [replica.epoch for replica in client.status().replicas] == epochs
+        assert Registry(served.home).get("shared").address == served.entry.address
+
+
+def test_termination_leaves_nothing_behind(serve):
+    served = serve("ends")
+    assert served.processes()
+    began = time.monotonic()
+    served.client().terminate_server()
+    assert Registry(served.home).get("ends") is None
+    eventually(lambda: not served.processes(), 15 - (time.monotonic() - began), "no process is left")
+    assert not submission.is_live(served.entry)
+    host, _, port = served.entry.address.rpartition(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
+    assert not list(served.run.failures.iterdir())
+    assert [path.name for path in served.run.outputs() if "Traceback" in path.read_text()] == []
+
+
+def test_cancelling_the_job_ends_it_in_order(serve):
+    served = serve("cancelled")
+    submission.job_of(served.entry).cancel()
+    eventually(lambda: not served.processes(), 15, "no process is left")
+    assert Registry(served.home).get("cancelled") is None
+    assert not list(served.run.failures.iterdir())
+
+
+def test_what_was_killed_hard_does_not_block_its_name(serve):
+    killed = serve("killed")
+    killed.kill()
+    assert Registry(killed.home).get("killed").state == "ready"
+    assert not submission.is_live(Registry(killed.home).get("killed"))
+    with pytest.raises(mii_hpc.DeploymentNotFoundError, match="has ended without notice"):
+        killed.client()
+    again = serve("killed")
+    assert again.entry.run_dir != killed.entry.run_dir
+    with again.client() as client:
+        client("x")
+        client.terminate_server()
+
+
+def test_ranks_that_fail_are_told_of_at_once(home, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'mii_hpc.job.replica' in sys.orig_argv:\n"
+        "    raise SystemExit('this cluster has no such library')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(DeploymentFailedError, match="this cluster has no such library") as failure:
+        mii_hpc.serve(
+            deployment_name="broken",
+            home=home,
+            cluster="local",
+            startup_timeout=60,
+            inference_engine_config={"engine": "echo"},
+        )
+    assert "rank 0 (replica 0, host" in str(failure.value)
+    eventually(lambda: Registry(home).get("broken") is None, 15, "the name is free")
