@@ -22,7 +22,7 @@ import grpc.aio
 from mii_hpc import credentials, sharing, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
-from mii_hpc.engine.base import Delta, GenerationRequest
+from mii_hpc.engine.base import Delta, EngineStats, GenerationRequest
 from mii_hpc.errors import (
     ConfigError,
     DeploymentNotFoundError,
@@ -80,7 +80,16 @@ class Response:
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """One replica: state is "waiting", "forming", "loading" or "ready"; epoch counts how often it was formed."""
+    """One replica.
+
+    Attributes:
+        state: "waiting", "forming", "loading" or "ready".
+        epoch: how often it was formed.
+        in_flight: requests that the balancer has passed to it and that have not ended.
+        served: requests that it was given since the balancer started.
+        detail: what it is doing, or why it is not ready.
+        load: what its engine has in hand; None when it is not ready, or did not answer at once.
+    """
 
     index: int
     state: str
@@ -89,6 +98,7 @@ class ReplicaStatus:
     in_flight: int
     served: int
     detail: str
+    load: EngineStats | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class AsyncMIIClient:
         self._host = host
         self._sharing_home = sharing_home
         self._channel: grpc.aio.Channel | None = None
-        self._address = ""
+        self._target = ("", b"")  # address and certificate that the channel is for
         self._metadata: tuple[tuple[str, str], ...] | None = None
         self._connecting = asyncio.Lock()
 
@@ -209,7 +219,16 @@ class AsyncMIIClient:
             started=entry.started,
             ends=entry.ends,
             replicas=tuple(
-                ReplicaStatus(r.index, r.state, r.host, r.epoch, r.in_flight, r.served, r.detail)
+                ReplicaStatus(
+                    index=r.index,
+                    state=r.state,
+                    host=r.host,
+                    epoch=r.epoch,
+                    in_flight=r.in_flight,
+                    served=r.served,
+                    detail=r.detail,
+                    load=wire.unpack_load(r.load) if r.HasField("load") else None,
+                )
                 for r in answer.replicas
             ),
         )
@@ -308,7 +327,7 @@ class AsyncMIIClient:
                 unfinished -= {delta.index} if delta.finish_reason else set()
                 yield _response(delta, replica)
         except grpc.aio.AioRpcError as failure:
-            raise await self._failed(failure) from None
+            raise self._failed(failure, channel) from None
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise
@@ -327,14 +346,16 @@ class AsyncMIIClient:
                 response_deserializer=method.response.FromString,
             )(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as failure:
-            raise await self._failed(failure) from None
+            raise self._failed(failure, channel) from None
 
-    async def _failed(self, failure: grpc.aio.AioRpcError) -> MIIError:
+    def _failed(self, failure: grpc.aio.AioRpcError, channel: grpc.aio.Channel) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it anew
         if failure.code() is grpc.StatusCode.UNAVAILABLE and wire.own_error_name(failure) is None:
-            # The balancer may have moved (a requeued job); the next call looks it up anew.
-            await self.close()
+            # The balancer may have moved (a requeued job); the next call looks it up anew. Not closed: other calls
+            # may still run on that channel, and shall end as they end.
+            if self._channel is channel:
+                self._channel = None
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
                 self._locate()
                 return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
@@ -344,18 +365,20 @@ class AsyncMIIClient:
     async def _connected(self) -> grpc.aio.Channel:
         """Return the channel to the balancer, once it is connected; a request must not overtake another."""
         async with self._connecting:
-            if self._channel is None or self._metadata is None:
+            connected = self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
+            if not connected or self._metadata is None:
                 located = self._locate()
                 self._metadata = transport.authorization(located.credentials)
-            if self._channel is None:
-                self._address = self._way_to(located.entry)
-                self._channel = transport.open_channel(self._address, located.credentials)
+                target = self._way_to(located.entry), located.credentials.certificate
+                if self._channel is None or target != self._target:
+                    self._channel, self._target = transport.open_channel(target[0], located.credentials), target
+            assert self._channel is not None
             try:
                 await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
             except TimeoutError:
                 await self.close()
                 raise UnavailableError(
-                    self._says(f"does not answer at {self._address} within {CONNECT_SECONDS:.0f} s")
+                    self._says(f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s")
                 ) from None
             return self._channel
 

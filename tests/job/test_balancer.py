@@ -262,13 +262,14 @@ async def test_a_new_balancer_adopts_the_running_engines(deploy):
     deployment = await deploy(OwnProcess, tensor_parallel=2, echo_delay=0.005)
     client = deployment.client()
     await client.generate("before")
-    running = asyncio.create_task(client.generate("a", max_new_tokens=10**6))
-    await until(lambda: not deployment.is_idle())
+    running = asyncio.create_task(client.generate(["a"] * 6, max_new_tokens=10**6))
+    await until(lambda: [stats.running for stats in deployment.stats()[:2]] == [3, 3])
     heartbeat = deployment.registry.get("chat").heartbeat
     deployment.process.kill()
     deployment.process.wait()
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError) as failure:
         await running
+    assert [type(error) for error in failure.value.responses] == [UnavailableError] * 6
     await until(deployment.is_idle)
     deployment.start_process()
     await until(lambda: (entry := deployment.registry.get("chat")).heartbeat > heartbeat and entry.state == "ready")
