@@ -287,14 +287,17 @@ class AsyncMIIClient:
     ) -> list[Response]:
         room = asyncio.Semaphore(IN_FLIGHT)  # first come, first served: requests leave in the prompts' order
 
-        async def one(prompt: str) -> list[Response]:
-            async with room, contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:
+        call = uuid.uuid4().hex
+
+        async def one(prompt: str, index: int = 0) -> list[Response]:
+            place = wire.Place(call, index, len(prompts))
+            async with room, contextlib.aclosing(self._pieces(prompt, params, deadline, place)) as pieces:
                 return _joined([piece async for piece in pieces])
 
         if len(prompts) == 1:
             return await one(prompts[0])
         await self._connected()
-        tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
+        tasks = [asyncio.create_task(one(prompt, index)) for index, prompt in enumerate(prompts)]
         try:
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         except asyncio.CancelledError:
@@ -309,15 +312,16 @@ class AsyncMIIClient:
         return list(itertools.chain.from_iterable(outcomes))  # type: ignore[arg-type]
 
     async def _pieces(
-        self, prompt: str, params: GenerateParamsConfig, deadline: float | None
+        self, prompt: str, params: GenerateParamsConfig, deadline: float | None, place: wire.Place | None = None
     ) -> AsyncGenerator[Response]:
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
         channel = await self._connected()
+        placed = ((wire.PLACE_KEY, str(place)),) if place is not None else ()
         call = channel.unary_stream(
             wire.GENERATE.path,
             request_serializer=pb.GenerateRequest.SerializeToString,
             response_deserializer=pb.GenerateChunk.FromString,
-        )(message, timeout=_left(deadline), metadata=self._metadata)
+        )(message, timeout=_left(deadline), metadata=(*(self._metadata or ()), *placed))
         unfinished = set(range(params.num_return_sequences))
         try:
             served_by = dict(await call.initial_metadata())

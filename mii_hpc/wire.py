@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, NoReturn
 
 import grpc
@@ -11,11 +12,13 @@ from google.protobuf.message import DecodeError
 from mii_hpc import errors
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, validate
-from mii_hpc.engine.base import Delta, GenerationRequest
+from mii_hpc.engine.base import Delta, EngineStats, GenerationRequest
 from mii_hpc.errors import InvalidRequestError, MIIError
 
 ERROR_KEY = "mii-error"
 """Trailing metadata: the name of the error class."""
+PLACE_KEY = "mii-place"
+"""Metadata of a request: its place among the prompts of one call, as Place writes it."""
 REPLICA_KEY = "mii-replica"
 """Initial metadata: the index of the replica that serves the request."""
 
@@ -30,6 +33,27 @@ _CODES: dict[type[MIIError], grpc.StatusCode] = {
     errors.RequestCancelledError: grpc.StatusCode.CANCELLED,
     errors.RequestError: grpc.StatusCode.INTERNAL,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The place of a prompt in a list. gRPC may deliver two calls in another order than they were made."""
+
+    call: str
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.call}/{self.index}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Place | None:
+        """Return the place that a text names, or None when it names none."""
+        call, *numbers = text.split("/")
+        if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
+            return None
+        place = cls(call, int(numbers[0]), int(numbers[1]))
+        return place if place.index < place.count else None
 
 
 class Method(NamedTuple):
@@ -107,6 +131,16 @@ def unpack_delta(message: pb.GenerateChunk) -> Delta:
         generated_length=message.generated_length,
         finish_reason=message.finish_reason or None,
     )
+
+
+def pack_load(stats: EngineStats) -> pb.LoadResponse:
+    """Return the message for an engine's load."""
+    return pb.LoadResponse(**dataclasses.asdict(stats))
+
+
+def unpack_load(message: pb.LoadResponse) -> EngineStats:
+    """Return the engine's load in a message."""
+    return EngineStats(**{field.name: getattr(message, field.name) for field in dataclasses.fields(EngineStats)})
 
 
 async def abort(context: grpc.aio.ServicerContext, error: MIIError) -> NoReturn:

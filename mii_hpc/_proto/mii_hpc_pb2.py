@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rmii_hpc.proto\x12\nmii_hpc.v1\"Y\n\x0fGenerateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.mii_hpc.v1.GenerateParams\"\xe2\x04\n\x0eGenerateParams\x12\x17\n\nmax_length\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tdo_sample\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\t\x88\x01\x01\x12\x1d\n\x10return_full_text\x18\x0c \x01(\x08H\n\x88\x01\x01\x12!\n\x14num_return_sequences\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x08H\x0c\x88\x01\x01\x12\x13\n\x06stream\x18\x0f \x01(\x08H\r\x88\x01\x01\x42\r\n\x0b_max_lengthB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x13\n\x11_return_full_textB\x17\n\x15_num_return_sequencesB\x0b\n\t_logprobsB\t\n\x07_stream\"\x99\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05index\x18\x04 \x01(\x05\x12\x15\n\rprompt_length\x18\x05 \x01(\x05\x12\x18\n\x10generated_length\x18\x06 \x01(\x05\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\"\r\n\x0bLoadRequest\"u\n\x0cLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\x05\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x03\"\x0f\n\rStatusRequest\"u\n\x0eStatusResponse\x12\x17\n\x0f\x64\x65ployment_name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12+\n\x08replicas\x18\x04 \x03(\x0b\x32\x19.mii_hpc.v1.ReplicaStatus\"}\n\rReplicaStatus\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12\x0e\n\x06served\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\x12\n\x10TerminateRequest\"\x13\n\x11TerminateResponse\"\x14\n\x12RotateTokenRequest\"\x15\n\x13RotateTokenResponse\"\xb6\x01\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\'\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x17.mii_hpc.v1.EngineState\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x0b\n\x03log\x18\x08 \x01(\t\x12\x0f\n\x07leaving\x18\t \x01(\x08\"\x91\x01\n\tRankOrder\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.mii_hpc.v1.StartEngineH\x00\x12-\n\x0bstop_engine\x18\x02 \x01(\x0b\x32\x16.mii_hpc.v1.StopEngineH\x00\x12\"\n\x05leave\x18\x03 \x01(\x0b\x32\x11.mii_hpc.v1.LeaveH\x00\x42\x07\n\x05order\"3\n\x0bStartEngine\x12\r\n\x05\x65poch\x18\x01 \x01(\x05\x12\x15\n\rstore_address\x18\x02 \x01(\t\"\x0c\n\nStopEngine\"\x18\n\x05Leave\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\t*0\n\x0b\x45ngineState\x12\x08\n\x04\x44OWN\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x32\x8c\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.mii_hpc.v1.GenerateRequest\x1a\x19.mii_hpc.v1.GenerateChunk0\x01\x12\x39\n\x04Load\x12\x17.mii_hpc.v1.LoadRequest\x1a\x18.mii_hpc.v1.LoadResponse2\xe7\x01\n\nDeployment\x12?\n\x06Status\x12\x19.mii_hpc.v1.StatusRequest\x1a\x1a.mii_hpc.v1.StatusResponse\x12H\n\tTerminate\x12\x1c.mii_hpc.v1.TerminateRequest\x1a\x1d.mii_hpc.v1.TerminateResponse\x12N\n\x0bRotateToken\x12\x1e.mii_hpc.v1.RotateTokenRequest\x1a\x1f.mii_hpc.v1.RotateTokenResponse2I\n\nMembership\x12;\n\x06\x41ttend\x12\x16.mii_hpc.v1.RankReport\x1a\x15.mii_hpc.v1.RankOrder(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rmii_hpc.proto\x12\nmii_hpc.v1\"Y\n\x0fGenerateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.mii_hpc.v1.GenerateParams\"\xe2\x04\n\x0eGenerateParams\x12\x17\n\nmax_length\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tdo_sample\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\t\x88\x01\x01\x12\x1d\n\x10return_full_text\x18\x0c \x01(\x08H\n\x88\x01\x01\x12!\n\x14num_return_sequences\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x08H\x0c\x88\x01\x01\x12\x13\n\x06stream\x18\x0f \x01(\x08H\r\x88\x01\x01\x42\r\n\x0b_max_lengthB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x13\n\x11_return_full_textB\x17\n\x15_num_return_sequencesB\x0b\n\t_logprobsB\t\n\x07_stream\"\x99\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05index\x18\x04 \x01(\x05\x12\x15\n\rprompt_length\x18\x05 \x01(\x05\x12\x18\n\x10generated_length\x18\x06 \x01(\x05\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\"\r\n\x0bLoadRequest\"u\n\x0cLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\x05\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x03\"\x0f\n\rStatusRequest\"u\n\x0eStatusResponse\x12\x17\n\x0f\x64\x65ployment_name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12+\n\x08replicas\x18\x04 \x03(\x0b\x32\x19.mii_hpc.v1.ReplicaStatus\"\xa5\x01\n\rReplicaStatus\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12\x0e\n\x06served\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12&\n\x04load\x18\x08 \x01(\x0b\x32\x18.mii_hpc.v1.LoadResponse\"\x12\n\x10TerminateRequest\"\x13\n\x11TerminateResponse\"\x14\n\x12RotateTokenRequest\"\x15\n\x13RotateTokenResponse\"\xb6\x01\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\'\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x17.mii_hpc.v1.EngineState\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x0b\n\x03log\x18\x08 \x01(\t\x12\x0f\n\x07leaving\x18\t \x01(\x08\"\x91\x01\n\tRankOrder\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.mii_hpc.v1.StartEngineH\x00\x12-\n\x0bstop_engine\x18\x02 \x01(\x0b\x32\x16.mii_hpc.v1.StopEngineH\x00\x12\"\n\x05leave\x18\x03 \x01(\x0b\x32\x11.mii_hpc.v1.LeaveH\x00\x42\x07\n\x05order\"3\n\x0bStartEngine\x12\r\n\x05\x65poch\x18\x01 \x01(\x05\x12\x15\n\rstore_address\x18\x02 \x01(\t\"\x0c\n\nStopEngine\"\x18\n\x05Leave\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\t*0\n\x0b\x45ngineState\x12\x08\n\x04\x44OWN\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x32\x8c\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.mii_hpc.v1.GenerateRequest\x1a\x19.mii_hpc.v1.GenerateChunk0\x01\x12\x39\n\x04Load\x12\x17.mii_hpc.v1.LoadRequest\x1a\x18.mii_hpc.v1.LoadResponse2\xe7\x01\n\nDeployment\x12?\n\x06Status\x12\x19.mii_hpc.v1.StatusRequest\x1a\x1a.mii_hpc.v1.StatusResponse\x12H\n\tTerminate\x12\x1c.mii_hpc.v1.TerminateRequest\x1a\x1d.mii_hpc.v1.TerminateResponse\x12N\n\x0bRotateToken\x12\x1e.mii_hpc.v1.RotateTokenRequest\x1a\x1f.mii_hpc.v1.RotateTokenResponse2I\n\nMembership\x12;\n\x06\x41ttend\x12\x16.mii_hpc.v1.RankReport\x1a\x15.mii_hpc.v1.RankOrder(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mii_hpc_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINESTATE']._serialized_start=1798
-  _globals['_ENGINESTATE']._serialized_end=1846
+  _globals['_ENGINESTATE']._serialized_start=1839
+  _globals['_ENGINESTATE']._serialized_end=1887
   _globals['_GENERATEREQUEST']._serialized_start=29
   _globals['_GENERATEREQUEST']._serialized_end=118
   _globals['_GENERATEPARAMS']._serialized_start=121
@@ -47,30 +47,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_end=1038
   _globals['_STATUSRESPONSE']._serialized_start=1040
   _globals['_STATUSRESPONSE']._serialized_end=1157
-  _globals['_REPLICASTATUS']._serialized_start=1159
-  _globals['_REPLICASTATUS']._serialized_end=1284
-  _globals['_TERMINATEREQUEST']._serialized_start=1286
-  _globals['_TERMINATEREQUEST']._serialized_end=1304
-  _globals['_TERMINATERESPONSE']._serialized_start=1306
-  _globals['_TERMINATERESPONSE']._serialized_end=1325
-  _globals['_ROTATETOKENREQUEST']._serialized_start=1327
-  _globals['_ROTATETOKENREQUEST']._serialized_end=1347
-  _globals['_ROTATETOKENRESPONSE']._serialized_start=1349
-  _globals['_ROTATETOKENRESPONSE']._serialized_end=1370
-  _globals['_RANKREPORT']._serialized_start=1373
-  _globals['_RANKREPORT']._serialized_end=1555
-  _globals['_RANKORDER']._serialized_start=1558
-  _globals['_RANKORDER']._serialized_end=1703
-  _globals['_STARTENGINE']._serialized_start=1705
-  _globals['_STARTENGINE']._serialized_end=1756
-  _globals['_STOPENGINE']._serialized_start=1758
-  _globals['_STOPENGINE']._serialized_end=1770
-  _globals['_LEAVE']._serialized_start=1772
-  _globals['_LEAVE']._serialized_end=1796
-  _globals['_INFERENCE']._serialized_start=1849
-  _globals['_INFERENCE']._serialized_end=1989
-  _globals['_DEPLOYMENT']._serialized_start=1992
-  _globals['_DEPLOYMENT']._serialized_end=2223
-  _globals['_MEMBERSHIP']._serialized_start=2225
-  _globals['_MEMBERSHIP']._serialized_end=2298
+  _globals['_REPLICASTATUS']._serialized_start=1160
+  _globals['_REPLICASTATUS']._serialized_end=1325
+  _globals['_TERMINATEREQUEST']._serialized_start=1327
+  _globals['_TERMINATEREQUEST']._serialized_end=1345
+  _globals['_TERMINATERESPONSE']._serialized_start=1347
+  _globals['_TERMINATERESPONSE']._serialized_end=1366
+  _globals['_ROTATETOKENREQUEST']._serialized_start=1368
+  _globals['_ROTATETOKENREQUEST']._serialized_end=1388
+  _globals['_ROTATETOKENRESPONSE']._serialized_start=1390
+  _globals['_ROTATETOKENRESPONSE']._serialized_end=1411
+  _globals['_RANKREPORT']._serialized_start=1414
+  _globals['_RANKREPORT']._serialized_end=1596
+  _globals['_RANKORDER']._serialized_start=1599
+  _globals['_RANKORDER']._serialized_end=1744
+  _globals['_STARTENGINE']._serialized_start=1746
+  _globals['_STARTENGINE']._serialized_end=1797
+  _globals['_STOPENGINE']._serialized_start=1799
+  _globals['_STOPENGINE']._serialized_end=1811
+  _globals['_LEAVE']._serialized_start=1813
+  _globals['_LEAVE']._serialized_end=1837
+  _globals['_INFERENCE']._serialized_start=1890
+  _globals['_INFERENCE']._serialized_end=2030
+  _globals['_DEPLOYMENT']._serialized_start=2033
+  _globals['_DEPLOYMENT']._serialized_end=2264
+  _globals['_MEMBERSHIP']._serialized_start=2266
+  _globals['_MEMBERSHIP']._serialized_end=2339
 # @@protoc_insertion_point(module_scope)

@@ -113,7 +113,7 @@ class StatusResponse(_message.Message):
     def __init__(self, deployment_name: _Optional[str] = ..., state: _Optional[str] = ..., job_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail")
+    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class ReplicaStatus(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     SERVED_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     index: int
     state: str
     host: str
@@ -128,7 +129,8 @@ class ReplicaStatus(_message.Message):
     in_flight: int
     served: int
     detail: str
-    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+    load: LoadResponse
+    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ...) -> None: ...
 
 class TerminateRequest(_message.Message):
     __slots__ = ()

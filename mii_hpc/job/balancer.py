@@ -48,6 +48,10 @@ log = logging.getLogger(__name__)
 DRAIN_SECONDS = 3.0
 """What a request that runs may still take when the deployment ends."""
 DISMISS_SECONDS = 8.0
+LISTS_REMEMBERED = 4096
+"""Calls with several prompts whose turns are kept in mind."""
+LOAD_SECONDS = 2.0
+"""A replica's load is left out of the status when the replica does not tell it within this time."""
 TRIAL_SECONDS = 120.0
 """A replica's first generation may take this long; it warms up what is compiled on first use."""
 
@@ -73,6 +77,8 @@ class Router:
     def __init__(self) -> None:
         self._live: dict[int, LiveReplica] = {}
         self._count = 0
+        self._lists: dict[str, int] = {}
+        """For each of the latest calls with several prompts: the turn of its first one."""
         self.served: dict[int, int] = {}
 
     def add(self, replica: LiveReplica) -> None:
@@ -83,15 +89,30 @@ class Router:
         """Let a replica take no more requests, and return it; None when it took none before."""
         return self._live.pop(index, None)
 
-    def next(self) -> LiveReplica:
-        """Return the replica for the next request. Raises UnavailableError when none is live."""
+    def next(self, place: wire.Place | None = None) -> LiveReplica:
+        """Return the replica for the next request, or for the one at that place of a list.
+
+        The prompts of a list take consecutive turns, in whatever order they arrive. Raises UnavailableError when no
+        replica is live.
+        """
         if not self._live:
             raise UnavailableError("no replica of the deployment is able to serve at the moment")
         order = sorted(self._live)
-        chosen = self._live[order[self._count % len(order)]]
-        self._count += 1
+        chosen = self._live[order[self._turn(place) % len(order)]]
         self.served[chosen.index] = self.served.get(chosen.index, 0) + 1
         return chosen
+
+    def _turn(self, place: wire.Place | None) -> int:
+        if place is not None and place.call in self._lists:
+            return self._lists[place.call] + place.index
+        first = self._count
+        self._count += 1 if place is None else place.count
+        if place is None:
+            return first
+        self._lists[place.call] = first
+        if len(self._lists) > LISTS_REMEMBERED:
+            del self._lists[next(iter(self._lists))]
+        return first + place.index
 
     def in_flight(self, index: int) -> int:
         """Return how many requests a replica works on."""
@@ -199,7 +220,7 @@ class Balancer:
         try:
             if self._stopping.is_set():
                 raise DeploymentStoppingError(self._says(f"is ending ({self._reason})"))
-            replica = self.router.next()
+            replica = self.router.next(_place(context))
         except MIIError as error:
             await wire.abort(context, error)
         call = replica.channel.unary_stream(wire.GENERATE.path)(
@@ -225,6 +246,8 @@ class Balancer:
 
     async def status(self, _request: pb.StatusRequest, _context: grpc.aio.ServicerContext) -> pb.StatusResponse:
         """Return the state of the deployment and its replicas."""
+        live = self.router.live
+        loads = dict(zip((r.index for r in live), await asyncio.gather(*map(self._load_of, live)), strict=True))
         return pb.StatusResponse(
             deployment_name=self._config.deployment_name,
             state=self._state(),
@@ -238,10 +261,22 @@ class Balancer:
                     in_flight=self.router.in_flight(replica.index),
                     served=self.router.served.get(replica.index, 0),
                     detail=replica.detail,
+                    load=loads.get(replica.index),
                 )
                 for replica in self.membership.replicas
             ],
         )
+
+    async def _load_of(self, replica: LiveReplica) -> pb.LoadResponse | None:
+        call = replica.channel.unary_unary(
+            wire.LOAD.path,
+            request_serializer=pb.LoadRequest.SerializeToString,
+            response_deserializer=pb.LoadResponse.FromString,
+        )
+        try:
+            return await call(pb.LoadRequest(), timeout=LOAD_SECONDS, metadata=self._authorization)  # type: ignore[no-any-return]
+        except grpc.aio.AioRpcError:
+            return None
 
     async def terminate(
         self, _request: pb.TerminateRequest, _context: grpc.aio.ServicerContext
@@ -405,6 +440,11 @@ class Balancer:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS if not waiting else 0.5):
                     await self._dirty.wait()
+
+
+def _place(context: grpc.aio.ServicerContext) -> wire.Place | None:
+    named = next((value for key, value in context.invocation_metadata() or () if key == wire.PLACE_KEY), None)
+    return wire.Place.parse(named) if isinstance(named, str) else None
 
 
 async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:

@@ -60,14 +60,7 @@ class InferenceService:
 
     async def load(self, _request: pb.LoadRequest, _context: grpc.aio.ServicerContext) -> pb.LoadResponse:
         """Return the engine's load."""
-        stats = self._engine.stats()
-        return pb.LoadResponse(
-            running=stats.running,
-            waiting=stats.waiting,
-            free_blocks=stats.free_blocks,
-            total_blocks=stats.total_blocks,
-            generated_tokens=stats.generated_tokens,
-        )
+        return wire.pack_load(self._engine.stats())
 
     async def _deltas(self, request: GenerationRequest) -> AsyncGenerator[Delta]:
         loop = asyncio.get_running_loop()

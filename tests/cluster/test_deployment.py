@@ -1,5 +1,6 @@
 """Deployments on a real Slurm cluster, with real MPI ranks and real DeepSpeed engines."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -11,10 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 import mii_hpc as mii
+from mii_hpc import credentials, transport, wire
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.clients import AsyncMIIClient
 from mii_hpc.registry import Registry
+from mii_hpc.rundir import RunDir
 from mii_hpc.submission import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
@@ -125,6 +131,77 @@ def test_client_from_a_new_process_and_from_a_node_outside_the_job(cluster, depl
             answers = json.loads(asked.stdout)
             assert [text for text, _ in answers] == expected
             assert {replica for _, replica in answers} == {0, 1}
+
+
+def test_streams_dropped_half_way_leave_nothing_behind(deployment):
+    idle = [replica.load for replica in deployment.status().replicas]
+
+    async def drop_half_way(client):
+        stream = client.stream("x", max_new_tokens=200, ignore_eos=True)
+        await anext(stream)
+        await stream.aclose()
+
+    async def drop_all():
+        async with AsyncMIIClient(deployment.mii_config) as client:
+            await asyncio.gather(*(drop_half_way(client) for _ in range(200)))
+
+    asyncio.run(drop_all())
+    at_rest = [(load.running, load.waiting, load.free_blocks) for load in idle]
+    assert [blocks for *_, blocks in at_rest] == [load.total_blocks for load in idle]
+
+    def loads():
+        return [(r.load.running, r.load.waiting, r.load.free_blocks) for r in deployment.status().replicas]
+
+    eventually(lambda: loads() == at_rest, 2, "no request runs and all blocks are free")
+
+
+def test_poison_fails_alone(cluster, deployment, home):
+    """Whatever the bytes, only their sender gets an error, and the engine processes stay the same ones."""
+    entry = Registry(home).get("tiny-llama")
+    before = engines(cluster, entry.run_dir)
+
+    def request(prompt="x", **params):
+        return pb.GenerateRequest(prompt=prompt, params=pb.GenerateParams(**params)).SerializeToString()
+
+    poison = {
+        "not a message": b"\xff\xff\xff\xff",
+        "invalid UTF-8": b"\x12\x02\xc3\x28",
+        "a megabyte": request("word " * 200_000),
+        "longer than the cache": request("word " * 20_000),
+        "ten thousand stop strings": request(stop=["s"] * 10_000),
+        "temperature 0": request(temperature=0),
+        "temperature NaN": request(temperature=float("nan")),
+        "negative length": request(max_new_tokens=-1),
+    }
+    harmless = {
+        "empty prompt": request("", max_new_tokens=2),  # the tokenizer begins it with a token of its own
+        "a number for a prompt": b"\x10\x05" + request(max_new_tokens=2),
+        "unknown field": request(max_new_tokens=2) + b"\xaa\x3f\x04oops",
+        "top_k beyond the vocabulary": request(top_k=2**31 - 1, max_new_tokens=2),
+    }
+
+    async def send(channel, payload, metadata):
+        call = channel.unary_stream(wire.GENERATE.path)(payload, timeout=60, metadata=metadata)
+        try:
+            return [pb.GenerateChunk.FromString(chunk) async for chunk in call][-1].finish_reason
+        except grpc.aio.AioRpcError as error:
+            return wire.error_of(error)
+
+    async def send_all():
+        keys = credentials.load_owner(RunDir(entry.run_dir))
+        async with transport.open_channel(entry.address, keys) as channel:
+            payloads = [*poison.values(), *harmless.values()]
+            return await asyncio.gather(*(send(channel, p, transport.authorization(keys)) for p in payloads))
+
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        running = [threads.submit(deployment, "x", max_new_tokens=200, ignore_eos=True) for _ in range(16)]
+        eventually(lambda: sum(r.load.running for r in deployment.status().replicas) == 16, 30, "16 others run")
+        outcomes = dict(zip([*poison, *harmless], asyncio.run(send_all()), strict=True))
+        assert [future.result()[0].generated_length for future in running] == [200] * 16
+    for name in poison:
+        assert type(outcomes[name]) is mii.InvalidRequestError, (name, outcomes[name])
+    assert {outcomes[name] for name in harmless} <= {"stop", "length"}
+    assert engines(cluster, entry.run_dir) == before
 
 
 def test_killed_engine_loses_only_its_requests_and_comes_back(cluster, deployment, home):

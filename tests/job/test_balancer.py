@@ -17,6 +17,7 @@ from mii_hpc.job import balancer
 from mii_hpc.job.balancer import Doors, LiveReplica, Router
 from mii_hpc.job.net import reserve_port
 from mii_hpc.registry import Registry
+from mii_hpc.wire import Place
 from tests.live import Deployment, until
 
 METHODS = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)
@@ -44,6 +45,40 @@ def test_the_router_is_strict():
     assert sorted(routed(router, 6)) == [0, 0, 1, 1, 2, 2]
     assert sum(router.served.values()) == 17
     assert [replica.index for replica in router.live] == [0, 1, 2]
+
+
+def test_a_list_takes_consecutive_turns_in_whatever_order_it_arrives():
+    router = Router()
+    for index in range(3):
+        router.add(live(index))
+    router.next()
+    arrivals = [
+        Place("a", 2, 4),
+        Place("b", 1, 2),
+        Place("a", 0, 4),
+        None,
+        Place("a", 3, 4),
+        Place("b", 0, 2),
+        Place("a", 1, 4),
+    ]
+    # One request before, then four turns of a, two of b, and one more request.
+    assert [router.next(place).index for place in arrivals] == [turn % 3 for turn in (3, 6, 1, 7, 4, 5, 2)]
+    assert router.next().index == 8 % 3
+
+
+def test_a_forgotten_list_does_no_harm(monkeypatch):
+    monkeypatch.setattr(balancer, "LISTS_REMEMBERED", 2)
+    router = Router()
+    router.add(live(0))
+    for call in "abcabc":
+        assert router.next(Place(call, 0, 2)).index == 0
+    assert len(router._lists) == 2
+
+
+@pytest.mark.parametrize("text", ["", "a", "a/1", "a/1/2/3", "a/-1/2", "a/x/2", "a/2/2", "a/²/3"])
+def test_what_names_no_place_counts_like_any_request(text):
+    assert Place.parse(text) is None
+    assert Place.parse(str(Place("a", 1, 2))) == Place("a", 1, 2)
 
 
 async def answer_to(address, path, token, certificate, *, payload=b"", plaintext=False):
