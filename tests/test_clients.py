@@ -413,6 +413,7 @@ def in_a_process(script, threaded, **popen):
     begin = (
         "import json, os, sys, threading, time, mii_hpc\n"
         f"client = mii_hpc.client('chat', {{'home': {str(threaded.config.home)!r}}})\n"
+        "def say(*words):\n    os.write(1, f'{\" \".join(map(str, words))}\\n'.encode())\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", begin + script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
@@ -420,10 +421,10 @@ def in_a_process(script, threaded, **popen):
 
 
 FORKED_WHILE_IDLE = """
-print(client("before"), flush=True)
+say(client("before"))
 for _ in range(2):
     child = os.fork()
-    print(client("parent" if child else "child"), flush=True)
+    say(client("parent" if child else "child"))
     if not child:
         client.close()
         os._exit(0)
@@ -449,12 +450,12 @@ if not child:
     try:
         client("child")
     except mii_hpc.UnavailableError as error:
-        print(error, flush=True)
+        say(error)
         os._exit(0)
     os._exit(1)
 assert os.waitpid(child, 0)[1] == 0
 busy.join()
-print(done[0][0].generated_length, client("parent"), flush=True)
+say(done[0][0].generated_length, client("parent"))
 """
 
 

@@ -89,7 +89,7 @@ async def answer_to(address, path, token, certificate, *, payload=b"", plaintext
         channel = transport.open_channel(address, ClientCredentials(certificate, token or ""))
     metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
     async with channel:
-        call = channel.stream_stream(path)(iter([payload]), metadata=metadata, timeout=5)
+        call = channel.unary_stream(path)(payload, metadata=metadata, timeout=5)
         try:
             await call.read()
             return await call.code(), None
