@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mii_hpc.config import ModelConfig as ModelConfig
     from mii_hpc.config import SlurmConfig as SlurmConfig
     from mii_hpc.errors import *  # noqa: F403
+    from mii_hpc.pipelines import MIIPipeline as MIIPipeline
+    from mii_hpc.pipelines import pipeline as pipeline
 
 __version__ = "0.1.0"
 
@@ -60,6 +62,7 @@ _HOMES = {
         "SubmissionError",
         "UnavailableError",
     ),
+    "pipelines": ("MIIPipeline", "pipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

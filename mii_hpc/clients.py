@@ -192,7 +192,7 @@ class AsyncMIIClient:
                     async for piece in stream:
                         pieces.append(piece)
                         streaming_fn([piece])
-                return _joined(pieces)
+                return joined(pieces)
             return await self._generate_all(texts, params, deadline)
 
     __call__ = generate
@@ -292,7 +292,7 @@ class AsyncMIIClient:
         async def one(prompt: str, index: int = 0) -> list[Response]:
             place = wire.Place(call, index, len(prompts))
             async with room, contextlib.aclosing(self._pieces(prompt, params, deadline, place)) as pieces:
-                return _joined([piece async for piece in pieces])
+                return joined([piece async for piece in pieces])
 
         if len(prompts) == 1:
             return await one(prompts[0])
@@ -329,7 +329,7 @@ class AsyncMIIClient:
             async for chunk in call:
                 delta = wire.unpack_delta(chunk)
                 unfinished -= {delta.index} if delta.finish_reason else set()
-                yield _response(delta, replica)
+                yield response_of(delta, replica)
         except grpc.aio.AioRpcError as failure:
             raise self._failed(failure, channel) from None
         except asyncio.CancelledError:
@@ -434,7 +434,7 @@ class MIIClient:
         for piece in self.stream(texts[0], timeout=timeout, **options):  # so that the function runs on this thread
             pieces.append(piece)
             streaming_fn([piece])
-        return _joined(pieces)
+        return joined(pieces)
 
     __call__ = generate
 
@@ -580,7 +580,7 @@ class _Worker:
         self._loop.close()
 
 
-def _response(delta: Delta, replica: int) -> Response:
+def response_of(delta: Delta, replica: int) -> Response:
     return Response(
         generated_text=delta.text,
         prompt_length=delta.prompt_length,
@@ -593,7 +593,7 @@ def _response(delta: Delta, replica: int) -> Response:
     )
 
 
-def _joined(pieces: list[Response]) -> list[Response]:
+def joined(pieces: list[Response]) -> list[Response]:
     """Return the whole answers, by index, of which these are the pieces."""
     answers: dict[int, list[Response]] = {}
     for piece in pieces:

@@ -23,6 +23,7 @@ def test_the_public_names():
         "MIIClient",
         "MIIConfig",
         "MIIError",
+        "MIIPipeline",
         "ModelConfig",
         "QueueFullError",
         "RegistryError",
@@ -35,6 +36,7 @@ def test_the_public_names():
         "SubmissionError",
         "UnavailableError",
         "client",
+        "pipeline",
         "serve",
     ]
 
@@ -47,9 +49,10 @@ def test_each_is_there():
 
 
 def test_no_module_hides_a_name():
-    for module in ("clients", "api", "config", "errors"):
+    for module in ("clients", "api", "config", "errors", "pipelines"):
         importlib.import_module(f"mii_hpc.{module}")
     assert callable(mii_hpc.client)
+    assert callable(mii_hpc.pipeline)
     assert callable(mii_hpc.serve)
 
 

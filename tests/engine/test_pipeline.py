@@ -1,0 +1,90 @@
+import threading
+
+import pytest
+
+import mii_hpc as mii
+
+ECHO = {"inference_engine_config": {"engine": "echo", "echo_delay": 0.01}}
+
+
+def test_it_is_called_like_a_client():
+    with mii.pipeline(**ECHO) as pipe:
+        assert [str(answer) for answer in pipe(["to be", "or not"])] == ["to be ", "or not "]
+        (answer,) = pipe("to be", num_return_sequences=1, max_new_tokens=3)
+        assert (answer.generated_text, answer.finish_reason, answer.replica) == ("to be to ", "length", 0)
+        assert len(pipe("to be", num_return_sequences=3)) == 3
+        assert pipe([]) == []
+
+
+def test_a_stream_gives_its_pieces_and_ends_when_left():
+    with mii.pipeline(**ECHO) as pipe:
+        assert [str(piece) for piece in pipe.stream("a b c")] == ["a ", "b ", "c "]
+        seen = []
+        assert str(pipe("a b", streaming_fn=seen.extend)[0]) == "a b "
+        assert len(seen) == 2
+        for _ in pipe.stream("a", max_new_tokens=10**6):
+            break
+        assert pipe._engine.stats().running == 0
+
+
+def test_more_prompts_than_the_queue_holds_take_turns():
+    with mii.pipeline(inference_engine_config={"engine": "echo", "queue_bound": 3}) as pipe:
+        prompts = [f"p{number}" for number in range(50)]
+        assert [str(answer) for answer in pipe(prompts)] == [f"{prompt} " for prompt in prompts]
+
+
+def test_errors_are_those_of_a_client():
+    with mii.pipeline(**ECHO) as pipe:
+        with pytest.raises(mii.InvalidRequestError, match="empty") as caught:
+            pipe(["good", "", "fine"])
+        first, second, third = caught.value.responses
+        assert (str(first[0]), second, str(third[0])) == ("good ", caught.value, "fine ")
+        with pytest.raises(mii.InvalidRequestError, match="max_new_tokens"):
+            pipe("a", max_new_token=3)
+        with pytest.raises(mii.InvalidRequestError, match="one prompt at a time"):
+            pipe(["a", "b"], streaming_fn=print)
+        with pytest.raises(mii.RequestTimeoutError, match=r"timeout=0\.05"):
+            pipe("a", max_new_tokens=10**6, timeout=0.05)
+        assert pipe._engine.stats().running == 0
+
+
+def test_what_needs_more_processes_is_refused():
+    for name in ("tensor_parallel", "replica_num"):
+        with pytest.raises(mii.ConfigError, match=rf"{name}=2: .* serve\(\)"):
+            mii.pipeline("model", **{name: 2})
+    with pytest.raises(mii.ConfigError, match="unknown keyword 'deployment_name'"):
+        mii.pipeline("model", deployment_name="x")
+
+
+def test_closing_ends_calls_and_refuses_later_ones():
+    pipe = mii.pipeline(**ECHO)
+    stream = pipe.stream("a", max_new_tokens=10**6)
+    next(stream)
+    threading.Thread(target=pipe.close).start()
+    with pytest.raises(mii.UnavailableError, match="closed"):
+        for _ in stream:
+            pass
+    with pytest.raises(mii.UnavailableError, match="closed"):
+        pipe("a")
+
+
+def test_an_engine_that_fails_ends_every_call(monkeypatch):
+    pipe = mii.pipeline(**ECHO)
+    pipe.close()
+    monkeypatch.setattr(pipe._engine, "run", lambda: 1 / 0)
+    pipe._run()
+    with pytest.raises(mii.UnavailableError, match="has failed: ZeroDivisionError"):
+        pipe("a")
+
+
+@pytest.mark.engine
+def test_a_model_answers_as_transformers_does(tmp_path):
+    pytest.importorskip("torch")
+    from tests.engine.reference import PROMPTS, Reference
+    from tests.models import tiny_model
+
+    folder = str(tiny_model(tmp_path))
+    reference = Reference(folder)
+    with mii.pipeline(folder) as pipe:
+        for prompt, answer in zip(PROMPTS, pipe(PROMPTS, do_sample=False, max_new_tokens=12), strict=True):
+            assert list(answer.token_ids) == reference.greedy(prompt, max_new_tokens=12)
