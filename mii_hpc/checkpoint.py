@@ -33,7 +33,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
             raise ConfigError(f"model_name_or_path='{folder}': the folder has no config.json")
         # Not resolved: compute nodes may know the folder only by the link.
         model = model.model_copy(update={"model_name_or_path": os.path.abspath(folder)})  # noqa: PTH100
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.model_name_or_path) and not folder.name.startswith("."):
+    elif _may_be_on_hub(model.model_name_or_path):
         path = _from_hub(model.model_name_or_path)
     else:
         raise ConfigError(
@@ -45,7 +45,22 @@ def check_model(model: ModelConfig) -> ModelConfig:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {path} is unreadable: {error}") from error
     _check_shape(model, described)
+    if model.tokenizer is not None:
+        model = model.model_copy(update={"tokenizer": _checked_tokenizer(model.tokenizer)})
     return model
+
+
+def _checked_tokenizer(name: str) -> str:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return os.path.abspath(folder)  # noqa: PTH100 (as for the model's folder)
+    if _may_be_on_hub(name):
+        return name
+    raise ConfigError(f"tokenizer='{name}': no such folder, and no name on the Hugging Face hub")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).name.startswith(".")
 
 
 def _check_shape(model: ModelConfig, config: dict[str, Any]) -> None:

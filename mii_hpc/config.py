@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -68,6 +69,20 @@ def _canonical_dtype(value: Any) -> Any:
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _written_as(how: str, pattern: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {how}")
+        return value
+
+    return AfterValidator(check)
+
+
+_Walltime = _written_as('minutes, "H:MM:SS" or "D-HH:MM:SS"', r"\d+|\d+:\d{2}(:\d{2})?|\d+-\d{1,2}(:\d{2}){0,2}")
+_Memory = _written_as('a number with a unit, such as "64G"', r"\d+[KMGT]?B?")
+_Sharing = _written_as('"group:NAME" with the name of a Unix group', r"group:[A-Za-z_][A-Za-z0-9_.-]*")
 
 
 class GenerateParamsConfig(_Model):
@@ -187,11 +202,11 @@ class SlurmConfig(_Model):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(None, pattern=r"^(\d+|\d+:\d{2}(:\d{2})?|\d+-\d{1,2}(:\d{2}){0,2})$")
-    """Walltime as Slurm writes it: minutes, "H:MM:SS" or "D-HH:MM:SS". None: 60 minutes."""
+    time: Annotated[str, _Walltime] | None = None
+    """Walltime as Slurm writes it: minutes, "H:MM:SS" or "D-HH:MM:SS". None: the partition's own."""
     gpus_per_node: int | None = Field(None, ge=0)
     cpus_per_task: int | None = Field(None, ge=1)
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?B?$")
+    mem: Annotated[str, _Memory] | None = None
     """Memory per node, such as "64G"."""
     constraint: str | None = None
     reservation: str | None = None
@@ -240,7 +255,7 @@ class MIIConfig(_Model):
     """The balancer's port; 0 takes any free one."""
     home: Path = Field(default_factory=lambda: default_home(), validate_default=True)
     """The folder of the registry and the run directories, on a filesystem that all nodes share."""
-    share: str | None = Field(None, pattern=r"^group:[A-Za-z_][A-Za-z0-9_.-]*$")
+    share: Annotated[str, _Sharing] | None = None
     """"group:NAME" lets the members of a Unix group generate and ask for the status, but not terminate."""
     wait: bool = True
     """False makes serve() return once the job is submitted."""

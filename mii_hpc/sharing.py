@@ -6,6 +6,7 @@ certificate, and the guests' token, which lets its bearer generate and ask for t
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import shutil
@@ -88,7 +89,11 @@ def entries(home: Path) -> list[Entry]:
         folders = sorted(shares_of(home).iterdir())
     except (FileNotFoundError, PermissionError):
         return []
-    return [read(home, folder.name)[0] for folder in folders if os.access(folder, os.R_OK | os.X_OK)]
+    found = []
+    for folder in folders:
+        with contextlib.suppress(DeploymentNotFoundError):  # not shared with us, or not serving yet
+            found.append(read(home, folder.name)[0])
+    return found
 
 
 def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:

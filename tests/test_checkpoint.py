@@ -115,3 +115,13 @@ def test_hub_names_come_from_the_cache_when_offline(tmp_path):
     assert found == "org/cached"
     assert wrong_shape.startswith("tensor_parallel=3: does not divide the model's 32 attention heads")
     assert absent.startswith("model_name_or_path='org/absent': no such folder, and not to be had from the Hugging Face")
+
+
+def test_tokenizer_is_checked_before_the_queue(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"num_attention_heads": 4}')
+    checked = check_model(ModelConfig(model_name_or_path=str(folder), tokenizer=str(folder / ".." / "model")))
+    assert checked.tokenizer == str(folder)
+    with pytest.raises(ConfigError, match=r"tokenizer='/nowhere/at/all': no such folder"):
+        check_model(ModelConfig(model_name_or_path=str(folder), tokenizer="/nowhere/at/all"))

@@ -261,3 +261,16 @@ def test_the_ends_of_the_ranges_are_allowed():
     )
     params = validate(GenerateParamsConfig, {"stop": "one", "seed": 0, "min_new_tokens": 4, "max_new_tokens": 4})
     assert params.stop == ("one",)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("time", "soon", 'must be minutes, "H:MM:SS" or "D-HH:MM:SS"'),
+        ("mem", "much", 'must be a number with a unit, such as "64G"'),
+    ],
+)
+def test_what_slurm_would_misread_is_answered_with_how_to_write_it(field, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        resolve("m", slurm={field: value})
+    assert str(caught.value) == f"slurm.{field}='{value}': {allowed}"
