@@ -333,7 +333,7 @@ class AsyncMIIClient:
         except grpc.aio.AioRpcError as failure:
             raise self._failed(failure, channel) from None
         except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
+            if transport.is_being_cancelled():
                 raise
             raise RequestCancelledError("the client was closed before the answer was complete") from None
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -94,6 +95,15 @@ def listen(server: grpc.aio.Server, address: str, credentials: ServerCredentials
 def same_token(shown: str, expected: str) -> bool:
     """Compare two tokens in a time that does not depend on where they differ."""
     return hmac.compare_digest(shown.encode(), expected.encode())
+
+
+def is_being_cancelled() -> bool:
+    """Whether the running task is itself cancelled, not just a call that it awaits.
+
+    gRPC raises asyncio.CancelledError for both: also when a call's channel is closed under it.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -236,7 +236,8 @@ async def test_a_full_queue(deploy):
     with pytest.raises(QueueFullError, match="2 requests are waiting") as failure:
         await deployment.client().generate(["a"] * 6, max_new_tokens=10)
     assert failure.value.retryable
-    assert 3 <= sum(isinstance(outcome, list) for outcome in failure.value.responses) < 6
+    # As many as may wait are admitted, and one more if the engine has taken one up before the last of them comes.
+    assert 2 <= sum(isinstance(outcome, list) for outcome in failure.value.responses) < 6
 
 
 async def test_status(deploy):

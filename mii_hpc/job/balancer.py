@@ -223,9 +223,13 @@ class Balancer:
             replica = self.router.next(_place(context))
         except MIIError as error:
             await wire.abort(context, error)
-        call = replica.channel.unary_stream(wire.GENERATE.path)(
-            await anext(requests), timeout=context.time_remaining(), metadata=self._authorization
-        )
+        payload = await anext(requests)
+        try:
+            call = replica.channel.unary_stream(wire.GENERATE.path)(
+                payload, timeout=context.time_remaining(), metadata=self._authorization
+            )
+        except grpc.aio.UsageError:  # lost, and its channel closed, since it was chosen
+            await wire.abort(context, self._interrupted(replica))
         replica.in_flight.add(call)
         try:
             await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
@@ -237,7 +241,7 @@ class Balancer:
             await wire.abort(context, self._translate(failure, replica))
         except asyncio.CancelledError:
             # Cancelled by us, because the replica is lost or the time to drain is over; or by the client.
-            if (task := asyncio.current_task()) is not None and task.cancelling():
+            if transport.is_being_cancelled():
                 raise
             await wire.abort(context, self._interrupted(replica))
         finally:
@@ -275,8 +279,12 @@ class Balancer:
         )
         try:
             return await call(pb.LoadRequest(), timeout=LOAD_SECONDS, metadata=self._authorization)  # type: ignore[no-any-return]
-        except grpc.aio.AioRpcError:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
             return None
+        except asyncio.CancelledError:
+            if transport.is_being_cancelled():
+                raise
+            return None  # the replica was lost meanwhile
 
     async def terminate(
         self, _request: pb.TerminateRequest, _context: grpc.aio.ServicerContext

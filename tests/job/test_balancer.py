@@ -47,6 +47,16 @@ def test_the_router_is_strict():
     assert [replica.index for replica in router.live] == [0, 1, 2]
 
 
+async def test_status_answers_while_a_replica_is_lost(deploy):
+    deployment = await deploy(replica_num=2)
+    lost = deployment.balancer.router.live[1]
+    asking = asyncio.gather(*(deployment.client().status() for _ in range(20)))
+    await asyncio.sleep(0)
+    await lost.channel.close()
+    answers = await asyncio.wait_for(asking, 10)
+    assert all(status.replicas[0].load is not None for status in answers)
+
+
 def test_a_list_takes_consecutive_turns_in_whatever_order_it_arrives():
     router = Router()
     for index in range(3):
