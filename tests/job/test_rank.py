@@ -195,7 +195,7 @@ def test_termination_leaves_nothing_behind(serve):
     served.client().terminate_server()
     assert Registry(served.home).get("ends") is None
     eventually(lambda: not served.processes(), 15 - (time.monotonic() - began), "no process is left")
-    assert not submission.is_live(served.entry)
+    eventually(lambda: not submission.is_live(served.entry), 15, "its job has ended")
     host, _, port = served.entry.address.rpartition(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)))
@@ -215,7 +215,7 @@ def test_what_was_killed_hard_does_not_block_its_name(serve):
     killed = serve("killed")
     killed.kill()
     assert Registry(killed.home).get("killed").state == "ready"
-    assert not submission.is_live(Registry(killed.home).get("killed"))
+    eventually(lambda: not submission.is_live(Registry(killed.home).get("killed")), 15, "its job is known to be gone")
     with pytest.raises(mii_hpc.DeploymentNotFoundError, match="has ended without notice"):
         killed.client()
     again = serve("killed")
