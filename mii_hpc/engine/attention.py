@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from mii_hpc.engine.cache import NULL_BLOCK, LayerShape, PagedCache
+from mii_hpc.engine.decode import DecodeKernel, compile_kernel
 from mii_hpc.engine.step import Slice, Step
 from mii_hpc.errors import ConfigError
 
@@ -35,6 +37,7 @@ class PagedAttention:
         self.name = f"mii_hpc_{next(_names)}"
         self._cache: PagedCache | None = None
         self._layout: _Layout | None = None
+        self._kernel: DecodeKernel | None = None
         self._measured: dict[int, LayerShape] = {}
         # cuDNN comes first by default and takes some 50 ms to plan each new shape; here most steps have one.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -49,13 +52,16 @@ class PagedAttention:
     def use(self, cache: PagedCache) -> None:
         """Read and write this cache from now on."""
         self._cache = cache
+        if cache.keys[0].device.type == "cpu" and len({tensor.dtype for tensor in (*cache.keys, *cache.values)}) == 1:
+            self._kernel = compile_kernel(cache.keys[0].dtype)
 
     def prepare(self, step: Step, device: torch.device) -> None:
         """Lay out the next forward pass. Done once per step, for all layers."""
         assert self._cache is not None
         if step.clear:
             self._cache.clear(step.clear)
-        self._layout = _Layout.of(step, self._cache.page_size, device)
+        # The kernel does not pad, so it takes all sequences at once.
+        self._layout = _Layout.of(step, self._cache.page_size, device, math.inf if self._kernel else PADDING)
 
     def _attend(
         self,
@@ -80,7 +86,11 @@ class PagedAttention:
         output = query.new_empty(tokens, heads, value.shape[3])
         for group in layout.groups:
             queries = query[0, :, group.rows]
-            output[group.rows] = _decode(queries, keys, values, group, scaling, sliding_window)
+            if self._kernel and query.dtype == keys.dtype:
+                table = (group.tables, group.lengths)
+                self._kernel(queries, keys, values, output[group.rows], *table, scaling, sliding_window)
+            else:
+                output[group.rows] = _decode(queries, keys, values, group, scaling, sliding_window)
         for chunk in layout.chunks:
             queries = query[:, :, chunk.rows]
             output[chunk.rows] = _read(queries, keys, values, chunk, scaling, sliding_window)
@@ -159,7 +169,7 @@ class _Layout:
     chunks: list[_Chunk]
 
     @classmethod
-    def of(cls, step: Step, page_size: int, device: torch.device) -> _Layout:
+    def of(cls, step: Step, page_size: int, device: torch.device, padding: float) -> _Layout:
         slots: list[int] = []
         singles: list[Slice] = []
         chunks: list[_Chunk] = []
@@ -171,16 +181,16 @@ class _Layout:
             else:
                 blocks = torch.tensor(part.blocks[: -(-end // page_size)], device=device)
                 chunks.append(_Chunk(slice(row, len(slots)), blocks, part.start, end))
-        return cls(torch.tensor(slots, device=device), list(_groups(singles, page_size, device)), chunks)
+        return cls(torch.tensor(slots, device=device), list(_groups(singles, page_size, device, padding)), chunks)
 
 
-def _groups(singles: list[Slice], page_size: int, device: torch.device) -> Iterator[_Group]:
+def _groups(singles: list[Slice], page_size: int, device: torch.device, padding: float) -> Iterator[_Group]:
     # The scheduler puts single tokens first and sorts them by length, so a group is a run of rows.
     first = 0
     while first < len(singles):
         shortest = singles[first].start // page_size + 1
         last = first
-        while last < len(singles) and singles[last].start // page_size + 1 <= shortest * PADDING:
+        while last < len(singles) and singles[last].start // page_size + 1 <= shortest * padding:
             last += 1
         members = singles[first:last]
         width = max(part.start for part in members) // page_size + 1

@@ -1,0 +1,120 @@
+"""Attention of decode steps on CPU, compiled for the processor at hand. Without a compiler there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+COMPILE_SECONDS = 120
+FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
+
+
+class _Shape(ctypes.Structure):
+    """The struct Shape of decode.cpp."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "sequences",
+            "heads",
+            "key_heads",
+            "key_size",
+            "value_size",
+            "page_size",
+            "table_width",
+            "query_head_stride",
+            "query_row_stride",
+            "window",
+        )
+    )
+
+
+class DecodeKernel:
+    """Attends for one new token per sequence, reading the paged cache where it lies.
+
+    Measured with 16 sequences of 100 tokens: under half the time of gathering and
+    torch's attention, and a third with 500 tokens.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._function: Any = getattr(library, FUNCTIONS[dtype])
+        self._function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.POINTER(_Shape), ctypes.c_float]
+        self._function.restype = None
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        tables: torch.Tensor,
+        lengths: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> None:
+        """Write the output [sequences, heads, value size] for queries [heads, sequences, key size].
+
+        `keys` and `values` are [blocks, page size, key heads, size], `tables` are [sequences, blocks], and the
+        `lengths` count the new token, which is in the cache already.
+        """
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        heads, sequences, size = query.shape
+        shape = _Shape(
+            sequences,
+            heads,
+            keys.shape[2],
+            size,
+            values.shape[3],
+            keys.shape[1],
+            tables.shape[1],
+            query.stride(0),
+            query.stride(1),
+            window or 0,
+        )
+        tensors = (query, keys, values, output, tables, lengths)
+        self._function(*(t.data_ptr() for t in tensors), shape, size**-0.5 if scaling is None else scaling)
+
+
+def compile_kernel(dtype: torch.dtype) -> DecodeKernel | None:
+    """Compile the kernel for this processor, in about two seconds; None where that does not work."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    runtime = _openmp_runtime()
+    if dtype not in FUNCTIONS or compiler is None or runtime is None:
+        return None
+    # Nothing is kept: another node that shares the folder may have another processor.
+    with tempfile.TemporaryDirectory(prefix="mii_hpc-") as folder:
+        compiled, library = Path(folder, "decode.o"), Path(folder, "decode.so")
+        try:
+            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
+            # With torch's own OpenMP, so that both share their threads.
+            _run(compiler, "-shared", str(compiled), runtime, "-o", str(library))
+            return DecodeKernel(ctypes.CDLL(str(library)), dtype)
+        except (OSError, subprocess.SubprocessError) as error:
+            _log.warning("the decode kernel cannot be compiled, using torch's attention: %s", error)
+            return None
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
+
+
+def _openmp_runtime() -> str | None:
+    """Return the file of the OpenMP library that torch has loaded."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.partition("/")[2]
+        if path.rpartition("/")[2].startswith(("libgomp", "libiomp5", "libomp")):
+            return "/" + path
+    return None
