@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import statistics
 import sys
@@ -16,13 +17,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as deployments have it
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as deployments have it; for the others here too
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -56,8 +59,8 @@ class Measured(NamedTuple):
     first: float | None = None
 
 
-Way = Callable[[list[str], int], Measured]
-"""Generates so many tokens for each of the prompts, all at once."""
+Way = Callable[..., Measured]
+"""Generates so many tokens for each of the prompts, all at once: way(prompts, new_tokens)."""
 
 
 class Series(NamedTuple):
@@ -87,9 +90,7 @@ def main(
     plot: Path = Path("build/benchmark.png"),
 ) -> None:
     """Measure and print tokens/s, time to first token, and ratios."""
-    transformers_logging.set_verbosity_error()
     threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     counts = [int(number) for number in concurrency.split(",")]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mii-bench-")))
@@ -100,9 +101,9 @@ def main(
         one_thread = {**options, "threads": 1}
         series: list[Series] = []
         if "a" in only:
-            engine = stack.enter_context(running_engine(model, options))
-            series.append(Series("a engine", partial(through_engine, engine)))
-            series.append(Series("a engine, streams", partial(through_engine, engine, stream=True)))
+            engine = stack.enter_context(apart(partial(running_engine, model, options)))
+            series.append(Series("a engine", engine))
+            series.append(Series("a engine, streams", partial(engine, stream=True)))
         if "b" in only:
             served = stack.enter_context(deployment(scratch, "b", model, 1, options))
             series.append(Series("b client", served))
@@ -113,10 +114,10 @@ def main(
             series.append(Series("c1 one replica", single))
             # Each of the two has as many requests as the one has.
             series.append(Series("c2 two replicas", lambda prompts, length: double(prompts * 2, length)))
-        if "d" in only or "e" in only:
-            plain = Plain(model)
-            series += [Series("d generate", plain.padded)] if "d" in only else []
-            series += [Series("e generate_batch", plain.continuous)] if "e" in only else []
+        if "d" in only:
+            series.append(Series("d generate", stack.enter_context(apart(partial(padded, model, threads)))))
+        if "e" in only:
+            series.append(Series("e generate_batch", stack.enter_context(apart(partial(continuous, model, threads)))))
         results = measure(series, counts, rounds, new_tokens)
     report(series, counts, results, plot, f"{Path(model).name}, {threads} threads, {new_tokens} tokens an answer")
 
@@ -191,8 +192,41 @@ def draw(
 
 
 @contextmanager
-def running_engine(model: str, options: dict[str, Any]) -> Iterator[Engine]:
-    """An engine in this process."""
+def apart(make: Callable[[], AbstractContextManager[Way]]) -> Iterator[Way]:
+    """One way to generate, in a process of its own: in one process, all would have OpenMP's threads in their way."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=obey, args=(make, theirs))
+    process.start()
+    theirs.close()
+
+    def way(*args: Any, **options: Any) -> Measured:
+        ours.send((args, options))
+        if not ours.poll(PATIENCE):
+            raise TimeoutError("no answer")
+        answer: Measured = ours.recv()
+        return answer
+
+    try:
+        yield way
+    finally:
+        ours.close()
+        process.join()
+
+
+def obey(make: Callable[[], AbstractContextManager[Way]], commands: Connection) -> None:
+    """Generate as told, until the pipe closes."""
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    with make() as way, suppress(EOFError):
+        while True:
+            args, options = commands.recv()
+            commands.send(way(*args, **options))
+
+
+@contextmanager
+def running_engine(model: str, options: dict[str, Any]) -> Iterator[Way]:
+    """(a): straight into an engine."""
     spec = EngineSpec(
         ModelConfig.model_validate({"model_name_or_path": model, "inference_engine_config": options}),
         rank=0,
@@ -204,18 +238,28 @@ def running_engine(model: str, options: dict[str, Any]) -> Iterator[Engine]:
         store_address="",
     )
     engine = create_engine(spec)
-    engine.load(lambda _: None)
-    thread = threading.Thread(target=engine.run)
+    loaded: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            loaded.set_result(engine.load(lambda _: None))
+        except Exception as error:
+            loaded.set_exception(error)
+            raise
+        engine.run()
+
+    thread = threading.Thread(target=work)
     thread.start()
+    loaded.result()
     try:
-        yield engine
+        yield partial(through_engine, engine)
     finally:
         engine.close()
         thread.join()
 
 
 def through_engine(engine: Engine, prompts: list[str], new_tokens: int, stream: bool = False) -> Measured:
-    """(a): straight into the engine."""
+    """Submit the prompts to an engine and wait for all answers."""
     params = GenerateParamsConfig(max_new_tokens=new_tokens, do_sample=False, ignore_eos=True, stream=stream)
     firsts: dict[int, float] = {}
     open_requests = threading.Semaphore(0)
@@ -285,18 +329,12 @@ async def through_client(client: AsyncMIIClient, prompts: list[str], new_tokens:
     return Measured(sum(lengths) / (time.perf_counter() - start), statistics.median(firsts))
 
 
-class Plain:
-    """(d) and (e): transformers without us."""
+@contextmanager
+def padded(model: str, threads: int) -> Iterator[Way]:
+    """(d): transformers' `generate` on one padded batch."""
+    module, tokenizer = plain(model, threads)
 
-    def __init__(self, model: str) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._module: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
-
-    def padded(self, prompts: list[str], new_tokens: int) -> Measured:
-        """(d): one padded batch."""
+    def way(prompts: list[str], new_tokens: int) -> Measured:
         firsts: list[float] = []
 
         class Note(StoppingCriteria):  # type: ignore[misc]
@@ -305,18 +343,25 @@ class Plain:
                 return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         start = time.perf_counter()
-        batch = self._tokenizer(prompts, padding=True, return_tensors="pt").to(self._module.device)
-        self._module.generate(
-            **batch, generation_config=_greedy(new_tokens), stopping_criteria=StoppingCriteriaList([Note()])
-        )
+        batch = tokenizer(prompts, padding=True, return_tensors="pt").to(module.device)
+        criteria = StoppingCriteriaList([Note()])
+        module.generate(**batch, generation_config=_greedy(new_tokens), stopping_criteria=criteria)
         return Measured(len(prompts) * new_tokens / (time.perf_counter() - start), firsts[0])
 
-    def continuous(self, prompts: list[str], new_tokens: int) -> Measured:
-        """(e): transformers' own continuous batching. What it prepares for each call is not counted."""
-        attention = self._module.config._attn_implementation
+    yield way
+
+
+@contextmanager
+def continuous(model: str, threads: int) -> Iterator[Way]:
+    """(e): transformers' own continuous batching. What it prepares for each call is not counted."""
+    module, tokenizer = plain(model, threads)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+
+    def way(prompts: list[str], new_tokens: int) -> Measured:
+        attention = module.config._attn_implementation
         start = time.perf_counter()
-        outputs = self._module.generate_batch(
-            [self._tokenizer(prompt)["input_ids"] for prompt in prompts],
+        outputs = module.generate_batch(
+            [tokenizer(prompt)["input_ids"] for prompt in prompts],
             generation_config=_greedy(new_tokens),
             continuous_batching_config=ContinuousBatchingConfig(
                 num_blocks=64, page_size=32, max_batch_tokens=256, auto_switch_to_flash=False
@@ -326,11 +371,23 @@ class Plain:
             record_timestamps=True,
         )
         elapsed = time.perf_counter() - start
-        self._module.set_attn_implementation(attention)
+        module.set_attn_implementation(attention)
         times = [output.timestamps for output in outputs.values() if output.timestamps]
         count = sum(len(output.generated_tokens) for output in outputs.values())
         first = statistics.median(stamps[0] - start for stamps in times) if times else None
         return Measured(count / elapsed, first)
+
+    yield way
+
+
+def plain(model: str, threads: int) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, without anything of ours."""
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return module, tokenizer
 
 
 def _greedy(new_tokens: int) -> GenerationConfig:

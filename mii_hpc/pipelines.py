@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self
 
 from mii_hpc.clients import IN_FLIGHT, Response, joined, response_of
@@ -61,9 +62,10 @@ class MIIPipeline:
                 store_address="",
             )
         )
-        self._engine.load(log.info)
-        self._thread = threading.Thread(target=self._run, name="mii-pipeline", daemon=True)
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._work, args=(loaded,), name="mii-pipeline", daemon=True)
         self._thread.start()
+        loaded.result()
 
     def generate(
         self,
@@ -177,6 +179,15 @@ class MIIPipeline:
         finally:
             with self._lock:
                 self._calls.discard(arrived)
+
+    def _work(self, loaded: Future[None]) -> None:
+        try:
+            self._engine.load(log.info)
+        except Exception as error:  # noqa: BLE001 (the thread's boundary: the constructor raises it)
+            loaded.set_exception(error)
+        else:
+            loaded.set_result(None)
+            self._run()
 
     def _run(self) -> None:
         end = "the pipeline is closed"

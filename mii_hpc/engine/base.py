@@ -97,7 +97,10 @@ class Engine(Protocol):
     """
 
     def load(self, progress: Callable[[str], None]) -> None:
-        """Load this rank's shard of the model and meet the replica's other ranks.
+        """Load this rank's shard of the model and meet the replica's other ranks. `run` follows on the same thread.
+
+        OpenMP keeps threads for each thread that computes, and lets them all sleep early once they are more than
+        the cores: a model loaded on another thread generates at two thirds of the speed.
 
         Calls `progress` with a short sentence now and then. Raises ConfigError when the model cannot
         be served, by name and reason.
@@ -135,9 +138,10 @@ def create_engine(spec: EngineSpec) -> Engine:
         from mii_hpc.engine.echo import EchoEngine
 
         return EchoEngine(spec)
-    # Threads that spin while they wait take the cores from those who serve, and from other replicas: a third of the
-    # speed was left where clients stream. OpenMP reads this when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A waiting thread spins for about a millisecond, then sleeps; OpenMP reads this when torch is first imported.
+    # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads
+    # were hardly faster than one); for longer, as is the default, they would take the cores from those who serve.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     from mii_hpc.engine.batching import BatchingEngine
 
     return BatchingEngine(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mii_hpc.engine.extensions import extensions_folder
 
 _log = logging.getLogger(__name__)
 
@@ -89,22 +92,40 @@ class DecodeKernel:
 
 
 def compile_kernel(dtype: torch.dtype) -> DecodeKernel | None:
-    """Compile the kernel for this processor, in about two seconds; None where that does not work."""
+    """Return the kernel for this processor; None where none can be compiled.
+
+    The first process on a host compiles it, in about two seconds, for all.
+    """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     runtime = _openmp_runtime()
     if dtype not in FUNCTIONS or compiler is None or runtime is None:
         return None
-    # Nothing is kept: another node that shares the folder may have another processor.
-    with tempfile.TemporaryDirectory(prefix="mii_hpc-") as folder:
-        compiled, library = Path(folder, "decode.o"), Path(folder, "decode.so")
-        try:
-            _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
-            # With torch's own OpenMP, so that both share their threads.
-            _run(compiler, "-shared", str(compiled), runtime, "-o", str(library))
-            return DecodeKernel(ctypes.CDLL(str(library)), dtype)
-        except (OSError, subprocess.SubprocessError) as error:
-            _log.warning("the decode kernel cannot be compiled, using torch's attention: %s", error)
-            return None
+    library = extensions_folder() / f"decode-{_fingerprint(compiler, runtime)}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, runtime, library)
+        return DecodeKernel(ctypes.CDLL(str(library)), dtype)
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("the decode kernel cannot be compiled, using torch's attention: %s", error)
+        return None
+
+
+def _compile(compiler: str, runtime: str, library: Path) -> None:
+    # Made aside and renamed, so that processes that compile it at the same time all find a whole one.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        compiled, linked = Path(folder, "decode.o"), Path(folder, "decode.so")
+        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
+        # With torch's own OpenMP, so that both share their threads.
+        _run(compiler, "-shared", str(compiled), runtime, "-o", str(linked))
+        linked.replace(library)
+
+
+def _fingerprint(compiler: str, runtime: str) -> str:
+    """Return what tells libraries apart that are made from other sources, with other tools, for other processors."""
+    about = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(about)}
+    made_of = "\0".join([SOURCE.read_text(), *FLAGS, compiler, runtime, *sorted(processor)])
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
 def _run(*command: str) -> None:

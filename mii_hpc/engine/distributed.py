@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from mii_hpc.engine.base import EngineSpec
+from mii_hpc.engine.extensions import extensions_folder
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
     """Return whether DeepSpeed's all-reduce through shared memory can be used; builds it at first use."""
     if device.type != "cpu" or spec.replica_local_size != spec.world_size:
         return False
-    folder = _extensions_folder()
+    folder = extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     # The ninja that was installed with us, also where the environment is not activated; another version of it
     # would find the operator out of date and build it again.
@@ -160,18 +159,3 @@ def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
             _log.warning("shared-memory all-reduce cannot be built, using sockets: %s", error)
             return False
     return True
-
-
-def _extensions_folder() -> Path:
-    """Return a folder for compiled operators that is this user's alone: what lies there gets executed."""
-    base = Path(tempfile.gettempdir()) / f"mii_hpc-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        base.mkdir(mode=0o700)
-    status = base.lstat()
-    if base.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        base = Path(tempfile.mkdtemp(prefix="mii_hpc-"))
-    # What is built against one installation is out of date for any other.
-    installation = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    folder = base / f"torch-{torch.__version__}-{installation}"
-    folder.mkdir(exist_ok=True)
-    return folder
