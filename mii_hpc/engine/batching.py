@@ -22,12 +22,13 @@ import torch
 
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import Deliver, EngineSpec, EngineStats, GenerationRequest
-from mii_hpc.engine.cache import BlockAllocator, PagedCache
+from mii_hpc.engine.cache import PagedCache
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.loading import LoadedModel, choose_device, load_model
-from mii_hpc.engine.memory import Budget, plan_budget, threads
+from mii_hpc.engine.memory import plan_budget, threads
 from mii_hpc.engine.sampling import Choice, Sampler, choose
-from mii_hpc.engine.step import Slice, Step
+from mii_hpc.engine.scheduling import Scheduler
+from mii_hpc.engine.step import Step
 from mii_hpc.engine.text import Detokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
 
@@ -68,7 +69,7 @@ class BatchingEngine:
             # All ranks hold the same blocks, each its own heads of them.
             budget = budget.with_blocks(self._ranks.least(budget.num_blocks))
         model.attention.use(PagedCache(model.layers, budget.num_blocks + 1, budget.page_size, device))
-        self._scheduler = Scheduler(budget)
+        self._scheduler: Scheduler[_Sequence] = Scheduler(budget)
         self._context = min(model.context, self._scheduler.allocator.capacity)
         self._decode, self._byte_tokens = _decoder(model)
         progress(f"KV cache: {budget.num_blocks} blocks of {budget.page_size} tokens")
@@ -289,10 +290,7 @@ class _Request:
 
 @dataclass(eq=False)
 class _Sequence:
-    """One answer in the making.
-
-    `tokens` are prompt and answer; the first `computed` of them are in the cache, in the blocks of `table`.
-    """
+    """One answer in the making."""
 
     request: _Request
     tokens: list[int]
@@ -301,95 +299,6 @@ class _Sequence:
     ends_with: frozenset[int]
     table: list[int] = field(default_factory=list)
     computed: int = 0
-
-
-class Scheduler:
-    """Decides which tokens the next step computes, and owns the blocks of the cache.
-
-    Sequences that generate go first, one token each; what is left of the step's tokens goes to prompts, in
-    chunks, in the order of arrival. So a long prompt delays the others by a bounded time.
-    """
-
-    def __init__(self, budget: Budget) -> None:
-        self.allocator = BlockAllocator(budget.num_blocks + 1, budget.page_size)
-        self._budget = budget
-        self._running: list[_Sequence] = []
-        self._waiting: deque[_Sequence] = deque()
-        self._spoilt: list[int] = []
-
-    def add(self, sequence: _Sequence) -> None:
-        """Let a sequence wait for its start."""
-        self._waiting.append(sequence)
-
-    def has_work(self) -> bool:
-        """Return whether any sequence waits or runs."""
-        return bool(self._running or self._waiting)
-
-    def drop(self, sequences: Sequence[_Sequence]) -> None:
-        """Forget sequences, whatever their state, and take their blocks back."""
-        for sequence in sequences:
-            if sequence in self._running:
-                self._running.remove(sequence)
-            elif sequence in self._waiting:
-                self._waiting.remove(sequence)
-            self.allocator.release(sequence.table)
-
-    def spoil(self, sequence: _Sequence) -> None:
-        """Have the blocks of a sequence zeroed in the next step, before anybody else gets them."""
-        self._spoilt += sequence.table
-
-    def schedule(self) -> tuple[Step, list[_Sequence]]:
-        """Return the next step and the sequences of its slices."""
-        room = self._budget.max_batch_tokens
-        waiting = len(self._waiting)
-        counts: dict[_Sequence, int] = {}
-        for sequence in sorted(self._running, key=_is_reading):
-            count = min(len(sequence.tokens) - sequence.computed, room)
-            # Sequences may have been taken out of the batch by those before them.
-            if count and sequence in self._running and self._make_room(sequence, count, counts):
-                counts[sequence] = count
-                room -= count
-        if len(self._waiting) == waiting:  # nobody had to give up blocks, so there may be some for others
-            self._start_waiting(room, counts)
-        chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
-        clear, self._spoilt = tuple(self._spoilt), []
-        return Step(tuple(_slice(sequence, counts[sequence]) for sequence in chosen), clear), chosen
-
-    def _start_waiting(self, room: int, counts: dict[_Sequence, int]) -> None:
-        while room and self._waiting and len(self._running) < self._budget.max_batch_size:
-            sequence = self._waiting[0]
-            count = min(len(sequence.tokens), room)
-            if not self.allocator.grow(sequence.table, count):
-                break
-            self._running.append(self._waiting.popleft())
-            counts[sequence] = count
-            room -= count
-
-    def _make_room(self, sequence: _Sequence, count: int, counts: dict[_Sequence, int]) -> bool:
-        """Get blocks for a sequence, if need be from the youngest; return False if it is the youngest."""
-        while not self.allocator.grow(sequence.table, sequence.computed + count):
-            youngest = self._running.pop()
-            counts.pop(youngest, None)
-            self.allocator.release(youngest.table)
-            youngest.computed = 0
-            self._waiting.appendleft(youngest)
-            if youngest is sequence:
-                return False
-        return True
-
-
-def _is_reading(sequence: _Sequence) -> bool:
-    return len(sequence.tokens) - sequence.computed > 1
-
-
-def _slice(sequence: _Sequence, count: int) -> Slice:
-    end = sequence.computed + count
-    return Slice(
-        start=sequence.computed,
-        token_ids=tuple(sequence.tokens[sequence.computed : end]),
-        blocks=tuple(sequence.table),
-        sample=end == len(sequence.tokens),
-    )
 
 
 def _decoder(model: LoadedModel) -> tuple[Callable[[Sequence[int]], str], frozenset[int]]:
