@@ -153,6 +153,9 @@ class EngineConfig(_Model):
     """Tokens per block of the KV cache."""
     num_blocks: int | None = Field(None, ge=1)
     """Blocks of the KV cache."""
+    prefix_sharing: bool = True
+    """Compute the beginning that prompts have in common once, as long as the cache holds it. How soon an answer begins
+    then tells whether another prompt began alike lately: False where those who share a deployment must not know."""
     memory_fraction: float = Field(0.8, gt=0, le=1)
     """The part of this rank's free memory that weights and KV cache may take together."""
     queue_bound: int = Field(1024, ge=1)

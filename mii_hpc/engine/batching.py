@@ -4,7 +4,8 @@ The life of a request here:
 
 1. `submit` counts it against the queue's bound and returns.
 2. A thread of its own tokenises it, one prompt after the other, off the step loop.
-3. The scheduler starts it when there is a place in the batch and a block in the cache.
+3. The scheduler starts it when there is a place in the batch and a block in the cache, behind those blocks of
+   its beginning that the cache holds already.
 4. Each step computes some tokens of some sequences; on all ranks alike, as the leader says.
 5. The leader samples, and each answer gives its deltas until it ends or is cancelled.
 """
@@ -69,7 +70,8 @@ class BatchingEngine:
             # All ranks hold the same blocks, each its own heads of them.
             budget = budget.with_blocks(self._ranks.least(budget.num_blocks))
         model.attention.use(PagedCache(model.layers, budget.num_blocks + 1, budget.page_size, device))
-        self._scheduler: Scheduler[_Sequence] = Scheduler(budget)
+        sharing = spec.model.inference_engine_config.prefix_sharing
+        self._scheduler: Scheduler[_Sequence] = Scheduler(budget, sharing)
         self._context = min(model.context, self._scheduler.allocator.capacity)
         self._decode, self._byte_tokens = _decoder(model)
         progress(f"KV cache: {budget.num_blocks} blocks of {budget.page_size} tokens")
@@ -135,15 +137,15 @@ class BatchingEngine:
                 self._ranks.send(step.encode())
             if step.stop:
                 return
-            logits = self._execute(step)
-            sampled = [sequence for sequence, part in zip(sequences, step.slices, strict=True) if part.sample]
-            choices = choose(logits, [sequence.sampler for sequence in sampled]) if sampled else []
+            choices = _choices(self._execute(step), step, sequences)
             with self._changed:
-                self._generated += len(choices)
-                for sequence, part in zip(sequences, step.slices, strict=True):
+                self._generated += step.wanted
+                for sequence, part, choice in zip(sequences, step.slices, choices, strict=True):
                     sequence.computed += len(part.token_ids)
-                for sequence, choice in zip(sampled, choices, strict=True):
-                    self._accept(sequence, choice)
+                    if choice and choice.token_id is None:
+                        self._scheduler.spoil(sequence)
+                    if choice and part.sample:
+                        self._accept(sequence, choice)
 
     def _follow(self) -> None:
         assert self._ranks is not None
@@ -151,6 +153,7 @@ class BatchingEngine:
             self._execute(step)
 
     def _execute(self, step: Step) -> torch.Tensor:
+        """Return the logits [slices, vocabulary] after each slice's last token."""
         self._model.attention.prepare(step, self._model.device)
         token_ids: list[int] = []
         positions: list[int] = []
@@ -158,10 +161,8 @@ class BatchingEngine:
         for part in step.slices:
             token_ids += part.token_ids
             positions += range(part.start, part.start + len(part.token_ids))
-            if part.sample:
-                keep.append(len(token_ids) - 1)
-        # Some row in any case: neither indexing nor a collective is sure to take none.
-        return self._model.forward(token_ids, positions, keep or [len(token_ids) - 1])
+            keep.append(len(token_ids) - 1)
+        return self._model.forward(token_ids, positions, keep)
 
     def _next_step(self) -> tuple[Step, list[_Sequence]]:
         """Wait until there is something to do; return it with the sequences of its slices."""
@@ -194,7 +195,6 @@ class BatchingEngine:
         if not self._is_in_hand(entry):
             return
         if choice.token_id is None:
-            self._scheduler.spoil(sequence)
             self._fail(entry, InvalidRequestError("the model's numbers for this prompt are not finite"))
             return
         ends = choice.token_id in sequence.ends_with
@@ -299,6 +299,23 @@ class _Sequence:
     ends_with: frozenset[int]
     table: list[int] = field(default_factory=list)
     computed: int = 0
+
+
+def _choices(logits: torch.Tensor, step: Step, sequences: Sequence[_Sequence]) -> list[Choice | None]:
+    """Return a choice for each slice, None where there is nothing to draw yet.
+
+    A slice in the middle of a prompt whose numbers are not finite has a choice without a token, too. So its blocks
+    are found out before anybody else can have them, even where no token is ever drawn because of a cancellation.
+    """
+    if step.wanted == len(step.slices):
+        return [*choose(logits, [sequence.sampler for sequence in sequences])]
+    finite = logits.amax(dim=-1).isfinite().tolist()
+    choices = [None if is_finite else Choice(None) for is_finite in finite]
+    rows = [row for row, part in enumerate(step.slices) if part.sample]
+    if rows:
+        for row, choice in zip(rows, choose(logits[rows], [sequences[row].sampler for row in rows]), strict=True):
+            choices[row] = choice
+    return choices
 
 
 def _decoder(model: LoadedModel) -> tuple[Callable[[Sequence[int]], str], frozenset[int]]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import secrets
+from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,13 +18,20 @@ if TYPE_CHECKING:
 NULL_BLOCK = 0
 """Belongs to nobody and stays zero: block tables of different lengths are filled up with it."""
 
+KEY_SIZE = 32
+"""Bytes of a block's key: so many that two different beginnings never have the same."""
+
 
 class BlockAllocator:
-    """Hands out the blocks of a cache.
+    """Hands out the blocks of a cache, and lets sequences that begin alike share those of their beginning.
 
     Blocks are given as a sequence grows, not reserved for the longest answer it might have. When they run
     out, the scheduler takes back those of the youngest sequence and computes that one again later: nothing
     is lost, and a request for a long answer that ends early keeps no memory from the others.
+
+    A full block that was published can be shared, for it is not written again. It is known by a key: a digest
+    of all tokens up to its end. It can still be shared when nobody has it anymore, until it is handed out for
+    other tokens: such blocks are free like others, but taken last, and of them the least recently used first.
     """
 
     def __init__(self, num_blocks: int, page_size: int) -> None:
@@ -29,12 +40,22 @@ class BlockAllocator:
             raise ValueError(f"a cache has at least 2 blocks, not {num_blocks}")
         self.page_size = page_size
         self.total = num_blocks - 1
+        self._users = [0] * num_blocks
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
+        # Free as well, but published. The least recently used is the first.
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        # Two sequences may have computed the same tokens. Both blocks have the key then, but one is shared.
+        self._keys: dict[int, bytes] = {}
+        self._shared: dict[bytes, int] = {}
+        self._spoilt: set[int] = set()
+        self._unclean: list[int] = []
+        # Where every chain of keys begins. Nobody who does not know it can look for prompts with equal keys.
+        self._salt = secrets.token_bytes(KEY_SIZE)
 
     @property
     def free(self) -> int:
         """How many blocks nobody has."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     @property
     def capacity(self) -> int:
@@ -44,16 +65,86 @@ class BlockAllocator:
     def grow(self, table: list[int], tokens: int) -> bool:
         """Extend a block table to hold that many tokens; return False, with nothing done, if it cannot."""
         missing = -(-tokens // self.page_size) - len(table)
-        if missing > len(self._free):
+        if missing > self.free:
             return False
         for _ in range(missing):
-            table.append(self._free.pop())
+            if self._free:
+                block = self._free.pop()
+            else:
+                block, _ = self._kept.popitem(last=False)
+                self._forget(block)
+            self._users[block] = 1
+            table.append(block)
         return True
 
+    def share(self, table: list[int], tokens: Sequence[int]) -> int:
+        """Fill an empty table with published blocks of the first of `tokens`; return how many tokens they hold."""
+        key = self._salt
+        for index in range(len(tokens) // self.page_size):
+            key = self._next_key(key, tokens, index)
+            block = self._shared.get(key)
+            if block is None:
+                break
+            self._kept.pop(block, None)
+            self._users[block] += 1
+            table.append(block)
+        return len(table) * self.page_size
+
+    def publish(self, table: list[int], tokens: Sequence[int], start: int, end: int) -> None:
+        """Let others share the blocks that a sequence fills with its tokens from `start` to `end`.
+
+        These must be in the cache before anybody reads them. Those that are spoilt, or follow one, are left out.
+        """
+        first, last = start // self.page_size, end // self.page_size
+        key = self._keys.get(table[first - 1]) if first else self._salt
+        for index in range(first, last):
+            if key is None or table[index] in self._spoilt:
+                return
+            key = self._next_key(key, tokens, index)
+            self._keys[table[index]] = key
+            self._shared.setdefault(key, table[index])
+
     def release(self, table: list[int]) -> None:
-        """Take all blocks of a table back."""
-        self._free.extend(reversed(table))
+        """Take all blocks of a table back, except from others that have them too."""
+        # From the end, because a block is of no use for sharing without those before it.
+        for block in reversed(table):
+            self._users[block] -= 1
+            if self._users[block]:
+                continue
+            key = self._keys.get(block)
+            if key is not None and self._shared.setdefault(key, block) == block:
+                self._kept[block] = None
+                continue
+            self._forget(block)
+            self._free.append(block)
+            if block in self._spoilt:
+                self._spoilt.remove(block)
+                self._unclean.append(block)
         table.clear()
+
+    def spoil(self, table: list[int]) -> None:
+        """Share the blocks of a table no more, and have them zeroed before they are handed out again.
+
+        Not while anybody has them: zeros would let a sequence that shares them go on, and answer wrongly.
+        """
+        for block in table:
+            self._forget(block)
+            self._spoilt.add(block)
+
+    def take_unclean(self) -> tuple[int, ...]:
+        """Return the blocks that are to be zeroed before the next tokens are written, each once."""
+        unclean, self._unclean = tuple(self._unclean), []
+        return unclean
+
+    def _forget(self, block: int) -> None:
+        key = self._keys.pop(block, None)
+        if key is not None and self._shared.get(key) == block:
+            del self._shared[key]
+
+    def _next_key(self, key: bytes, tokens: Sequence[int], index: int) -> bytes:
+        """Return the key of a sequence's block, given that of the block before."""
+        page = array("q", tokens[index * self.page_size : (index + 1) * self.page_size])
+        return blake2b(page.tobytes(), key=key, digest_size=KEY_SIZE).digest()
 
 
 @dataclass(frozen=True)

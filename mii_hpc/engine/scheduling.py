@@ -30,14 +30,17 @@ class Scheduler(Generic[S]):
 
     Sequences that generate go first, one token each; what is left of the step's tokens goes to prompts, in
     chunks, in the order of arrival. So a long prompt delays the others by a bounded time.
+
+    With `prefix_sharing`, a sequence starts behind those full blocks of its beginning that are in the cache
+    already, or will be in the same step: a step writes all its tokens before it reads any.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, prefix_sharing: bool = True) -> None:
         self.allocator = BlockAllocator(budget.num_blocks + 1, budget.page_size)
         self._budget = budget
+        self._prefix_sharing = prefix_sharing
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
-        self._spoilt: list[int] = []
 
     def add(self, sequence: S) -> None:
         """Let a sequence wait for its start."""
@@ -54,11 +57,11 @@ class Scheduler(Generic[S]):
                 self._running.remove(sequence)
             elif sequence in self._waiting:
                 self._waiting.remove(sequence)
-            self.allocator.release(sequence.table)
+            self._give_back(sequence)
 
     def spoil(self, sequence: S) -> None:
-        """Have the blocks of a sequence zeroed in the next step, before anybody else gets them."""
-        self._spoilt += sequence.table
+        """Let nobody else share what a sequence has computed, for it is not finite, and have it zeroed afterwards."""
+        self.allocator.spoil(sequence.table)
 
     def schedule(self) -> tuple[Step, list[S]]:
         """Return the next step and the sequences of its slices."""
@@ -71,33 +74,48 @@ class Scheduler(Generic[S]):
             if count and sequence in self._running and self._make_room(sequence, count, counts):
                 counts[sequence] = count
                 room -= count
+        # Only now is it certain who keeps the blocks that this step fills.
+        for sequence, count in counts.items():
+            self._publish(sequence, count)
         if len(self._waiting) == waiting:  # nobody had to give up blocks, so there may be some for others
             self._start_waiting(room, counts)
         chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
-        clear, self._spoilt = tuple(self._spoilt), []
-        return Step(tuple(_slice(sequence, counts[sequence]) for sequence in chosen), clear), chosen
+        slices = tuple(_slice(sequence, counts[sequence]) for sequence in chosen)
+        return Step(slices, self.allocator.take_unclean()), chosen
 
     def _start_waiting(self, room: int, counts: dict[S, int]) -> None:
         while room and self._waiting and len(self._running) < self._budget.max_batch_size:
             sequence = self._waiting[0]
-            count = min(len(sequence.tokens), room)
-            if not self.allocator.grow(sequence.table, count):
+            # The last token is computed in any case: the next one is drawn from its logits.
+            sequence.computed = self.allocator.share(sequence.table, sequence.tokens[:-1])
+            count = min(len(sequence.tokens) - sequence.computed, room)
+            if not self.allocator.grow(sequence.table, sequence.computed + count):
+                self._give_back(sequence)
                 break
             self._running.append(self._waiting.popleft())
             counts[sequence] = count
             room -= count
+            self._publish(sequence, count)
 
     def _make_room(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
         """Get blocks for a sequence, if need be from the youngest; return False if it is the youngest."""
         while not self.allocator.grow(sequence.table, sequence.computed + count):
             youngest = self._running.pop()
             counts.pop(youngest, None)
-            self.allocator.release(youngest.table)
-            youngest.computed = 0
+            self._give_back(youngest)
             self._waiting.appendleft(youngest)
             if youngest is sequence:
                 return False
         return True
+
+    def _publish(self, sequence: S, count: int) -> None:
+        if self._prefix_sharing:
+            end = sequence.computed + count
+            self.allocator.publish(sequence.table, sequence.tokens, sequence.computed, end)
+
+    def _give_back(self, sequence: S) -> None:
+        self.allocator.release(sequence.table)
+        sequence.computed = 0
 
 
 def _is_reading(sequence: Scheduled) -> bool:

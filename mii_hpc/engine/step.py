@@ -13,8 +13,8 @@ class Slice:
     Attributes:
         start: how many tokens of it are in the cache already.
         token_ids: the ones to compute.
-        blocks: its block table, long enough for all of them.
-        sample: whether the last of them is the sequence's last, so that its logits are wanted.
+        blocks: its block table, long enough for all of them. Slices that begin alike may share blocks.
+        sample: whether the last of them is the sequence's last, so that another is drawn from its logits.
     """
 
     start: int
@@ -25,7 +25,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass. Slices of a single token come first; `clear` names blocks to zero before."""
+    """One forward pass. Slices of a single token come first; `clear` names blocks to zero before.
+
+    Every layer must write the keys and values of all slices before it reads any: a slice may share a block that
+    another slice of the same step fills.
+    """
 
     slices: tuple[Slice, ...] = ()
     clear: tuple[int, ...] = ()
@@ -33,10 +37,10 @@ class Step:
     """The last step: there is nothing to compute, and the ranks return."""
 
     wanted: int = field(init=False, default=0)
-    """How many slices have their logits taken."""
+    """How many slices have a token drawn."""
 
     def __post_init__(self) -> None:
-        """Count the wanted rows."""
+        """Count the wanted tokens."""
         object.__setattr__(self, "wanted", sum(part.sample for part in self.slices))
 
     def encode(self) -> list[int]:

@@ -37,6 +37,118 @@ def test_a_cache_needs_a_block():
         BlockAllocator(num_blocks=1, page_size=4)
 
 
+@pytest.fixture
+def allocator():
+    return BlockAllocator(num_blocks=9, page_size=2)
+
+
+def table_of(allocator, text):
+    """A table for tokens of which those that could not be shared were computed and published."""
+    tokens, table = list(text), []
+    start = allocator.share(table, tokens)
+    assert allocator.grow(table, len(tokens))
+    allocator.publish(table, tokens, start, len(tokens))
+    return table
+
+
+def shared(allocator, text):
+    table = []
+    assert allocator.share(table, list(text)) == 2 * len(table)
+    found = list(table)
+    allocator.release(table)
+    return found
+
+
+def test_full_blocks_of_the_same_beginning_are_shared(allocator):
+    table = table_of(allocator, b"aabbc")
+    other = table_of(allocator, b"aabbccd")
+    assert other[:2] == table[:2]
+    assert not set(other[2:]) & set(table)
+    assert allocator.free == 8 - 5
+    allocator.release(table)
+    assert allocator.free == 8 - 4
+    assert shared(allocator, b"aabbcc") == other[:3]
+    assert shared(allocator, b"bb") == []
+    assert shared(allocator, b"a") == []
+
+
+def test_blocks_are_shared_after_their_release_until_they_are_handed_out(allocator):
+    first, second = table_of(allocator, b"aabb"), table_of(allocator, b"ccdd")
+    kept = {"a": list(first), "c": list(second)}
+    allocator.release(first)
+    allocator.release(second)
+    assert allocator.free == 8
+    assert shared(allocator, b"aabb") == kept["a"]  # so these were used last
+    table = []
+    allocator.grow(table, 8)
+    assert not set(table) & {*kept["a"], *kept["c"]}
+    allocator.grow(table, 12)
+    assert table[4:] == kept["c"][::-1]  # the beginning last, for more can share it
+    allocator.grow(table, 14)
+    assert shared(allocator, b"aabb") == kept["a"][:1]
+    allocator.grow(table, 16)
+    assert shared(allocator, b"aabb") == []
+    assert allocator.free == 0
+
+
+def test_the_same_tokens_computed_twice_are_kept_once(allocator):
+    first, second = [], []
+    for table in (first, second):  # both before either was published
+        allocator.grow(table, 4)
+    kept = list(first)
+    for table in (first, second):
+        allocator.publish(table, list(b"aabb"), 0, 4)
+    allocator.release(second)
+    assert shared(allocator, b"aabb") == kept
+    allocator.release(first)
+    fresh = []
+    allocator.grow(fresh, 12)
+    assert not set(fresh) & set(kept)
+
+
+def test_a_duplicate_is_shared_once_the_first_is_gone(allocator):
+    first, second = [], []
+    for table in (first, second):
+        allocator.grow(table, 4)
+    for table in (first, second):
+        allocator.publish(table, list(b"aabb"), 0, 4)
+    allocator.spoil(first)
+    kept = list(second)
+    allocator.release(second)
+    assert shared(allocator, b"aabb") == kept
+
+
+def test_spoilt_blocks_are_not_shared_and_zeroed_once_nobody_has_them(allocator):
+    first, second = table_of(allocator, b"aabb"), table_of(allocator, b"aacc")
+    blocks = list(first)
+    allocator.spoil(first)
+    assert shared(allocator, b"aacc") == []
+    assert allocator.take_unclean() == ()
+    allocator.release(first)
+    assert allocator.take_unclean() == (blocks[1],)
+    allocator.grow(second, 6)
+    allocator.publish(second, list(b"aaccdd"), 4, 6)
+    again = table_of(allocator, b"aa")
+    assert again != blocks[:1]
+    allocator.release(second)
+    assert allocator.take_unclean() == (blocks[0],)
+    assert allocator.take_unclean() == ()
+    allocator.release(again)
+    assert allocator.free == allocator.total
+
+
+def test_a_spoilt_block_is_not_published_when_it_is_full(allocator):
+    table = []
+    allocator.grow(table, 1)
+    allocator.spoil(table)
+    allocator.grow(table, 4)
+    allocator.publish(table, list(b"aabb"), 1, 4)
+    assert shared(allocator, b"aabb") == []
+    blocks = list(table)
+    allocator.release(table)
+    assert allocator.take_unclean() == (blocks[0],)
+
+
 def test_a_step_survives_its_way_to_the_other_ranks():
     step = Step(
         slices=(

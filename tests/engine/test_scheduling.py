@@ -1,0 +1,208 @@
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from mii_hpc.engine.cache import NULL_BLOCK
+from mii_hpc.engine.memory import Budget
+from mii_hpc.engine.scheduling import Scheduler
+
+PAGE = 4
+BAD = 99  # a token whose numbers are not finite, and so are those of all tokens behind it
+
+
+@dataclass(eq=False)
+class Answer:
+    tokens: list
+    limit: int = 0
+    table: list = field(default_factory=list)
+    computed: int = 0
+    drawn: int = 0
+
+
+class Machine:
+    """Executes steps with blocks that remember for each token all tokens up to it, as keys and values do."""
+
+    def __init__(self, num_blocks=64, max_batch_size=8, max_batch_tokens=16, **options):
+        self.scheduler = Scheduler(Budget(max_batch_size, max_batch_tokens, PAGE, num_blocks), **options)
+        self.blocks = [[()] * PAGE for _ in range(num_blocks + 1)]
+        self.answers = set()
+        self.computed = 0
+
+    def add(self, tokens, limit=1):
+        answer = Answer(list(tokens), limit)
+        self.answers.add(answer)
+        self.scheduler.add(answer)
+        return answer
+
+    def drop(self, answer):
+        self.answers.remove(answer)
+        self.scheduler.drop([answer])
+
+    def step(self):
+        step, answers = self.scheduler.schedule()
+        assert step.slices
+        counts = [len(part.token_ids) for part in step.slices]
+        assert counts == sorted(counts, key=lambda count: count > 1)
+        self.computed += sum(counts)
+        for block in step.clear:
+            self.blocks[block] = [()] * PAGE
+        for part, answer in zip(step.slices, answers, strict=True):
+            end = part.start + len(part.token_ids)
+            assert part.sample == (end == len(answer.tokens))
+            assert list(part.token_ids) == answer.tokens[part.start : end]
+            for place in range(part.start, end):
+                self.blocks[part.blocks[place // PAGE]][place % PAGE] = tuple(answer.tokens[: place + 1])
+        for part, answer in zip(step.slices, answers, strict=True):
+            end = part.start + len(part.token_ids)
+            read = [cell for block in part.blocks[: -(-end // PAGE)] for cell in self.blocks[block]]
+            assert read[:end] == [tuple(answer.tokens[: place + 1]) for place in range(end)]
+            bad = BAD in answer.tokens[:end]
+            assert bad or not any(BAD in cell for cell in read)  # padding is read as well
+            answer.computed = end
+            if bad:
+                self.scheduler.spoil(answer)
+            if part.sample:
+                answer.tokens.append(len(answer.tokens) % 3)
+                answer.drawn += 1
+                if bad or answer.drawn == answer.limit:
+                    self.drop(answer)
+        self.check()
+
+    def check(self):
+        allocator = self.scheduler.allocator
+        owned = {block for answer in self.answers for block in answer.table}
+        assert len(owned) == allocator.total - allocator.free
+        assert NULL_BLOCK not in owned
+        for answer in self.answers:
+            assert len(set(answer.table)) == len(answer.table)
+
+    def finish(self):
+        while self.scheduler.has_work():
+            self.step()
+        assert not self.answers
+        assert self.scheduler.allocator.free == self.scheduler.allocator.total
+
+    def cost(self, tokens, limit=1):
+        """How many tokens an answer takes to compute when nothing else runs."""
+        before = self.computed
+        self.add(tokens, limit)
+        self.finish()
+        return self.computed - before
+
+
+def test_a_prompt_seen_before_costs_only_its_rest():
+    machine = Machine()
+    assert machine.cost(range(30)) == 30
+    assert machine.cost(range(30)) == 30 - 28
+    assert machine.cost(range(40)) == 40 - 28
+    assert machine.cost(range(1, 31)) == 30
+
+
+def test_one_token_is_computed_in_any_case():
+    machine = Machine()
+    assert machine.cost(range(8)) == 8
+    assert machine.cost(range(8)) == 4
+    assert machine.cost(range(9)) == 1
+    assert machine.cost(range(9)) == 1
+
+
+def test_an_answer_is_shared_by_the_prompt_that_continues_it():
+    machine = Machine()
+    answer = machine.add(range(6), limit=12)
+    machine.finish()
+    assert machine.cost(answer.tokens) == 18 - 16
+
+
+def test_what_runs_together_is_computed_once():
+    machine = Machine()
+    for _ in range(8):
+        machine.add(range(14))
+    machine.finish()
+    assert machine.computed == 14 + 7 * 2
+    for _ in range(8):
+        machine.add(range(200, 300))  # in many chunks
+    machine.finish()
+    assert machine.computed == 28 + 100 + 7 * 4
+
+
+def test_without_prefix_sharing_everything_is_computed():
+    machine = Machine(prefix_sharing=False)
+    assert [machine.cost(range(30)) for _ in range(2)] == [30, 30]
+
+
+def test_a_sequence_that_had_to_wait_finds_its_blocks_again():
+    machine = Machine(num_blocks=8)
+    first, second = machine.add(range(12), limit=10), machine.add(range(50, 62), limit=10)
+    while not (second.drawn and second.computed == 0):
+        machine.step()
+    restarted = machine.computed
+    length = len(second.tokens)
+    while second.computed == 0:
+        machine.step()
+    assert first not in machine.answers  # it had all the room
+    assert second.table
+    assert machine.computed - restarted < length
+    machine.finish()
+
+
+def test_the_blocks_of_one_that_waits_for_room_are_not_its_own():
+    machine = Machine(num_blocks=4, max_batch_tokens=64)
+    machine.cost(range(8))
+    first = machine.add(range(50, 56), limit=6)
+    machine.step()
+    waiting = machine.add(range(14))
+    machine.step()
+    assert not waiting.table
+    assert waiting.computed == 0
+    machine.drop(first)
+    before = machine.computed
+    machine.step()
+    assert machine.computed - before == 14 - 8
+
+
+def test_cancelled_in_the_middle_of_its_prompt_its_blocks_are_shared():
+    machine = Machine()
+    answer = machine.add(range(60))
+    machine.step()
+    machine.step()
+    machine.drop(answer)
+    assert machine.cost(range(60)) == 60 - 32
+
+
+def test_what_is_not_finite_is_computed_anew_and_by_each_alone():
+    machine = Machine()
+    machine.cost(range(20))
+    bad = [*range(8), BAD, *range(20)]
+    assert machine.cost(bad) == 29 - 8
+    assert machine.cost(bad) == 29  # what led to it is not trusted anymore
+    machine.add(bad)
+    good = [machine.add([*range(9), *range(number, 30)], limit=9) for number in range(10, 16)]
+    machine.finish()
+    assert all(answer.drawn == 9 for answer in good)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_ever_reads_what_is_not_his(seed):
+    draw = random.Random(seed)
+    machine = Machine(
+        num_blocks=draw.randrange(10, 60),
+        max_batch_size=draw.randrange(1, 9),
+        max_batch_tokens=draw.randrange(9, 40),
+        prefix_sharing=seed % 5 != 0,
+    )
+    beginnings = [[draw.randrange(3) for _ in range(20)] for _ in range(3)]
+    for _ in range(400):
+        if draw.random() < 0.4:
+            tokens = draw.choice(beginnings)[: draw.randrange(21)] + [
+                draw.randrange(3) for _ in range(draw.randrange(1, 6))
+            ]
+            if draw.random() < 0.1:
+                tokens.insert(draw.randrange(len(tokens)), BAD)
+            machine.add(tokens, limit=draw.randrange(1, 14))
+        if machine.answers and draw.random() < 0.05:
+            machine.drop(draw.choice(sorted(machine.answers, key=id)))
+            machine.check()
+        if machine.scheduler.has_work():
+            machine.step()
+    machine.finish()
