@@ -96,6 +96,8 @@ class BlockAllocator:
         These must be in the cache before anybody reads them. Those that are spoilt, or follow one, are left out.
         """
         first, last = start // self.page_size, end // self.page_size
+        if first == last:
+            return
         key = self._keys.get(table[first - 1]) if first else self._salt
         for index in range(first, last):
             if key is None or table[index] in self._spoilt:

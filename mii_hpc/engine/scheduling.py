@@ -70,8 +70,9 @@ class Scheduler(Generic[S]):
         counts: dict[S, int] = {}
         for sequence in sorted(self._running, key=_is_reading):
             count = min(len(sequence.tokens) - sequence.computed, room)
-            # Sequences may have been taken out of the batch by those before them.
-            if count and sequence in self._running and self._make_room(sequence, count, counts):
+            # Those that wait anew were taken out of the batch by those before them.
+            kept = len(self._waiting) == waiting or sequence in self._running
+            if count and kept and self._make_room(sequence, count, counts):
                 counts[sequence] = count
                 room -= count
         # Only now is it certain who keeps the blocks that this step fills.
