@@ -50,6 +50,8 @@ from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, cr
 
 console = Console()
 PATIENCE = 600.0
+SHARE = 0.2
+"""Of a GPU's free memory, for each of those that take what there is: all are on it at once."""
 
 
 class Measured(NamedTuple):
@@ -76,6 +78,7 @@ RATIOS = (
     ("c2 two replicas", "c1 one replica"),
     ("a engine", "e generate_batch"),
     ("a engine", "d generate"),
+    ("a engine", "f engine, no graphs"),
 )
 
 
@@ -85,8 +88,7 @@ def main(
     new_tokens: int = 64,
     concurrency: str = "1,4,16,64",
     threads: Annotated[int, typer.Option(help="of every engine but those of one thread; 0 is all cores")] = 0,
-    only: Annotated[str, typer.Option(help="letters of the ways to take, such as 'ade'")] = "abcde",
-    compiled: Annotated[bool, typer.Option("--compile", help="with compiled decode steps")] = False,
+    only: Annotated[str, typer.Option(help="letters of the ways to take, such as 'ade'")] = "abcdef",
     plot: Path = Path("build/benchmark.png"),
 ) -> None:
     """Measure and print tokens/s, time to first token, and ratios."""
@@ -98,7 +100,9 @@ def main(
             console.print("making a random Llama of 250M weights")
             model = str(random_llama(scratch / "llama-250m"))
         # All rounds have the same prompts, and what is measured is how fast they are computed.
-        options = {"threads": threads, "compile": compiled, "prefix_sharing": False}
+        options: dict[str, Any] = {"threads": threads, "prefix_sharing": False}
+        if torch.cuda.is_available():
+            options["memory_fraction"] = SHARE
         one_thread = {**options, "threads": 1}
         series: list[Series] = []
         if "a" in only:
@@ -119,6 +123,9 @@ def main(
             series.append(Series("d generate", stack.enter_context(apart(partial(padded, model, threads)))))
         if "e" in only:
             series.append(Series("e generate_batch", stack.enter_context(apart(partial(continuous, model, threads)))))
+        if "f" in only and torch.cuda.is_available():
+            without = stack.enter_context(apart(partial(running_engine, model, {**options, "cuda_graphs": False})))
+            series.append(Series("f engine, no graphs", without))
         results = measure(series, counts, rounds, new_tokens)
     report(series, counts, results, plot, f"{Path(model).name}, {threads} threads, {new_tokens} tokens an answer")
 
@@ -357,6 +364,9 @@ def continuous(model: str, threads: int) -> Iterator[Way]:
     """(e): transformers' own continuous batching. What it prepares for each call is not counted."""
     module, tokenizer = plain(model, threads)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    # On CPU the sizes that it chooses by itself make it several times slower.
+    on_cpu = {"num_blocks": 64, "page_size": 32, "max_batch_tokens": 256}
+    sizes: dict[str, Any] = {"max_memory_percent": SHARE} if torch.cuda.is_available() else on_cpu
 
     def way(prompts: list[str], new_tokens: int) -> Measured:
         attention = module.config._attn_implementation
@@ -364,9 +374,7 @@ def continuous(model: str, threads: int) -> Iterator[Way]:
         outputs = module.generate_batch(
             [tokenizer(prompt)["input_ids"] for prompt in prompts],
             generation_config=_greedy(new_tokens),
-            continuous_batching_config=ContinuousBatchingConfig(
-                num_blocks=64, page_size=32, max_batch_tokens=256, auto_switch_to_flash=False
-            ),
+            continuous_batching_config=ContinuousBatchingConfig(**sizes, auto_switch_to_flash=False),
             progress_bar=False,
             persistent_manager=True,
             record_timestamps=True,

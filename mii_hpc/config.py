@@ -162,8 +162,8 @@ class EngineConfig(_Model):
     """Requests that may wait; more are refused with QueueFullError."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
-    compile: bool = False
-    """Compile the decode step with torch.compile."""
+    cuda_graphs: bool = True
+    """Replay decode steps on CUDA as graphs. Without effect on CPU and in replicas of several ranks."""
     echo_delay: float = Field(0.0, ge=0)
     """Seconds that the echo engine takes for a token."""
 

@@ -63,6 +63,14 @@ class PagedAttention:
         # The kernel does not pad, so it takes all sequences at once.
         self._layout = _Layout.of(step, self._cache.page_size, device, math.inf if self._kernel else PADDING)
 
+    def prepare_decode(self, slots: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Lay out one token each of several sequences; where they go, and come from, is on the device already.
+
+        `slots` [sequences] are where their keys and values go, `tables` [sequences, blocks] may be padded with the
+        null block, and `lengths` [sequences, 1] count the new token.
+        """
+        self._layout = _Layout(slots, [_Group(slice(0, len(slots)), tables, lengths)], [])
+
     def _attend(
         self,
         module: torch.nn.Module,

@@ -25,6 +25,7 @@ from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import Deliver, EngineSpec, EngineStats, GenerationRequest
 from mii_hpc.engine.cache import PagedCache
 from mii_hpc.engine.distributed import Ranks
+from mii_hpc.engine.graphs import DecodeGraphs
 from mii_hpc.engine.loading import LoadedModel, choose_device, load_model
 from mii_hpc.engine.memory import plan_budget, threads
 from mii_hpc.engine.sampling import Choice, Sampler, choose
@@ -44,6 +45,7 @@ class BatchingEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._ranks: Ranks | None = None
+        self._graphs: DecodeGraphs | None = None
         self._queue_bound = spec.model.inference_engine_config.queue_bound
         # Guards what follows. Deltas are delivered under it, so that none comes once cancel() has returned.
         self._changed = threading.Condition()
@@ -69,10 +71,13 @@ class BatchingEngine:
         if self._ranks:
             # All ranks hold the same blocks, each its own heads of them.
             budget = budget.with_blocks(self._ranks.least(budget.num_blocks))
-        model.attention.use(PagedCache(model.layers, budget.num_blocks + 1, budget.page_size, device))
+        cache = PagedCache(model.layers, budget.num_blocks + 1, budget.page_size, device)
+        model.attention.use(cache)
         sharing = spec.model.inference_engine_config.prefix_sharing
         self._scheduler: Scheduler[_Sequence] = Scheduler(budget, sharing)
         self._context = min(model.context, self._scheduler.allocator.capacity)
+        if device.type == "cuda" and spec.world_size == 1 and spec.model.inference_engine_config.cuda_graphs:
+            self._graphs = DecodeGraphs(model, cache, budget.max_batch_size, self._context)
         self._decode, self._byte_tokens = _decoder(model)
         progress(f"KV cache: {budget.num_blocks} blocks of {budget.page_size} tokens")
 
@@ -154,6 +159,8 @@ class BatchingEngine:
 
     def _execute(self, step: Step) -> torch.Tensor:
         """Return the logits [slices, vocabulary] after each slice's last token."""
+        if self._graphs and (logits := self._graphs.run(step)) is not None:
+            return logits
         self._model.attention.prepare(step, self._model.device)
         token_ids: list[int] = []
         positions: list[int] = []

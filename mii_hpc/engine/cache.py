@@ -168,6 +168,9 @@ class PagedCache:
     def __init__(self, layers: Sequence[LayerShape], num_blocks: int, page_size: int, device: torch.device) -> None:
         """Allocate it. On CPU the memory is taken only as blocks are first written."""
         self.page_size = page_size
+        # One block more than there are: rows that only fill up a batch write there, and nobody reads it.
+        self.scratch_slot = num_blocks * page_size
+        num_blocks += 1
         # Zeros, because padding is read before it is masked, and a stray NaN would survive the mask.
         self.keys = [_zeros((num_blocks, page_size, *layer.key), layer.dtype, device) for layer in layers]
         self.values = [_zeros((num_blocks, page_size, *layer.value), layer.dtype, device) for layer in layers]

@@ -52,14 +52,19 @@ class LoadedModel:
     device: torch.device
     weights: int
 
-    @torch.inference_mode()
     def forward(self, token_ids: list[int], positions: list[int], keep: list[int]) -> torch.Tensor:
         """Return the logits [kept rows, vocabulary] of packed tokens, after `attention.prepare`."""
+        return self.compute(
+            torch.tensor([token_ids], device=self.device),
+            torch.tensor([positions], device=self.device),
+            torch.tensor(keep, device=self.device),
+        )
+
+    @torch.inference_mode()
+    def compute(self, token_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Do the same for tokens and positions [1, tokens] that are on the device already."""
         logits: torch.Tensor = self.module(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            logits_to_keep=torch.tensor(keep, device=self.device),
-            use_cache=False,
+            input_ids=token_ids, position_ids=positions, logits_to_keep=keep, use_cache=False
         ).logits
         return logits[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,9 +78,18 @@ def _free_share(spec: EngineSpec, device: torch.device) -> float:
     if device.type == "cuda":
         import torch
 
-        sharing = -(-spec.local_world_size // torch.cuda.device_count())
+        sharing = ranks_per_device(spec.local_world_size, torch.cuda.device_count(), os.environ)
         return torch.cuda.mem_get_info(device)[0] / sharing
     return free_host_memory() / spec.local_world_size
+
+
+def ranks_per_device(ranks: int, visible: int, environment: Mapping[str, str]) -> int:
+    """Return how many of the host's ranks use the same device, when each of them sees so many.
+
+    With srun's --gpus-per-task each rank sees but its own, and Slurm says how many the host gives to all of them.
+    """
+    allocated = environment.get("SLURM_GPUS_ON_NODE", "")
+    return -(-ranks // max(visible, int(allocated) if allocated.isdecimal() else 0))
 
 
 def free_host_memory() -> int:

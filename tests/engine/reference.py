@@ -12,16 +12,16 @@ PROMPTS = [
 
 
 class Reference:
-    def __init__(self, folder):
+    def __init__(self, folder, device="cpu"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device)
 
     def greedy(self, prompt, ignore_eos=False, **options):
         from transformers import GenerationConfig
 
-        ids = self._tokenizer(prompt, return_tensors="pt").input_ids
+        ids = self._tokenizer(prompt, return_tensors="pt").input_ids.to(self._model.device)
         ends = self._model.generation_config.eos_token_id
         known = ("max_new_tokens", "min_new_tokens", "max_length", "repetition_penalty")
         config = GenerationConfig(

@@ -1,0 +1,236 @@
+import logging
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mii_hpc.engine.cache import NULL_BLOCK  # noqa: E402
+from mii_hpc.engine.graphs import (  # noqa: E402
+    LEAST_TOKENS,
+    DecodeGraphs,
+    block_buckets,
+    bucket,
+    sequence_buckets,
+)
+from mii_hpc.engine.step import Slice, Step  # noqa: E402
+from tests.engine.collect import make, running, submit  # noqa: E402
+from tests.engine.reference import PROMPTS, Reference, option_sets  # noqa: E402
+from tests.models import tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.engine
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+SMALL = {"max_batch_size": 11, "max_batch_tokens": 64, "page_size": 8}
+# Shorter than the texts, where the architecture has a window; in the last, one of two layers has it.
+WINDOWS = {
+    "mistral": {"sliding_window": 24},
+    "gemma3_text": {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16},
+}
+
+
+def test_sequences_come_in_few_sizes_that_waste_little():
+    assert sequence_buckets(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert sequence_buckets(11) == [1, 2, 4, 8, 11]
+    assert sequence_buckets(1) == [1]
+    assert len(sequence_buckets(256)) == 13
+    for largest in range(1, 300):
+        buckets = sequence_buckets(largest)
+        assert buckets[-1] == largest
+        for size in range(1, largest + 1):
+            assert size <= bucket(size, buckets) < 2 * size
+
+
+def test_tables_come_in_few_widths():
+    assert block_buckets(64, 32) == [8, 16, 32, 64]
+    assert block_buckets(100, 32) == [8, 16, 32, 64, 100]
+    assert block_buckets(3, 32) == [3]
+    assert block_buckets(5, 1000) == [1, 2, 4, 5]
+    assert bucket(9, block_buckets(100, 32)) == 16
+
+
+class Emulated(DecodeGraphs):
+    """Computes again where a graph would be replayed: all but the capture is as on CUDA."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.steps = []
+
+    def run(self, step):
+        logits = super().run(step)
+        self.steps.append((step, logits is not None))
+        return logits
+
+    def _record(self, compute):
+        compute()
+        return compute
+
+    @property
+    def shapes(self):
+        return set(self._graphs)
+
+
+def emulate(engine, kernel=True, kind=Emulated):
+    """Give a loaded engine on CPU its graphs; without the `kernel`, attention is what it is on CUDA."""
+    model, budget = engine._model, engine._scheduler._budget
+    if not kernel:
+        model.attention._kernel = None
+    engine._graphs = kind(model, model.attention._cache, budget.max_batch_size, engine._context)
+    return engine._graphs
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gemma3_text"])
+def test_padded_steps_give_generates_own_answers(tmp_path, monkeypatch, architecture, kernel):
+    monkeypatch.setattr("mii_hpc.engine.graphs.LEAST_TOKENS", 16)
+    folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
+    reference = Reference(folder)
+    with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+        graphs = emulate(engine, kernel)
+        # Each ends at another time, so that the batch gets smaller while the texts get longer.
+        options = [{"do_sample": False, "max_new_tokens": 10 + 9 * number} for number in range(10)]
+        prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
+        answers = [submit(engine, prompt, **chosen) for prompt, chosen in zip(prompts, options, strict=True)]
+        for prompt, chosen, answer in zip(prompts, options, answers, strict=True):
+            assert answer.wait().token_ids() == reference.greedy(prompt, **chosen)
+        assert {shape.sequences for shape in graphs.shapes} >= {1, 2, 4, 8, 11}
+        assert len({shape.blocks for shape in graphs.shapes}) >= 2
+        assert graphs._cache.keys[0][NULL_BLOCK].count_nonzero() == 0
+
+
+def test_a_seed_gives_the_same_text_with_graphs_and_without(tmp_path):
+    folder = str(tiny_model(tmp_path))
+    requests = option_sets()[::2]
+    texts = []
+    for replayed in (True, False):
+        with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+            if replayed:
+                emulate(engine)
+            answers = [submit(engine, prompt, **options) for prompt, options in requests]
+            texts.append([answer.wait().token_ids() for answer in answers])
+    assert texts[0] == texts[1]
+
+
+def test_other_steps_are_none_for_a_graph(tmp_path):
+    folder = str(tiny_model(tmp_path))
+    with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+        graphs = emulate(engine)
+        single = Slice(start=3, token_ids=(5,), blocks=(1,), sample=True)
+        assert graphs.run(Step((single,))).shape == (1, 512)
+        assert graphs.run(Step((single, Slice(0, (5, 6), (2,), sample=True)))) is None
+        assert graphs.run(Step((Slice(3, (5,), (1,), sample=False),))) is None
+        assert graphs.run(Step((single,), clear=(1,))) is None
+        assert graphs.run(Step()) is None
+
+
+def test_more_to_gather_than_pays_is_none_for_a_graph(tmp_path, monkeypatch):
+    folder = str(tiny_model(tmp_path))
+    token = 2 * 2 * 16 * 4  # keys and values, heads, head size, bytes
+    monkeypatch.setattr("mii_hpc.engine.graphs.GATHERED_BYTES", LEAST_TOKENS * token * 4)
+    with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+        graphs = emulate(engine)
+        step = [Slice(start=3, token_ids=(5,), blocks=(block,), sample=True) for block in range(1, 6)]
+        assert graphs.run(Step(tuple(step[:4]))) is not None
+        assert graphs.run(Step(tuple(step))) is None
+
+
+def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    for token in (0, 70):  # of the padding, and of a prompt
+        weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    options = {"do_sample": False, "ignore_eos": True, "repetition_penalty": 1.5}
+    with running(make(model_name_or_path=str(folder), device="cpu", inference_engine_config=SMALL)) as engine:
+        emulate(engine, kernel=False)
+        bad = engine._model.tokenizer.decode([70])
+        for _ in range(3):
+            good = [submit(engine, "A!", max_new_tokens=20 + number, **options) for number in range(3)]
+            poison = submit(engine, bad)
+            assert poison.done.wait(30)
+            assert "finite" in str(poison.error)
+            for number, answer in enumerate(good):
+                assert len(answer.wait().token_ids()) == 20 + number
+
+
+class Failing(Emulated):
+    attempts = 0
+
+    def _record(self, compute):
+        self.attempts += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_capture_that_fails_is_told_once_and_no_request_notices(tmp_path, caplog):
+    folder = str(tiny_model(tmp_path))
+    reference = Reference(folder)
+    with (
+        caplog.at_level(logging.WARNING, "mii_hpc"),
+        running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine,
+    ):
+        graphs = emulate(engine, kind=Failing)
+        for prompt in PROMPTS:
+            answer = submit(engine, prompt, do_sample=False, max_new_tokens=12).wait()
+            assert answer.token_ids() == reference.greedy(prompt, max_new_tokens=12)
+        assert graphs.attempts == 1
+    assert [record.message for record in caplog.records if "CUDA graphs" in record.message] == [
+        "decode steps run without CUDA graphs, several times slower: operation not permitted when stream is capturing"
+    ]
+
+
+def test_there_are_none_on_cpu(tmp_path):
+    with running(make(model_name_or_path=str(tiny_model(tmp_path)), device="cpu")) as engine:
+        assert engine._graphs is None
+
+
+@cuda
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox", "gemma3_text"])
+def test_graphs_give_generates_own_answers(tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr("mii_hpc.engine.graphs.LEAST_TOKENS", 16)
+    folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
+    reference = Reference(folder, "cuda")
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
+    for wanted in (True, False):
+        config = {**SMALL, "cuda_graphs": wanted}
+        with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+            for _ in range(2):  # captured, then replayed from the start
+                answers = [
+                    submit(engine, prompt, do_sample=False, max_new_tokens=10 + 9 * number)
+                    for number, prompt in enumerate(prompts)
+                ]
+                for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+                    assert answer.wait().token_ids() == reference.greedy(prompt, max_new_tokens=10 + 9 * number)
+            assert (engine._graphs is not None) == wanted
+            if wanted:
+                assert len(engine._graphs._graphs) >= 5
+
+
+@cuda
+def test_graphs_give_the_same_samples(tmp_path):
+    folder = str(tiny_model(tmp_path))
+    requests = option_sets()
+    texts = []
+    for wanted in (True, False):
+        config = {"max_batch_size": 64, "page_size": 8, "max_batch_tokens": 128, "cuda_graphs": wanted}
+        with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+            answers = [submit(engine, prompt, **options) for prompt, options in requests]
+            texts.append([answer.wait().token_ids() for answer in answers])
+    assert texts[0] == texts[1]
+
+
+@cuda
+def test_a_model_that_cannot_be_captured_is_served_all_the_same(tmp_path, caplog):
+    folder = str(tiny_model(tmp_path))
+    reference = Reference(folder, "cuda")
+    with (
+        caplog.at_level(logging.WARNING, "mii_hpc"),
+        running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine,
+    ):
+        engine._model.module.model.norm.register_forward_hook(
+            lambda module, args, output: output * float(output.isnan().sum() + 1)
+        )
+        for _ in range(2):
+            answers = [submit(engine, prompt, do_sample=False, max_new_tokens=20) for prompt in PROMPTS]
+            for prompt, answer in zip(PROMPTS, answers, strict=True):
+                assert answer.wait().token_ids() == reference.greedy(prompt, max_new_tokens=20)
+    assert sum("CUDA graphs" in record.message for record in caplog.records) == 1
