@@ -12,10 +12,13 @@ PROMPTS = [
 
 
 class Reference:
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder):
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Where the engine runs, too.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device)
 
     def greedy(self, prompt, ignore_eos=False, **options):

@@ -69,7 +69,7 @@ class Emulated(DecodeGraphs):
 
 
 def emulate(engine, kernel=True, kind=Emulated):
-    """Give a loaded engine on CPU its graphs; without the `kernel`, attention is what it is on CUDA."""
+    """Give a loaded engine such graphs; without the `kernel`, attention is what it is on CUDA."""
     model, budget = engine._model, engine._scheduler._budget
     if not kernel:
         model.attention._kernel = None
@@ -83,7 +83,7 @@ def test_padded_steps_give_generates_own_answers(tmp_path, monkeypatch, architec
     monkeypatch.setattr("mii_hpc.engine.graphs.LEAST_TOKENS", 16)
     folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
     reference = Reference(folder)
-    with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
         graphs = emulate(engine, kernel)
         # Each ends at another time, so that the batch gets smaller while the texts get longer.
         options = [{"do_sample": False, "max_new_tokens": 10 + 9 * number} for number in range(10)]
@@ -101,7 +101,7 @@ def test_a_seed_gives_the_same_text_with_graphs_and_without(tmp_path):
     requests = option_sets()[::2]
     texts = []
     for replayed in (True, False):
-        with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+        with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
             if replayed:
                 emulate(engine)
             answers = [submit(engine, prompt, **options) for prompt, options in requests]
@@ -111,7 +111,7 @@ def test_a_seed_gives_the_same_text_with_graphs_and_without(tmp_path):
 
 def test_other_steps_are_none_for_a_graph(tmp_path):
     folder = str(tiny_model(tmp_path))
-    with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
         graphs = emulate(engine)
         single = Slice(start=3, token_ids=(5,), blocks=(1,), sample=True)
         assert graphs.run(Step((single,))).shape == (1, 512)
@@ -125,7 +125,7 @@ def test_more_to_gather_than_pays_is_none_for_a_graph(tmp_path, monkeypatch):
     folder = str(tiny_model(tmp_path))
     token = 2 * 2 * 16 * 4  # keys and values, heads, head size, bytes
     monkeypatch.setattr("mii_hpc.engine.graphs.GATHERED_BYTES", LEAST_TOKENS * token * 4)
-    with running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine:
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
         graphs = emulate(engine)
         step = [Slice(start=3, token_ids=(5,), blocks=(block,), sample=True) for block in range(1, 6)]
         assert graphs.run(Step(tuple(step[:4]))) is not None
@@ -141,7 +141,7 @@ def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path):
         weights["model.embed_tokens.weight"][token] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     options = {"do_sample": False, "ignore_eos": True, "repetition_penalty": 1.5}
-    with running(make(model_name_or_path=str(folder), device="cpu", inference_engine_config=SMALL)) as engine:
+    with running(make(model_name_or_path=str(folder), inference_engine_config=SMALL)) as engine:
         emulate(engine, kernel=False)
         bad = engine._model.tokenizer.decode([70])
         for _ in range(3):
@@ -166,7 +166,7 @@ def test_a_capture_that_fails_is_told_once_and_no_request_notices(tmp_path, capl
     reference = Reference(folder)
     with (
         caplog.at_level(logging.WARNING, "mii_hpc"),
-        running(make(model_name_or_path=folder, device="cpu", inference_engine_config=SMALL)) as engine,
+        running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine,
     ):
         graphs = emulate(engine, kind=Failing)
         for prompt in PROMPTS:
@@ -178,9 +178,9 @@ def test_a_capture_that_fails_is_told_once_and_no_request_notices(tmp_path, capl
     ]
 
 
-def test_there_are_none_on_cpu(tmp_path):
-    with running(make(model_name_or_path=str(tiny_model(tmp_path)), device="cpu")) as engine:
-        assert engine._graphs is None
+def test_there_are_graphs_where_cuda_is(tmp_path):
+    with running(make(model_name_or_path=str(tiny_model(tmp_path)))) as engine:
+        assert (engine._graphs is not None) == torch.cuda.is_available()
 
 
 @cuda
@@ -188,7 +188,7 @@ def test_there_are_none_on_cpu(tmp_path):
 def test_graphs_give_generates_own_answers(tmp_path, monkeypatch, architecture):
     monkeypatch.setattr("mii_hpc.engine.graphs.LEAST_TOKENS", 16)
     folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
-    reference = Reference(folder, "cuda")
+    reference = Reference(folder)
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
     for wanted in (True, False):
         config = {**SMALL, "cuda_graphs": wanted}
@@ -221,7 +221,7 @@ def test_graphs_give_the_same_samples(tmp_path):
 @cuda
 def test_a_model_that_cannot_be_captured_is_served_all_the_same(tmp_path, caplog):
     folder = str(tiny_model(tmp_path))
-    reference = Reference(folder, "cuda")
+    reference = Reference(folder)
     with (
         caplog.at_level(logging.WARNING, "mii_hpc"),
         running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine,
