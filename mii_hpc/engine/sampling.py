@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     logits = logits.float()
     highest, best = logits.max(dim=-1)
     # A NaN anywhere makes the maximum one.
-    finite = torch.isfinite(highest).tolist()
+    finite = [math.isfinite(value) for value in highest.tolist()]
     tokens: list[int] = best.tolist()
     if not all(sampler.is_plain for sampler in samplers):
         _choose_by_options(logits, samplers, finite, tokens)
@@ -126,7 +127,7 @@ def _draw(scores: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Draw a token for each row by the inverse of its cumulative distribution."""
     vocabulary = scores.shape[-1]
     scores = scores / _column([s.temperature for s in samplers], scores)
-    uniform = _column([s.draw() for s in samplers], scores)
+    uniform = torch.tensor([s.draw() for s in samplers], dtype=scores.dtype)[:, None]
     tokens = [0] * len(samplers)
     # Which way a row goes depends on the row alone, so that its company cannot change its token.
     unbounded = [row for row, s in enumerate(samplers) if s.top_p >= 1 and s.top_k >= vocabulary]
@@ -154,19 +155,23 @@ def _draw_from_top(
 ) -> list[int]:
     """Draw for `rows` from their `count` most likely tokens; return the rows for which these are too few."""
     vocabulary = scores.shape[-1]
-    values, ids = scores[rows].topk(count, dim=-1)
-    top_k = _column([samplers[row].top_k for row in rows], scores)
-    top_p = _column([samplers[row].top_p for row in rows], scores)
-    outside = torch.arange(count, device=scores.device) >= top_k
+    scores = scores[rows]
+    values, ids = scores.topk(count, dim=-1)
+    if count < vocabulary:
+        # What follows is so little that a GPU would take longer to launch it than the CPU takes to do it.
+        values, ids = values.cpu(), ids.cpu()
+    top_k = _column([samplers[row].top_k for row in rows], values)
+    top_p = _column([samplers[row].top_p for row in rows], values)
+    outside = torch.arange(count, device=values.device) >= top_k
     values = values.masked_fill(outside, -torch.inf)
     total = values.logsumexp(dim=-1, keepdim=True)
-    every = (top_k >= vocabulary).squeeze(-1)
-    if count < vocabulary and bool(every.any()):
-        total[every] = scores[rows][every].logsumexp(dim=-1, keepdim=True)
+    every = [place for place, row in enumerate(rows) if samplers[row].top_k >= vocabulary]
+    if count < vocabulary and every:
+        total[every] = scores[every].logsumexp(dim=-1, keepdim=True).cpu()
     mass = (values - total).exp()
     before = mass.cumsum(dim=-1) - mass
     inside = before < top_p
-    picks = torch.tensor(_invert(mass * inside, uniform[rows]), device=scores.device)
+    picks = torch.tensor(_invert(mass * inside, uniform[rows]), device=values.device)
     picked = ids.gather(-1, picks[:, None]).squeeze(-1).tolist()
     too_few: list[int] = []
     if count < vocabulary:
@@ -184,7 +189,7 @@ def _draw_from_top(
 def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> list[int]:
     """Return for each row the first place where the cumulative mass exceeds `uniform` of its total."""
     cumulative = mass.cumsum(dim=-1)
-    target = uniform * cumulative[:, -1:]
+    target = uniform.to(mass.device) * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # Rounding can put the target at the very end, beyond the last token that has any mass.
     last = (mass > 0).long().mul(torch.arange(mass.shape[-1], device=mass.device)).amax(dim=-1)
