@@ -19,8 +19,10 @@ _log = logging.getLogger(__name__)
 # No block table is made narrower than for this many tokens: it would hardly be faster.
 LEAST_TOKENS = 256
 # Beyond these a layer takes about as long to run as to launch: there is nothing to win, and padding begins to cost.
-# The keys and values that a layer gathers, of all sequences and padded to the longest, are copied; and a sequence's
-# own tokens are gone through one after the other. (On an H100, graphs of 256 MiB took 0.7 of the time without.)
+# The keys and values of all sequences, padded to the longest, are copied before a layer attends to them, and those of
+# one sequence are gone through one after the other. On an H100 a step at either bound took 0.6 to 0.8 of its time
+# without a graph, where a short one takes a quarter. The first also bounds the memory of all graphs together, to some
+# 0.6 GiB: EngineConfig.memory_fraction leaves as much and more.
 GATHERED_BYTES = 256 * 2**20
 MOST_TOKENS = 8192
 
