@@ -333,8 +333,9 @@ def _fill(part: nn.Module, whole: dict[str, nn.Parameter], device: torch.device,
         empty = part._parameters[leaf]
         if empty is None or parameter.shape != empty.shape:
             raise ConfigError(f"DeepSpeed's shard of {name} cannot be loaded: use tensor_parallel=1")
-        # A copy of its own: the share may be a view of the whole tensor, or of the file.
-        share = parameter.data.to(device, memory_format=torch.contiguous_format, copy=True)
+        share = parameter.data.to(device).contiguous()
+        if share.untyped_storage().nbytes() > share.nbytes:  # a view of the whole tensor, or of the file
+            share = share.clone()
         part._parameters[leaf] = nn.Parameter(share, requires_grad=False)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mii_hpc.heap import give_memory_back
+
 # Only for these, and only on CPU, does oneDNN have a layout of its own.
 DTYPES = (torch.float32, torch.bfloat16)
 # The layout is chosen for this many rows: decode steps have few, and for many the choice makes no difference.
@@ -47,27 +49,31 @@ class PackedLinear(nn.Module):
 def pack_linears(module: nn.Module) -> None:
     """Replace the linear layers of a module on CPU by packed ones, one at a time.
 
-    The plain weights are dropped as it goes, so that no memory is taken twice. Weights that another layer uses as
-    well, such as a head that is tied to the embeddings, stay as they are.
+    The plain weights are dropped as it goes, so that no memory is taken twice, but for one layer's. Weights that
+    another layer uses as well, such as a head that is tied to the embeddings, stay as they are.
     """
     if not torch._C._has_mkldnn:
         return
     owners = Counter(id(parameter) for part in module.modules() for parameter in part._parameters.values())
-    for part in list(module.modules()):
-        for name, child in list(part.named_children()):
-            weight = child._parameters.get("weight")
-            if weight is None or weight.device.type != "cpu" or weight.dtype not in DTYPES or owners[id(weight)] > 1:
-                continue
-            # DeepSpeed gives a rank nothing of a layer that is too small to cut.
-            packed = _packed(child) if weight.numel() else None
+    # Only names are listed: a list of the layers would hold on to their plain weights.
+    for part in [part for part in module.modules() if part._modules]:
+        for name in [name for name, _ in part.named_children()]:
+            packed = _packed(part._modules[name], owners)
             if packed is not None:
                 setattr(part, name, packed)
+        # A packed weight does not fit into the hole that a plain one of the same size has left.
+        give_memory_back()
 
 
-def _packed(layer: Any) -> PackedLinear | None:
-    """Return the same layer over a packed weight, or None if it is of another kind."""
+def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:
+    """Return the same layer over a packed weight, or None if it is to stay as it is."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
 
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.device.type != "cpu" or weight.dtype not in DTYPES or owners[id(weight)] > 1:
+        return None
+    if not weight.numel():  # DeepSpeed gives a rank nothing of a layer that is too small to cut
+        return None
     # These and none that are derived from them, which may do something else.
     kind = type(layer)
     if kind is nn.Linear or (kind is LinearLayer and not layer.gather_output):

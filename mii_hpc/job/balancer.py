@@ -35,9 +35,10 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from mii_hpc.heap import give_memory_back
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership
-from mii_hpc.job.process import die_with_parent, give_memory_back
+from mii_hpc.job.process import die_with_parent
 from mii_hpc.registry import HEARTBEAT_SECONDS, Entry, Registry
 from mii_hpc.rundir import Failure, RunDir, write_atomically
 from mii_hpc.sharing import Share

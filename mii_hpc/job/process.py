@@ -80,13 +80,6 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def give_memory_back() -> None:
-    """Return freed memory to the kernel, which glibc otherwise keeps after a crowd of connections is gone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
-
-
 def tell(**note: Any) -> None:
     """Say something to the rank that started this process. Nothing happens outside such a child."""
     descriptor = os.environ.get(_NOTES)

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import EngineSpec, create_engine
@@ -19,6 +20,8 @@ class Replica:
         listener = socket.create_server(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         self.connection, theirs = context.Pipe()
+        # Bytes by which each rank's peak exceeded what it had before it read the model; known when it has ended.
+        self.grown = context.Array("q", ranks)
         self.processes = [
             context.Process(
                 target=_rank,
@@ -29,6 +32,7 @@ class Replica:
                     address,
                     listener if rank == 0 else None,
                     theirs if rank == 0 else None,
+                    self.grown,
                 ),
             )
             for rank in range(ranks)
@@ -61,7 +65,16 @@ class Replica:
         return self.connection.recv()
 
 
-def _rank(model, rank, ranks, address, listener, connection):
+def _rank(model, rank, ranks, address, listener, connection, grown):
+    before = 0
+
+    def progress(sentence):
+        nonlocal before
+        # By now the libraries are imported and have been used on a small model, and nothing of the real one is read.
+        if sentence.startswith("DeepSpeed shards"):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = _resident("VmRSS")
+
     os.environ["HF_HUB_OFFLINE"] = "1"
     spec = EngineSpec(
         ModelConfig(**model),
@@ -76,13 +89,14 @@ def _rank(model, rank, ranks, address, listener, connection):
     )
     engine = create_engine(spec)
     try:
-        engine.load(lambda sentence: None)
+        engine.load(progress)
     except Exception as error:
         if connection:
             connection.send(repr(error))
         raise
     if not connection:
         engine.run()
+        grown[rank] = _resident("VmHWM") - before
         return
     thread = threading.Thread(target=engine.run)
     thread.start()
@@ -94,6 +108,12 @@ def _rank(model, rank, ranks, address, listener, connection):
     except EOFError:
         engine.close()
         thread.join()
+        grown[rank] = _resident("VmHWM") - before
+
+
+def _resident(field):
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024
 
 
 def _result(collected):
