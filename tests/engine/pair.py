@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import socket
+import sys
 import threading
+import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -24,7 +26,7 @@ class Replica:
         self.grown = context.Array("q", ranks)
         self.processes = [
             context.Process(
-                target=_rank,
+                target=_process,
                 args=(
                     {"tensor_parallel": ranks, **model},
                     rank,
@@ -63,6 +65,20 @@ class Replica:
         self.connection.send(requests)
         assert self.connection.poll(PATIENCE), "no answers"
         return self.connection.recv()
+
+
+def _process(*place):
+    status = 0
+    try:
+        _rank(*place)
+    except Exception:  # noqa: BLE001 (whatever it is ends the rank)
+        traceback.print_exc()
+        status = 1
+    # As the engine process of a deployment leaves, without the interpreter's own end: a thread of gloo's that asks
+    # for the GIL meanwhile would be unwound through C++ that lets nothing through, and abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _rank(model, rank, ranks, address, listener, connection, grown):
