@@ -12,8 +12,7 @@ from mii_hpc import credentials, submission, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.clients import AsyncMIIClient
 from mii_hpc.config import resolve
-from mii_hpc.engine.base import EngineSpec
-from mii_hpc.engine.echo import EchoEngine
+from mii_hpc.engine.base import EngineSpec, create_engine
 from mii_hpc.job.balancer import Balancer
 from mii_hpc.job.replica import InferenceService
 from mii_hpc.placement import role_of
@@ -32,7 +31,7 @@ async def until(condition, seconds=DEADLINE_SECONDS):
 
 
 class Rank:
-    """A rank as the balancer and the clients know it: it attends, and its engine is an echo engine in this process."""
+    """A rank as the balancer and the clients know it: it attends, and its engine runs in this process."""
 
     def __init__(self, number, config, address, keys):
         self.role = role_of(number, config.model_conf.tensor_parallel)
@@ -46,7 +45,7 @@ class Rank:
         self._model, self._address, self._keys = config.model_conf, address, keys
         self._report = pb.RankReport(rank=number, host=f"node{number}")
         self._changed = asyncio.Event()
-        self._server = None
+        self._server = self._thread = None
 
     async def live(self):
         """Attend, also at a balancer that takes the place of another, and obey, until told to leave."""
@@ -93,9 +92,10 @@ class Rank:
             return
         self.tell(engine=pb.STARTING, epoch=order.epoch, store_address="store:1", address="")
         spec = EngineSpec(self._model, self.role.replica_rank, self.role.tensor_parallel, 0, 1, 1, "", "")
-        self.engine = EchoEngine(spec)
-        self.engine.load(lambda _sentence: None)
-        threading.Thread(target=self.engine.run, daemon=True).start()
+        self.engine = create_engine(spec)
+        await asyncio.to_thread(self.engine.load, lambda _sentence: None)
+        self._thread = threading.Thread(target=self.engine.run, daemon=True)
+        self._thread.start()
         address = ""
         if self.role.leads:
             services = {wire.GENERATE.service: InferenceService(self.engine).handlers()}
@@ -111,8 +111,9 @@ class Rank:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(None)
-        if self.engine is not None:
+        if self._thread is not None:
             self.engine.close()
+            await asyncio.to_thread(self._thread.join)
 
     def report_death(self):
         """Say what a supervisor says as soon as its engine process is gone."""
@@ -122,16 +123,19 @@ class Rank:
 class Deployment:
     """A deployment in this event loop: a real balancer with TLS and registry entry, and a Rank for each rank.
 
+    Without a model, its engines are echo engines.
+
     Its job, to whoever asks, is a process that waits for its standard input to close.
     """
 
-    def __init__(self, home, *, name="chat", tensor_parallel=1, replica_num=2, max_length=None, **engine):
+    def __init__(self, home, *, model="", name="chat", tensor_parallel=1, replica_num=2, max_length=None, **engine):
         self.config = resolve(
+            model,
             deployment_name=name,
             tensor_parallel=tensor_parallel,
             replica_num=replica_num,
             max_length=max_length,
-            inference_engine_config={"engine": "echo", **engine},
+            inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",
         )

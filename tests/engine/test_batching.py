@@ -1,3 +1,4 @@
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ pytest.importorskip("torch")
 from mii_hpc.errors import ConfigError, InvalidRequestError, QueueFullError
 from tests.engine.collect import make, running, submit
 from tests.engine.reference import PROMPTS, Reference, option_sets
+from tests.live import until
 from tests.models import CONTEXT, tiny_model
 
 pytestmark = pytest.mark.engine
@@ -199,6 +201,26 @@ def test_the_queue_has_a_bound(folder):
         assert refused
         for answer in admitted:
             assert len(answer.wait().token_ids()) == 20
+
+
+async def test_the_queue_has_a_bound_through_client_and_balancer(deploy, tmp_path):
+    model = str(tiny_model(tmp_path / "model", max_position_embeddings=2**14))
+    deployment = await deploy(model=model, replica_num=1, **{**SMALL, "max_batch_size": 2, "queue_bound": 8})
+    client = deployment.client()
+    running = [client.stream("a", max_new_tokens=2**13, ignore_eos=True) for _ in range(2)]
+    for stream in running:
+        await anext(stream)
+    calls = [asyncio.create_task(client.generate("a", max_new_tokens=20, ignore_eos=True)) for _ in range(100)]
+    # With both places of the batch taken, nobody leaves the queue.
+    await until(lambda: sum(call.done() for call in calls) == 92)
+    for stream in running:
+        await stream.aclose()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, QueueFullError)]
+    assert len(refused) == 92
+    assert all("8 requests are waiting" in str(error) and error.retryable for error in refused)
+    assert [answer.generated_length for (answer,) in (o for o in outcomes if isinstance(o, list))] == [20] * 8
+    await until(deployment.is_idle)
 
 
 def test_a_cache_too_small_for_all_loses_nobody(folder, reference):
