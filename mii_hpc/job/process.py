@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mii_hpc.signals import signals_blocked
 
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
+_PIPE_BYTES = 65536
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Child:
 
     process: asyncio.subprocess.Process
     notes: asyncio.StreamReader
+    _ending: asyncio.Task[None]
 
     @classmethod
     async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = (), **env: str) -> Child:
@@ -50,12 +53,14 @@ class Child:
             )
         os.close(writing)
         notes = asyncio.StreamReader()
-        transport = os.fdopen(reading, "rb", buffering=0)
-        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(notes), transport)
-        return cls(process, notes)
+        pipe = os.fdopen(reading, "rb", buffering=0)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(notes), pipe
+        )
+        return cls(process, notes, asyncio.create_task(_end_notes(process, pipe, notes, transport)))
 
     async def next_note(self) -> dict[str, Any] | None:
-        """Return what the child says next, or None when it has ended."""
+        """Return what the child says next, or None when it has ended, whatever children of its own live on."""
         line = await self.notes.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
@@ -70,6 +75,17 @@ class Child:
                 with contextlib.suppress(ProcessLookupError):
                     self.process.kill()
         return await self.process.wait()
+
+
+async def _end_notes(
+    process: asyncio.subprocess.Process, pipe: RawIOBase, notes: asyncio.StreamReader, transport: asyncio.ReadTransport
+) -> None:
+    """End a child's notes with the child itself: a process that it has forked may hold the pipe open."""
+    await process.wait()
+    if not transport.is_closing():
+        while rest := pipe.read(_PIPE_BYTES):  # what it said last; none when all is read
+            notes.feed_data(rest)
+        transport.close()
 
 
 def die_with_parent() -> None:

@@ -62,6 +62,18 @@ async def test_the_end_is_noticed_while_a_grandchild_lives_on_without_the_pipe(c
     os.kill(pid, signal.SIGKILL)
 
 
+async def test_the_end_is_noticed_while_a_grandchild_lives_on_with_the_pipe(child):
+    talker = await child(
+        "pid = os.fork()\nif not pid:\n    time.sleep(60)\n"
+        "tell(pid=pid)\ntell(last='word')\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    pid = (await talker.next_note())["pid"]
+    assert await talker.next_note() == {"last": "word"}
+    assert await asyncio.wait_for(talker.next_note(), 10) is None
+    assert alive(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
 def test_tell_outside_a_child_says_nothing():
     tell(ready="nobody listens")
 
