@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from mii_hpc.errors import SubmissionError
 from mii_hpc.rundir import RunDir
@@ -17,7 +18,7 @@ _SCHEDULERS = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
 
 
 def main(run_path: str, cuda_visible_devices: str | None) -> None:
-    """Run the ranks of a deployment under mpiexec until they end.
+    """Run a deployment's setup lines and then its ranks under mpiexec, until they end.
 
     `cuda_visible_devices` is what the user had set; submitit's local executor hides all devices.
     Exits with mpiexec's status.
@@ -27,9 +28,7 @@ def main(run_path: str, cuda_visible_devices: str | None) -> None:
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
-    mpiexec = find_mpiexec()
-    command = [mpiexec, *_options(mpiexec), "-n", str(config.model_conf.world_size)]
-    command += [sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    command = [sys.executable, "-m", "mii_hpc.job.launch", run_path, str(config.model_conf.world_size)]
     if config.slurm.setup:
         command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
     ranks = subprocess.Popen(
@@ -41,6 +40,16 @@ def main(run_path: str, cuda_visible_devices: str | None) -> None:
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, lambda *_: ranks.send_signal(signal.SIGUSR2))
     sys.exit(ranks.wait())
+
+
+def become_mpiexec(run_path: str, world_size: str) -> NoReturn:
+    """Go on as mpiexec. In a process of its own, because it may be the setup lines that bring mpiexec.
+
+    Raises SubmissionError when there is none.
+    """
+    mpiexec = find_mpiexec()
+    ranks = [sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    os.execv(mpiexec, [mpiexec, *_options(mpiexec), "-n", world_size, *ranks])
 
 
 def find_mpiexec() -> str:
@@ -62,3 +71,7 @@ def _options(mpiexec: str) -> list[str]:
         return []
     options = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     return [*options, "--allow-run-as-root"] if os.geteuid() == 0 else options
+
+
+if __name__ == "__main__":
+    become_mpiexec(*sys.argv[1:])
