@@ -235,17 +235,8 @@ def obey(make: Callable[[], AbstractContextManager[Way]], commands: Connection) 
 @contextmanager
 def running_engine(model: str, options: dict[str, Any]) -> Iterator[Way]:
     """(a): straight into an engine."""
-    spec = EngineSpec(
-        ModelConfig.model_validate({"model_name_or_path": model, "inference_engine_config": options}),
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        replica_local_size=1,
-        host="127.0.0.1",
-        store_address="",
-    )
-    engine = create_engine(spec)
+    config = ModelConfig.model_validate({"model_name_or_path": model, "inference_engine_config": options})
+    engine = create_engine(EngineSpec.alone(config))
     loaded: Future[None] = Future()
 
     def work() -> None:

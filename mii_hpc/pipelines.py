@@ -50,18 +50,7 @@ class MIIPipeline:
         self._lock = threading.Lock()
         self._calls: set[queue.SimpleQueue[Arrived]] = set()
         self._end: str | None = None
-        self._engine: Engine = create_engine(
-            EngineSpec(
-                model,
-                rank=0,
-                world_size=1,
-                local_rank=0,
-                local_world_size=1,
-                replica_local_size=1,
-                host="127.0.0.1",
-                store_address="",
-            )
-        )
+        self._engine: Engine = create_engine(EngineSpec.alone(model))
         loaded: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(loaded,), name="mii-pipeline", daemon=True)
         self._thread.start()

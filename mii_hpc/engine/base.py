@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
 
@@ -37,6 +37,20 @@ class EngineSpec:
     host: str
     store_address: str
     store_fd: int | None = None
+
+    @classmethod
+    def alone(cls, model: ModelConfig) -> Self:
+        """Return the place of a rank that is a whole replica, and alone on its host."""
+        return cls(
+            model,
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            local_world_size=1,
+            replica_local_size=1,
+            host="127.0.0.1",
+            store_address="",
+        )
 
 
 @dataclass(frozen=True)

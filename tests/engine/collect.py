@@ -9,19 +9,6 @@ from mii_hpc.engine.base import EngineSpec, GenerationRequest, create_engine
 PATIENCE = 60
 
 
-def lone_spec(**model):
-    return EngineSpec(
-        ModelConfig(**model),
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        replica_local_size=1,
-        host="127.0.0.1",
-        store_address="127.0.0.1:0",
-    )
-
-
 @contextmanager
 def running(engine):
     engine.load(lambda sentence: None)
@@ -91,4 +78,4 @@ def submit(engine, prompt, id=None, **options):
 
 
 def make(**model):
-    return create_engine(lone_spec(**model))
+    return create_engine(EngineSpec.alone(ModelConfig(**model)))
