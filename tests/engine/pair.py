@@ -20,7 +20,8 @@ class Replica:
     def __init__(self, ranks=2, **model):
         context = multiprocessing.get_context("spawn")
         listener = socket.create_server(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        self.port = listener.getsockname()[1]
+        address = f"127.0.0.1:{self.port}"
         self.connection, theirs = context.Pipe()
         # Bytes by which each rank's peak exceeded what it had before it read the model; known when it has ended.
         self.grown = context.Array("q", ranks)

@@ -72,6 +72,14 @@ def test_no_rank_takes_more_memory_than_its_shard_and_one_file(tmp_path):
         assert grown <= 1.15 * (sum(files) / 2 + max(files)), (grown, files)
 
 
+def test_ranks_that_are_killed_leave_no_shared_memory(tmp_path):
+    with Replica(model_name_or_path=str(tiny_model(tmp_path)), inference_engine_config=SMALL) as replica:
+        assert replica.ready() is None
+        for process in replica.processes:
+            process.kill()
+    assert not list(Path("/dev/shm").glob(f"*_{replica.port}_*"))
+
+
 def test_an_architecture_that_deepspeed_cannot_shard_is_refused_by_name(tmp_path):
     folder = tiny_model(tmp_path, "phi3")
     with Replica(model_name_or_path=str(folder)) as replica:
