@@ -57,12 +57,15 @@ def pack_linears(module: nn.Module) -> None:
     owners = Counter(id(parameter) for part in module.modules() for parameter in part._parameters.values())
     # Only names are listed: a list of the layers would hold on to their plain weights.
     for part in [part for part in module.modules() if part._modules]:
+        replaced = False
         for name in [name for name, _ in part.named_children()]:
             packed = _packed(part._modules[name], owners)
             if packed is not None:
                 setattr(part, name, packed)
-        # A packed weight does not fit into the hole that a plain one of the same size has left.
-        give_memory_back()
+                replaced = True
+        if replaced:
+            # A packed weight does not fit into the hole that a plain one of the same size has left.
+            give_memory_back()
 
 
 def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:
