@@ -219,7 +219,8 @@ def apart(make: Callable[[], AbstractContextManager[Way]]) -> Iterator[Way]:
         yield way
     finally:
         ours.close()
-        process.join()
+        process.join(PATIENCE)
+        process.kill()
 
 
 def obey(make: Callable[[], AbstractContextManager[Way]], commands: Connection) -> None:

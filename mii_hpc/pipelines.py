@@ -54,7 +54,11 @@ class MIIPipeline:
         loaded: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, args=(loaded,), name="mii-pipeline", daemon=True)
         self._thread.start()
-        loaded.result()
+        try:
+            loaded.result()
+        except BaseException:  # Ctrl-C too: the thread would go on and keep the model
+            self._engine.close()
+            raise
 
     def generate(
         self,
@@ -172,7 +176,7 @@ class MIIPipeline:
     def _work(self, loaded: Future[None]) -> None:
         try:
             self._engine.load(log.info)
-        except Exception as error:  # noqa: BLE001 (the thread's boundary: the constructor raises it)
+        except BaseException as error:  # noqa: BLE001 (the thread's boundary: the constructor raises it, an exit too)
             loaded.set_exception(error)
         else:
             loaded.set_result(None)

@@ -97,11 +97,13 @@ def compile_kernel(dtype: torch.dtype) -> DecodeKernel | None:
     The first process on a host compiles it, in about two seconds, for all.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    runtime = _openmp_runtime()
-    if dtype not in FUNCTIONS or compiler is None or runtime is None:
+    if dtype not in FUNCTIONS or compiler is None:
         return None
-    library = extensions_folder() / f"decode-{_fingerprint(compiler, runtime)}.so"
     try:
+        runtime = _openmp_runtime()
+        if runtime is None:
+            return None
+        library = extensions_folder() / f"decode-{_fingerprint(compiler, runtime)}.so"
         if not library.exists():
             _compile(compiler, runtime, library)
         return DecodeKernel(ctypes.CDLL(str(library)), dtype)

@@ -327,6 +327,7 @@ def _fill(part: nn.Module, whole: dict[str, nn.Parameter], device: torch.device,
     """Put this rank's share of whole tensors into a layer, cut as DeepSpeed's layer cuts it."""
     from deepspeed.module_inject.layers import TensorParallel_Layer
 
+    read = {leaf: parameter.data_ptr() for leaf, parameter in whole.items()}
     if isinstance(part, TensorParallel_Layer):
         part._tp_partition([whole.get("weight"), whole.get("bias")])
     for leaf, parameter in whole.items():
@@ -334,7 +335,8 @@ def _fill(part: nn.Module, whole: dict[str, nn.Parameter], device: torch.device,
         if empty is None or parameter.shape != empty.shape:
             raise ConfigError(f"DeepSpeed's shard of {name} cannot be loaded: use tensor_parallel=1")
         share = parameter.data.to(device).contiguous()
-        if share.untyped_storage().nbytes() > share.nbytes:  # a view of the whole tensor, or of the file
+        # What DeepSpeed does not cut is still the file's own memory; what it cuts may be a view of the whole tensor.
+        if share.data_ptr() == read[leaf] or share.untyped_storage().nbytes() > share.nbytes:
             share = share.clone()
         part._parameters[leaf] = nn.Parameter(share, requires_grad=False)
 

@@ -88,3 +88,13 @@ def test_a_model_answers_as_transformers_does(tmp_path):
     with mii.pipeline(folder) as pipe:
         for prompt, answer in zip(PROMPTS, pipe(PROMPTS, do_sample=False, max_new_tokens=12), strict=True):
             assert list(answer.token_ids) == reference.greedy(prompt, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
+def test_whatever_ends_the_loading_reaches_the_caller(monkeypatch, stop):
+    def load(engine, progress):
+        raise stop
+
+    monkeypatch.setattr("mii_hpc.engine.echo.EchoEngine.load", load)
+    with pytest.raises(stop):
+        mii.pipeline(**ECHO)

@@ -65,6 +65,9 @@ def test_no_rank_takes_more_memory_than_its_shard_and_one_file(tmp_path):
         assert replica.ready() is None
         ((_, token_ids, _),) = replica.answers([("a", {"max_new_tokens": 2, "ignore_eos": True})])
         assert len(token_ids) == 2
+        for process in replica.processes:
+            # Whoever overwrites the checkpoint must not change, or kill, what is served.
+            assert ".safetensors" not in Path(f"/proc/{process.pid}/maps").read_text()
     assert [process.exitcode for process in replica.processes] == [0, 0]
     # The peak of all resident pages, from the first read of the model until the rank's end: the weights, plain and
     # packed, whatever is made on the way, what malloc keeps though it is free, and the files' pages while mapped.
