@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 
 import mii_hpc as mii
 from benchmarks.model import TEXTS, random_llama
-from mii_hpc.clients import AsyncMIIClient
+from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, create_engine
 

@@ -21,11 +21,13 @@ import grpc.aio
 from rich.console import Console
 from rich.table import Table
 
-from mii_hpc import credentials, submission, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import resolve
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.job.balancer import Balancer, LiveReplica
-from mii_hpc.rundir import RunDir
+from mii_hpc.rpc import transport, wire
+from mii_hpc.submission import submit as submission
 
 PIECE = pb.GenerateChunk(text="word ", token_ids=[1234], generated_length=1).SerializeToString()
 

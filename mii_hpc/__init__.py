@@ -25,9 +25,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 if TYPE_CHECKING:
     from mii_hpc.api import client as client
     from mii_hpc.api import serve as serve
-    from mii_hpc.clients import AsyncMIIClient as AsyncMIIClient
-    from mii_hpc.clients import MIIClient as MIIClient
-    from mii_hpc.clients import Response as Response
+    from mii_hpc.clients.asynchronous import AsyncMIIClient as AsyncMIIClient
+    from mii_hpc.clients.asynchronous import MIIClient as MIIClient
+    from mii_hpc.clients.asynchronous import Response as Response
     from mii_hpc.config import GenerateParamsConfig as GenerateParamsConfig
     from mii_hpc.config import MIIConfig as MIIConfig
     from mii_hpc.config import ModelConfig as ModelConfig
@@ -40,7 +40,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("client", "serve"),
-    "clients": ("AsyncMIIClient", "MIIClient", "Response"),
+    "clients.asynchronous": ("AsyncMIIClient", "MIIClient", "Response"),
     "config": ("GenerateParamsConfig", "MIIConfig", "ModelConfig", "SlurmConfig"),
     "errors": (
         "AuthenticationError",

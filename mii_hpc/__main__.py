@@ -1,5 +1,5 @@
 """`python -m mii_hpc` is `mii-hpc`."""
 
-from mii_hpc.cli import app
+from mii_hpc.cli.prepare import app
 
 app()

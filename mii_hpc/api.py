@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mii_hpc import sharing, startup, submission
-from mii_hpc.clients import MIIClient
+from mii_hpc.clients.asynchronous import MIIClient
 from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
+from mii_hpc.deployments import sharing
+from mii_hpc.deployments.registry import Registry, choose
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError
-from mii_hpc.registry import Registry, choose
+from mii_hpc.submission import startup
+from mii_hpc.submission import submit as submission
 
 
 def serve(

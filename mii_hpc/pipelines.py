@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from mii_hpc.clients import IN_FLIGHT, Response, joined, response_of
+from mii_hpc.clients.asynchronous import IN_FLIGHT, Response, joined, response_of
 from mii_hpc.config import SUPERSEDED_MODEL_FIELDS, GenerateParamsConfig, ModelConfig, resolve, unknown_name, validate
 from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, create_engine
 from mii_hpc.errors import ConfigError, InvalidRequestError, RequestError, RequestTimeoutError, UnavailableError

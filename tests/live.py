@@ -8,15 +8,17 @@ import time
 
 import grpc.aio
 
-from mii_hpc import credentials, submission, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.clients import AsyncMIIClient
+from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import resolve
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.registry import Registry
 from mii_hpc.engine.base import EngineSpec, create_engine
 from mii_hpc.job.balancer import Balancer
 from mii_hpc.job.replica import InferenceService
 from mii_hpc.placement import role_of
-from mii_hpc.registry import Registry
+from mii_hpc.rpc import transport, wire
+from mii_hpc.submission import submit as submission
 
 DEADLINE_SECONDS = 20.0
 

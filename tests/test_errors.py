@@ -6,8 +6,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from mii_hpc import errors, wire
+from mii_hpc import errors
 from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.rpc import wire
 
 CLASSES = {
     name: kind

@@ -23,11 +23,11 @@ import torch
 
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import Deliver, EngineSpec, EngineStats, GenerationRequest
-from mii_hpc.engine.cache import PagedCache
+from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
-from mii_hpc.engine.loading import LoadedModel, choose_device, load_model
 from mii_hpc.engine.memory import plan_budget, threads
+from mii_hpc.engine.model.loading import LoadedModel, choose_device, load_model
 from mii_hpc.engine.sampling import Choice, Sampler, choose
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step

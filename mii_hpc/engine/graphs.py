@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from mii_hpc.engine.cache import NULL_BLOCK, PagedCache
-from mii_hpc.engine.loading import LoadedModel
+from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
+from mii_hpc.engine.model.loading import LoadedModel
 from mii_hpc.engine.step import Slice, Step
 
 _log = logging.getLogger(__name__)

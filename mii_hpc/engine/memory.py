@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mii_hpc.engine.base import EngineSpec
-from mii_hpc.engine.cache import LayerShape
+from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from mii_hpc.engine.cache import BlockAllocator
+from mii_hpc.engine.blocks import BlockAllocator
 from mii_hpc.engine.memory import Budget
 from mii_hpc.engine.step import Slice, Step
 

@@ -22,9 +22,12 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from mii_hpc import credentials, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, MIIConfig
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.registry import HEARTBEAT_SECONDS, Entry, Registry
+from mii_hpc.deployments.rundir import Failure, RunDir, write_atomically
+from mii_hpc.deployments.sharing import Share
 from mii_hpc.engine.base import GenerationRequest
 from mii_hpc.errors import (
     DeploymentError,
@@ -39,10 +42,8 @@ from mii_hpc.heap import give_memory_back
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership
 from mii_hpc.job.process import die_with_parent
-from mii_hpc.registry import HEARTBEAT_SECONDS, Entry, Registry
-from mii_hpc.rundir import Failure, RunDir, write_atomically
-from mii_hpc.sharing import Share
-from mii_hpc.submission import SlurmJob, free_name
+from mii_hpc.rpc import transport, wire
+from mii_hpc.submission.submit import SlurmJob, free_name
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
-from mii_hpc.rundir import RunDir
 
 _SCHEDULERS = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
 """Variables of a job around us; mpiexec would take our ranks for its own."""

@@ -17,13 +17,13 @@ import traceback
 from pathlib import Path
 
 from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.job import rendezvous
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
 from mii_hpc.job.supervisor import supervise
-from mii_hpc.registry import Registry
-from mii_hpc.rundir import Failure, RunDir
-from mii_hpc.submission import free_name
+from mii_hpc.submission.submit import free_name
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,14 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from mii_hpc import credentials, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, create_engine
 from mii_hpc.errors import MIIError, RequestError
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import die_with_parent, tell
-from mii_hpc.rundir import RunDir
+from mii_hpc.rpc import transport, wire
 
 log = logging.getLogger(__name__)
 

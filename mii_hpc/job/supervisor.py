@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 
 import grpc.aio
 
-from mii_hpc import credentials, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.rundir import RunDir, tail
 from mii_hpc.errors import DeploymentFailedError
 from mii_hpc.job.net import LOOPBACK, listening_socket
 from mii_hpc.job.process import Child
 from mii_hpc.job.rendezvous import World
-from mii_hpc.rundir import RunDir, tail
+from mii_hpc.rpc import transport, wire
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import sys
 import grpc
 import grpc.aio
 
-from mii_hpc import transport, wire
-from mii_hpc.credentials import ClientCredentials
+from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.rpc import transport, wire
 
 METHODS = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)
 TOKENS = {"none": (), "wrong": (("authorization", "Bearer wrong"),), "other": (("authorization", "Basic cm9vdDo="),)}

@@ -16,12 +16,13 @@ import grpc
 import pytest
 
 import mii_hpc as mii
-from mii_hpc import credentials, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.clients import AsyncMIIClient
-from mii_hpc.registry import Registry
-from mii_hpc.rundir import RunDir
-from mii_hpc.submission import is_live
+from mii_hpc.clients.asynchronous import AsyncMIIClient
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.rpc import transport, wire
+from mii_hpc.submission.submit import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
 from tests.waiting import eventually

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 
 import mii_hpc as mii
-from mii_hpc import clients, credentials
-from mii_hpc.registry import Registry
-from mii_hpc.rundir import RunDir
+from mii_hpc.clients import asynchronous as clients
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import RunDir
 from tests.models import tiny_model
 from tests.waiting import eventually
 

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mii_hpc.engine.cache import NULL_BLOCK  # noqa: E402
+from mii_hpc.engine.blocks import NULL_BLOCK  # noqa: E402
 from mii_hpc.engine.graphs import (  # noqa: E402
     LEAST_TOKENS,
     DecodeGraphs,

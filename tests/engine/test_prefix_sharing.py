@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mii_hpc.engine import attention
+from mii_hpc.engine.attention import gather as attention
 from mii_hpc.errors import InvalidRequestError
 from tests.engine.collect import PATIENCE, make, running, submit
 from tests.engine.reference import PROMPTS, Reference

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mii_hpc.engine.cache import NULL_BLOCK
+from mii_hpc.engine.blocks import NULL_BLOCK
 from mii_hpc.engine.memory import Budget
 from mii_hpc.engine.scheduling import Scheduler
 

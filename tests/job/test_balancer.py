@@ -9,15 +9,16 @@ import grpc
 import grpc.aio
 import pytest
 
-from mii_hpc import credentials, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.credentials import ClientCredentials
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.deployments.registry import Registry
 from mii_hpc.errors import AuthenticationError, InvalidRequestError, UnavailableError
 from mii_hpc.job import balancer
 from mii_hpc.job.balancer import Doors, LiveReplica, Router
 from mii_hpc.job.net import reserve_port
-from mii_hpc.registry import Registry
-from mii_hpc.wire import Place
+from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.wire import Place
 from tests.live import Deployment, until
 
 METHODS = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)

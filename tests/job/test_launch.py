@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from mii_hpc.config import resolve
-from mii_hpc.rundir import RunDir
+from mii_hpc.deployments.rundir import RunDir
 
 MPIEXEC = """#!/bin/sh
 [ "$1" = --version ] && echo "mpiexec (OpenRTE) 4.1.4" || echo "$@"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import mii_hpc
-from mii_hpc import submission
+from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, ReplicaLostError, UnavailableError
-from mii_hpc.registry import Registry
-from mii_hpc.rundir import RunDir
+from mii_hpc.submission import submit as submission
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.mpi

@@ -20,11 +20,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mii_hpc.config import ModelConfig
-from mii_hpc.engine.attention import PagedAttention
+from mii_hpc.engine.attention.gather import PagedAttention
 from mii_hpc.engine.base import EngineSpec
-from mii_hpc.engine.cache import LayerShape
+from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.engine.distributed import quiet
-from mii_hpc.engine.packing import pack_linears
+from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)

@@ -18,14 +18,14 @@ from mii_hpc.engine.extensions import extensions_folder
 
 _log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("decode.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 COMPILE_SECONDS = 120
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 
 
 class _Shape(ctypes.Structure):
-    """The struct Shape of decode.cpp."""
+    """The struct Shape of cpu.cpp."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)

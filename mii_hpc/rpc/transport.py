@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from mii_hpc.credentials import TLS_NAME, ClientCredentials, ServerCredentials
+from mii_hpc.deployments.credentials import TLS_NAME, ClientCredentials, ServerCredentials
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_STREAMS_PER_CONNECTION = 4096

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from mii_hpc.checkpoint import check_model
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
+from mii_hpc.submission.checkpoint import check_model
 
 LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096}
 
@@ -83,7 +83,7 @@ def test_the_echo_engine_needs_no_model():
 
 
 HUB = """
-from mii_hpc.checkpoint import check_model
+from mii_hpc.submission.checkpoint import check_model
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from mii_hpc.rundir import RunDir, check_private, write_atomically
+from mii_hpc.deployments.rundir import RunDir, check_private, write_atomically
 
 TLS_NAME = "mii-hpc"
 """The name in every certificate. Clients pin the certificate itself, so hosts and addresses may change."""

@@ -13,10 +13,10 @@ import shutil
 import stat
 from pathlib import Path
 
-from mii_hpc.credentials import ClientCredentials
+from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.deployments.registry import Entry
+from mii_hpc.deployments.rundir import RunDir, write_atomically
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
-from mii_hpc.registry import Entry
-from mii_hpc.rundir import RunDir, write_atomically
 
 _ENTRY, _CERTIFICATE, _TOKEN = "entry.json", "tls.crt", "token"
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mii_hpc import submission
 from mii_hpc.config import resolve
 from mii_hpc.errors import ConfigError, MIIError
+from mii_hpc.submission import submit as submission
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -19,9 +19,11 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import grpc
 import grpc.aio
 
-from mii_hpc import credentials, sharing, transport, wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
+from mii_hpc.deployments import credentials, sharing
+from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine.base import Delta, EngineStats, GenerationRequest
 from mii_hpc.errors import (
     ConfigError,
@@ -34,8 +36,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.registry import Entry, Registry
-from mii_hpc.rundir import RunDir
+from mii_hpc.rpc import transport, wire
 
 CONNECT_SECONDS = 20.0
 TERMINATE_SECONDS = 60.0
@@ -239,7 +240,7 @@ class AsyncMIIClient:
         Requests that run get a few seconds to finish. A job that still waits in the queue is cancelled. Raises
         DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not end.
         """
-        from mii_hpc import submission
+        from mii_hpc.submission import submit as submission
 
         located = self._locate()
         if self._sharing_home:
@@ -467,7 +468,7 @@ class MIIClient:
 
     def check(self) -> None:
         """Raise DeploymentNotFoundError unless the deployment exists now."""
-        from mii_hpc import submission
+        from mii_hpc.submission import submit as submission
 
         entry = locate(self.mii_config, self._sharing_home).entry
         if not submission.is_live(entry):

@@ -4,7 +4,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
-from mii_hpc.engine import decode  # noqa: E402
+from mii_hpc.engine.attention import cpu as decode  # noqa: E402
 
 pytestmark = pytest.mark.engine
 PAGE = 8

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mii_hpc.engine.cache import NULL_BLOCK, BlockAllocator, LayerShape, PagedCache
+from mii_hpc.engine.blocks import NULL_BLOCK, BlockAllocator, LayerShape, PagedCache
 from mii_hpc.engine.step import Slice, Step
 
 

@@ -3,10 +3,10 @@ import ssl
 
 import pytest
 
-from mii_hpc import credentials
 from mii_hpc.config import resolve
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import RegistryError
-from mii_hpc.rundir import RunDir
 
 TOKENS = ("owner-token", "guest-token", "rank-token")
 

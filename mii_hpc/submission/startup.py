@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 
 from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.rundir import RunDir, tail
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
-from mii_hpc.registry import Entry, Registry
-from mii_hpc.rundir import RunDir, tail
-from mii_hpc.submission import Job, JobState, free_name, job_of
+from mii_hpc.submission.submit import Job, JobState, free_name, job_of
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@ import os
 
 import pytest
 
-from mii_hpc import credentials, sharing
 from mii_hpc.config import resolve
+from mii_hpc.deployments import credentials, sharing
+from mii_hpc.deployments.registry import Entry
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, RegistryError
-from mii_hpc.registry import Entry
-from mii_hpc.rundir import RunDir
 
 GROUP = grp.getgrgid(os.getgid()).gr_name
 

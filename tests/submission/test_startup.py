@@ -4,12 +4,13 @@ import time
 
 import pytest
 
-from mii_hpc import startup, submission
 from mii_hpc.config import resolve
+from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import Failure
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
-from mii_hpc.registry import Registry
-from mii_hpc.rundir import Failure
-from mii_hpc.submission import JobState
+from mii_hpc.submission import startup
+from mii_hpc.submission import submit as submission
+from mii_hpc.submission.submit import JobState
 
 
 class Job:
@@ -76,7 +77,7 @@ def became(phase, name="", reason=""):
 
 
 def test_it_waits_until_ready_and_says_for_what(submitted, caplog):
-    caplog.set_level(logging.INFO, "mii_hpc.startup")
+    caplog.set_level(logging.INFO, "mii_hpc.submission.startup")
     submitted.soon(
         lambda: setattr(submitted.job, "now", became("running")),
         lambda: submitted.publish(state="loading", detail="1 of 2 replicas ready"),
@@ -176,7 +177,7 @@ def test_a_running_job_withdraws_its_entry_itself(submitted):
 
 
 def test_a_scheduler_that_does_not_answer_is_waited_for(submitted, caplog):
-    caplog.set_level(logging.INFO, "mii_hpc.startup")
+    caplog.set_level(logging.INFO, "mii_hpc.submission.startup")
     submitted.job.now = became("unknown", reason="Unable to contact slurm controller")
     submitted.soon(lambda: None, lambda: None, lambda: submitted.publish(state="ready"))
     submitted.wait()

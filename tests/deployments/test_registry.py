@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from mii_hpc.deployments.registry import STALE_SECONDS, Entry, Registry, heartbeat_is_fresh
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
-from mii_hpc.registry import STALE_SECONDS, Entry, Registry, heartbeat_is_fresh
 
 
 def entry(name="chat", run="/runs/a", **fields):

@@ -15,12 +15,23 @@ from pathlib import Path
 import pytest
 import submitit
 
-from mii_hpc import credentials, submission
 from mii_hpc.config import SlurmConfig, resolve
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.registry import STALE_SECONDS, Registry
 from mii_hpc.errors import ConfigError, DeploymentExistsError, RegistryError, SubmissionError
 from mii_hpc.placement import place
-from mii_hpc.registry import STALE_SECONDS, Registry
-from mii_hpc.submission import JobState, LocalJob, SlurmJob, check, is_live, job_of, prepare, slurm_parameters, submit
+from mii_hpc.submission import submit as submission
+from mii_hpc.submission.submit import (
+    JobState,
+    LocalJob,
+    SlurmJob,
+    check,
+    is_live,
+    job_of,
+    prepare,
+    slurm_parameters,
+    submit,
+)
 
 GOLDEN = Path(__file__).with_name("golden")
 EVERYTHING = {

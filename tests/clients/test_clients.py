@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import mii_hpc
-from mii_hpc import clients
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.clients import AsyncMIIClient, MIIClient
+from mii_hpc.clients import asynchronous as clients
+from mii_hpc.clients.asynchronous import AsyncMIIClient, MIIClient
 from mii_hpc.config import MIIConfig
 from mii_hpc.errors import (
     ConfigError,

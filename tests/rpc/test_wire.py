@@ -1,10 +1,10 @@
 import pytest
 
-from mii_hpc import wire
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.engine.base import Delta, GenerationRequest
 from mii_hpc.errors import InvalidRequestError
+from mii_hpc.rpc import wire
 
 ALL_SET = GenerateParamsConfig(
     max_length=100,

@@ -4,8 +4,8 @@ import threading
 import pytest
 
 from mii_hpc.config import resolve
+from mii_hpc.deployments.rundir import Failure, RunDir, check_private, private_folder, tail, write_atomically
 from mii_hpc.errors import RegistryError
-from mii_hpc.rundir import Failure, RunDir, check_private, private_folder, tail, write_atomically
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from mii_hpc import credentials
-from mii_hpc.checkpoint import check_model
 from mii_hpc.config import MIIConfig
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.registry import Entry, Registry, heartbeat_is_fresh
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.sharing import Share
 from mii_hpc.errors import DeploymentError, SubmissionError
 from mii_hpc.placement import Placement, place
-from mii_hpc.registry import Entry, Registry, heartbeat_is_fresh
-from mii_hpc.rundir import RunDir
-from mii_hpc.sharing import Share
 from mii_hpc.signals import signals_blocked
+from mii_hpc.submission.checkpoint import check_model
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from mii_hpc.engine.cache import NULL_BLOCK, LayerShape, PagedCache
-from mii_hpc.engine.decode import DecodeKernel, compile_kernel
+from mii_hpc.engine.attention.cpu import DecodeKernel, compile_kernel
+from mii_hpc.engine.blocks import NULL_BLOCK, LayerShape, PagedCache
 from mii_hpc.engine.step import Slice, Step
 from mii_hpc.errors import ConfigError
 

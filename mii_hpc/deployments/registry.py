@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mii_hpc.deployments.rundir import check_private, private_folder, write_atomically
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
-from mii_hpc.rundir import check_private, private_folder, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The command line, `mii-hpc`: one file per group of commands."""

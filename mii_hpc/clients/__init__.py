@@ -1,0 +1,1 @@
+"""Clients of a deployment: for asyncio, and for all else."""

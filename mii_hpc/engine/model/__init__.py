@@ -1,0 +1,1 @@
+"""From a checkpoint to a module that holds one rank's shard."""

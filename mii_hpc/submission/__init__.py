@@ -1,0 +1,1 @@
+"""From a configuration to a ready deployment, on the login node. Loads no torch."""
