@@ -46,7 +46,8 @@ import mii_hpc as mii
 from benchmarks.model import TEXTS, random_llama
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
-from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, create_engine
+from mii_hpc.engine.base import Engine, EngineSpec, create_engine
+from mii_hpc.generation import GenerationRequest, Response
 
 console = Console()
 PATIENCE = 600.0
@@ -265,11 +266,11 @@ def through_engine(engine: Engine, prompts: list[str], new_tokens: int, stream: 
     open_requests = threading.Semaphore(0)
     generated = 0
 
-    def deliver_to(number: int) -> Callable[[Delta | Exception], None]:
-        def deliver(item: Delta | Exception) -> None:
+    def deliver_to(number: int) -> Callable[[Response | Exception], None]:
+        def deliver(item: Response | Exception) -> None:
             nonlocal generated
             firsts.setdefault(number, time.perf_counter() - start)
-            if isinstance(item, Exception) or item.finish_reason:
+            if isinstance(item, Exception) or item.ended:
                 generated += 0 if isinstance(item, Exception) else item.generated_length
                 open_requests.release()
 

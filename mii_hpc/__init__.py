@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from mii_hpc.api import serve as serve
     from mii_hpc.clients.asynchronous import AsyncMIIClient as AsyncMIIClient
     from mii_hpc.clients.asynchronous import MIIClient as MIIClient
-    from mii_hpc.clients.asynchronous import Response as Response
     from mii_hpc.config import GenerateParamsConfig as GenerateParamsConfig
     from mii_hpc.config import MIIConfig as MIIConfig
     from mii_hpc.config import ModelConfig as ModelConfig
     from mii_hpc.config import SlurmConfig as SlurmConfig
     from mii_hpc.errors import *  # noqa: F403
+    from mii_hpc.generation import GenerationFinishReason as GenerationFinishReason
+    from mii_hpc.generation import Response as Response
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
     from mii_hpc.pipelines import pipeline as pipeline
 
@@ -40,7 +41,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("client", "serve"),
-    "clients.asynchronous": ("AsyncMIIClient", "MIIClient", "Response"),
+    "clients.asynchronous": ("AsyncMIIClient", "MIIClient"),
     "config": ("GenerateParamsConfig", "MIIConfig", "ModelConfig", "SlurmConfig"),
     "errors": (
         "AuthenticationError",
@@ -62,6 +63,7 @@ _HOMES = {
         "SubmissionError",
         "UnavailableError",
     ),
+    "generation": ("GenerationFinishReason", "Response"),
     "pipelines": ("MIIPipeline", "pipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}

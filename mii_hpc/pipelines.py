@@ -12,14 +12,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from mii_hpc.clients.asynchronous import IN_FLIGHT, Response, joined, response_of
 from mii_hpc.config import SUPERSEDED_MODEL_FIELDS, GenerateParamsConfig, ModelConfig, resolve, unknown_name, validate
-from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, create_engine
+from mii_hpc.engine.base import Engine, EngineSpec, create_engine
 from mii_hpc.errors import ConfigError, InvalidRequestError, RequestError, RequestTimeoutError, UnavailableError
+from mii_hpc.generation import GenerationRequest, Response, joined
 
 log = logging.getLogger(__name__)
 
-Arrived = tuple[int, Delta | Exception]
+IN_FLIGHT = 256
+"""Requests of one call that the engine has in hand at once."""
+Arrived = tuple[int, Response | Exception]
 """What came for one of a call's prompts, by its number."""
 
 
@@ -145,10 +147,10 @@ class MIIPipeline:
                         del under_way[number]
                         yield number, item if isinstance(item, RequestError) else RequestError(str(item))
                         continue
-                    unfinished[number] -= item.finish_reason is not None
+                    unfinished[number] -= item.ended
                     if not unfinished[number]:
                         del under_way[number]
-                    yield number, response_of(item, 0)
+                    yield number, item
             finally:
                 for request_id in under_way.values():
                     self._engine.cancel(request_id)

@@ -12,7 +12,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -24,7 +24,6 @@ from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.deployments import credentials, sharing
 from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
-from mii_hpc.engine.base import Delta, EngineStats, GenerationRequest
 from mii_hpc.errors import (
     ConfigError,
     DeploymentNotFoundError,
@@ -36,6 +35,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from mii_hpc.generation import GenerationRequest, Load, Response, joined
 from mii_hpc.rpc import transport, wire
 
 CONNECT_SECONDS = 20.0
@@ -45,38 +45,6 @@ IN_FLIGHT = 256
 """Requests of one generate() call that are under way at once."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, repr=False)
-class Response:
-    """One answer, or, from a stream, the next piece of it.
-
-    Attributes:
-        generated_text: the text; of a stream, what is new.
-        prompt_length: tokens in the prompt.
-        generated_length: tokens generated; of a stream, so far.
-        finish_reason: "stop" at the end-of-sequence token or a stop string, "length" at a bound; None in a stream
-            until its last piece.
-        replica: index of the replica that served it.
-        token_ids: the generated tokens behind `generated_text`.
-        logprobs: natural logarithms of their probabilities, if the request asked for them.
-        index: which of the prompt's `num_return_sequences` this is.
-    """
-
-    generated_text: str
-    prompt_length: int
-    generated_length: int
-    finish_reason: str | None
-    replica: int = 0
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    index: int = 0
-
-    def __str__(self) -> str:
-        return self.generated_text
-
-    def __repr__(self) -> str:
-        return self.generated_text
 
 
 @dataclass(frozen=True)
@@ -99,7 +67,7 @@ class ReplicaStatus:
     in_flight: int
     served: int
     detail: str
-    load: EngineStats | None = None
+    load: Load | None = None
 
 
 @dataclass(frozen=True)
@@ -328,9 +296,9 @@ class AsyncMIIClient:
             served_by = dict(await call.initial_metadata())
             replica = int(served_by.get(wire.REPLICA_KEY, -1))
             async for chunk in call:
-                delta = wire.unpack_delta(chunk)
-                unfinished -= {delta.index} if delta.finish_reason else set()
-                yield response_of(delta, replica)
+                piece = wire.unpack_response(chunk, replica)
+                unfinished -= {piece.index} if piece.ended else set()
+                yield piece
         except grpc.aio.AioRpcError as failure:
             raise self._failed(failure, channel) from None
         except asyncio.CancelledError:
@@ -579,35 +547,6 @@ class _Worker:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def response_of(delta: Delta, replica: int) -> Response:
-    return Response(
-        generated_text=delta.text,
-        prompt_length=delta.prompt_length,
-        generated_length=delta.generated_length,
-        finish_reason=delta.finish_reason,
-        replica=replica,
-        token_ids=delta.token_ids,
-        logprobs=delta.logprobs,
-        index=delta.index,
-    )
-
-
-def joined(pieces: list[Response]) -> list[Response]:
-    """Return the whole answers, by index, of which these are the pieces."""
-    answers: dict[int, list[Response]] = {}
-    for piece in pieces:
-        answers.setdefault(piece.index, []).append(piece)
-    return [
-        replace(
-            parts[-1],
-            generated_text="".join(part.generated_text for part in parts),
-            token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
-            logprobs=tuple(itertools.chain.from_iterable(part.logprobs for part in parts)),
-        )
-        for _, parts in sorted(answers.items())
-    ]
 
 
 @contextlib.asynccontextmanager

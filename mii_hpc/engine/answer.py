@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from mii_hpc.config import GenerateParamsConfig
-from mii_hpc.engine.base import Delta
 from mii_hpc.engine.text import StopStrings, TextSource
 from mii_hpc.errors import InvalidRequestError
+from mii_hpc.generation import GenerationFinishReason, Response
 
 
 class Answer:
-    """Collects the tokens of one sequence and gives the deltas to send.
+    """Collects the tokens of one sequence and gives the pieces to send.
 
     Attributes:
         generated: tokens so far, the end-of-sequence token included.
-        finish_reason: None while the answer goes on; then "stop" or "length".
+        finish_reason: NONE while the answer goes on.
     """
 
     def __init__(
@@ -27,11 +25,11 @@ class Answer:
         prompt_length: int,
         limit: int,
         index: int = 0,
-        limit_reason: Literal["stop", "length"] = "length",
+        limit_reason: GenerationFinishReason = GenerationFinishReason.LENGTH,
     ) -> None:
         """Expect at most `limit` tokens; an answer that long ends with `limit_reason`."""
         self.generated = 0
-        self.finish_reason: str | None = None
+        self.finish_reason = GenerationFinishReason.NONE
         self._params = params
         self._source = source
         self._stop = StopStrings(params.stop)
@@ -43,10 +41,15 @@ class Answer:
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
 
-    def add(self, token_id: int, logprob: float | None = None, ends: bool = False) -> Delta | None:
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete."""
+        return self.finish_reason is not GenerationFinishReason.NONE
+
+    def add(self, token_id: int, logprob: float | None = None, ends: bool = False) -> Response | None:
         """Take the next token; `ends` marks the end-of-sequence token, which has no text.
 
-        Returns what is to be sent now: a delta for every token of a stream, else one when the answer ends.
+        Returns what is to be sent now: a piece for every token of a stream, else one when the answer ends.
         """
         self.generated += 1
         self._token_ids.append(token_id)
@@ -54,22 +57,22 @@ class Answer:
             self._logprobs.append(logprob)
         if not ends:
             self._push(self._source.push(token_id))
-        if self.finish_reason is None and (ends or self.generated >= self._limit):
+        if not self.ended and (ends or self.generated >= self._limit):
             self._push(self._source.flush())
-            if self.finish_reason is None:
+            if not self.ended:
                 self._text += self._stop.flush()
-                self.finish_reason = "stop" if ends else self._limit_reason
-        return self._take() if self._params.stream or self.finish_reason else None
+                self.finish_reason = GenerationFinishReason.STOP if ends else self._limit_reason
+        return self._take() if self._params.stream or self.ended else None
 
     def _push(self, text: str) -> None:
         certain, stopped = self._stop.push(text, may_stop=self.generated >= self._params.min_new_tokens)
         self._text += certain
         if stopped:
-            self.finish_reason = "stop"
+            self.finish_reason = GenerationFinishReason.STOP
 
-    def _take(self) -> Delta:
-        delta = Delta(
-            text=self._text,
+    def _take(self) -> Response:
+        piece = Response(
+            generated_text=self._text,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             index=self._index,
@@ -80,7 +83,7 @@ class Answer:
         self._text = ""
         self._token_ids.clear()
         self._logprobs.clear()
-        return delta
+        return piece
 
 
 def answer_limit(params: GenerateParamsConfig, prompt_length: int, context: int, default: int) -> int:

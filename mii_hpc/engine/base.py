@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from mii_hpc.config import GenerateParamsConfig, ModelConfig
+from mii_hpc.config import ModelConfig
+from mii_hpc.generation import Deliver, GenerationRequest, Load
 
 
 @dataclass(frozen=True)
@@ -53,56 +54,6 @@ class EngineSpec:
         )
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One prompt with its options. `id` is unique among the requests that an engine has in hand."""
-
-    id: str
-    prompt: str
-    params: GenerateParamsConfig
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of one answer.
-
-    The texts of all deltas of a sequence, joined, are the answer; each of them is valid Unicode.
-
-    Attributes:
-        text: the new text; may be empty.
-        token_ids: the new tokens behind it.
-        logprobs: one natural logarithm per new token, when the request asked for them.
-        index: which of the request's `num_return_sequences` this belongs to.
-        prompt_length: tokens in the prompt.
-        generated_length: tokens generated so far, these included.
-        finish_reason: None until the sequence's last delta; then "stop" or "length".
-    """
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    index: int = 0
-    prompt_length: int = 0
-    generated_length: int = 0
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot of an engine's load. Blocks are pages of the KV cache; tokens are generated ones."""
-
-    running: int = 0
-    waiting: int = 0
-    free_blocks: int = 0
-    total_blocks: int = 0
-    generated_tokens: int = 0
-
-
-Deliver = Callable[[Delta | Exception], None]
-"""Takes each delta of a request, or the one error that ends it. Called on the engine's own thread,
-so it must be quick and must not raise. Nothing is called after a request's last delta or its error."""
-
-
 class Engine(Protocol):
     """One rank of a replica's engine.
 
@@ -139,7 +90,7 @@ class Engine(Protocol):
         Unknown and finished ids are ignored.
         """
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> Load:
         """Return the load at this moment."""
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ The life of a request here:
 3. The scheduler starts it when there is a place in the batch and a block in the cache, behind those blocks of
    its beginning that the cache holds already.
 4. Each step computes some tokens of some sequences; on all ranks alike, as the leader says.
-5. The leader samples, and each answer gives its deltas until it ends or is cancelled.
+5. The leader samples, and each answer gives its pieces until it ends or is cancelled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mii_hpc.engine.answer import Answer, answer_limit
-from mii_hpc.engine.base import Deliver, EngineSpec, EngineStats, GenerationRequest
+from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
@@ -33,6 +33,7 @@ from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.text import Detokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
+from mii_hpc.generation import Deliver, GenerationRequest, Load
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class BatchingEngine:
         self._ranks: Ranks | None = None
         self._graphs: DecodeGraphs | None = None
         self._queue_bound = spec.model.inference_engine_config.queue_bound
-        # Guards what follows. Deltas are delivered under it, so that none comes once cancel() has returned.
+        # Guards what follows. Pieces are delivered under it, so that none comes once cancel() has returned.
         self._changed = threading.Condition()
         self._requests: dict[str, _Request] = {}
         self._unstarted = 0
@@ -114,11 +115,11 @@ class BatchingEngine:
             if entry is not None:
                 self._forget(entry)
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
         with self._changed:
             allocator = self._scheduler.allocator
-            return EngineStats(
+            return Load(
                 running=len(self._requests) - self._unstarted,
                 waiting=self._unstarted,
                 free_blocks=allocator.free,
@@ -206,19 +207,19 @@ class BatchingEngine:
             return
         ends = choice.token_id in sequence.ends_with
         try:
-            delta = sequence.answer.add(choice.token_id, choice.logprob, ends)
+            piece = sequence.answer.add(choice.token_id, choice.logprob, ends)
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
             _log.exception("request %s failed", entry.request.id)
             self._fail(entry, RequestError(f"the answer cannot be decoded: {error}"))
             return
         sequence.tokens.append(choice.token_id)
-        if sequence.answer.finish_reason:
+        if sequence.answer.ended:
             self._scheduler.drop([sequence])
             entry.unfinished -= 1
             if not entry.unfinished:
                 del self._requests[entry.request.id]
-        if delta:
-            entry.deliver(delta)
+        if piece:
+            entry.deliver(piece)
 
     def _tokenise(self, entry: _Request) -> None:
         try:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mii_hpc.engine.answer import Answer, answer_limit
-from mii_hpc.engine.base import Deliver, Delta, EngineSpec, EngineStats, GenerationRequest
+from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import InvalidRequestError, QueueFullError
+from mii_hpc.generation import Deliver, GenerationFinishReason, GenerationRequest, Load, Response
 
 MAX_BATCH_SIZE = 256
 CONTEXT = 2**31 - 1
@@ -67,10 +68,10 @@ class EchoEngine:
             self._waiting = deque(echo for echo in self._waiting if echo.request.id != request_id)
             self._changed.notify_all()
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> Load:
         """Return the load; there are no blocks."""
         with self._changed:
-            return EngineStats(running=len(self._running), waiting=len(self._waiting), generated_tokens=self._generated)
+            return Load(running=len(self._running), waiting=len(self._waiting), generated_tokens=self._generated)
 
     def close(self) -> None:
         """Make `run` return. Requests in hand are dropped."""
@@ -104,17 +105,17 @@ class EchoEngine:
     def _say_next_words(self, echo: _Echo) -> None:
         for answer in echo.answers:
             place = answer.generated % len(echo.words)
-            if answer.finish_reason is None:
-                delta = answer.add(place, 0.0 if echo.request.params.logprobs else None)
+            if not answer.ended:
+                piece = answer.add(place, 0.0 if echo.request.params.logprobs else None)
                 self._generated += 1
-                if delta:
-                    self._deliver(echo, delta)
+                if piece:
+                    self._deliver(echo, piece)
 
     def _in_hand(self, echo: _Echo) -> bool:
         with self._changed:
             return self._running.get(echo.request.id) is echo
 
-    def _deliver(self, echo: _Echo, item: Delta | Exception) -> None:
+    def _deliver(self, echo: _Echo, item: Response | Exception) -> None:
         # Under the lock, so that nothing is delivered once cancel() has returned.
         with self._changed:
             if self._running.get(echo.request.id) is not echo:
@@ -151,13 +152,13 @@ class _Echo:
                 prompt_length=count,
                 limit=limit,
                 index=index,
-                limit_reason="length" if repeats or limit < once else "stop",
+                limit_reason=GenerationFinishReason.LENGTH if repeats or limit < once else GenerationFinishReason.STOP,
             )
             for index in range(params.num_return_sequences)
         )
 
     def is_finished(self) -> bool:
-        return all(answer.finish_reason for answer in self.answers)
+        return all(answer.ended for answer in self.answers)
 
 
 class _Words:

@@ -28,7 +28,6 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import HEARTBEAT_SECONDS, Entry, Registry
 from mii_hpc.deployments.rundir import Failure, RunDir, write_atomically
 from mii_hpc.deployments.sharing import Share
-from mii_hpc.engine.base import GenerationRequest
 from mii_hpc.errors import (
     DeploymentError,
     DeploymentStoppingError,
@@ -38,6 +37,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from mii_hpc.generation import GenerationRequest
 from mii_hpc.heap import give_memory_back
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership

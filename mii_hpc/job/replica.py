@@ -21,8 +21,9 @@ import grpc.aio
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
-from mii_hpc.engine.base import Delta, Engine, EngineSpec, GenerationRequest, create_engine
+from mii_hpc.engine.base import Engine, EngineSpec, create_engine
 from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.generation import GenerationRequest, Response, joined
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import die_with_parent, tell
 from mii_hpc.rpc import transport, wire
@@ -53,9 +54,9 @@ class InferenceService:
     async def generate(self, payload: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[pb.GenerateChunk]:
         """Yield the pieces of one answer. When the caller goes away, the engine forgets the request."""
         try:
-            async with aclosing(self._deltas(wire.unpack_request(payload))) as deltas:
-                async for delta in deltas:
-                    yield wire.pack_delta(delta)
+            async with aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
+                async for piece in pieces:
+                    yield wire.pack_response(piece)
         except MIIError as error:
             await wire.abort(context, error)
 
@@ -63,11 +64,11 @@ class InferenceService:
         """Return the engine's load."""
         return wire.pack_load(self._engine.stats())
 
-    async def _deltas(self, request: GenerationRequest) -> AsyncGenerator[Delta]:
+    async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        arrived: asyncio.Queue[Response | Exception] = asyncio.Queue()
 
-        def deliver(item: Delta | Exception) -> None:
+        def deliver(item: Response | Exception) -> None:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         unfinished = set(range(request.params.num_return_sequences))
@@ -78,36 +79,24 @@ class InferenceService:
             while unfinished:
                 item = await arrived.get()
                 # Pieces that gathered while the receiver was slow travel as one.
-                while isinstance(item, Delta) and not arrived.empty():
+                while isinstance(item, Response) and not arrived.empty():
                     following = arrived.get_nowait()
                     if isinstance(following, Exception):
                         item = following
-                    elif item.finish_reason is None and following.index == item.index:
-                        item = _joined(item, following)
+                    elif not item.ended and following.index == item.index:
+                        (item,) = joined((item, following))
                     else:
                         yield item
-                        unfinished -= {item.index} if item.finish_reason else set()
+                        unfinished -= {item.index} if item.ended else set()
                         item = following
                 if isinstance(item, MIIError):
                     raise item
                 if isinstance(item, Exception):
                     raise RequestError(f"the engine failed on this request: {item!r}") from item
                 yield item
-                unfinished -= {item.index} if item.finish_reason else set()
+                unfinished -= {item.index} if item.ended else set()
         finally:
             self._engine.cancel(request.id)
-
-
-def _joined(first: Delta, second: Delta) -> Delta:
-    return Delta(
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs + second.logprobs,
-        index=second.index,
-        prompt_length=second.prompt_length,
-        generated_length=second.generated_length,
-        finish_reason=second.finish_reason,
-    )
 
 
 async def serve(run: RunDir, spec: EngineSpec, listen_host: str) -> None:

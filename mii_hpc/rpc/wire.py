@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError
 from mii_hpc import errors
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, validate
-from mii_hpc.engine.base import Delta, EngineStats, GenerationRequest
 from mii_hpc.errors import InvalidRequestError, MIIError
+from mii_hpc.generation import GenerationFinishReason, GenerationRequest, Load, Response
 
 ERROR_KEY = "mii-error"
 """Trailing metadata: the name of the error class."""
@@ -107,40 +107,41 @@ def unpack_request(payload: bytes) -> GenerationRequest:
     return GenerationRequest(message.id, message.prompt, validate(GenerateParamsConfig, given))
 
 
-def pack_delta(delta: Delta) -> pb.GenerateChunk:
+def pack_response(piece: Response) -> pb.GenerateChunk:
     """Return the message for a piece of an answer."""
     return pb.GenerateChunk(
-        text=delta.text,
-        token_ids=delta.token_ids,
-        logprobs=delta.logprobs,
-        index=delta.index,
-        prompt_length=delta.prompt_length,
-        generated_length=delta.generated_length,
-        finish_reason=delta.finish_reason or "",
+        text=piece.generated_text,
+        token_ids=piece.token_ids,
+        logprobs=piece.logprobs,
+        index=piece.index,
+        prompt_length=piece.prompt_length,
+        generated_length=piece.generated_length,
+        finish_reason=piece.finish_reason if piece.ended else "",
     )
 
 
-def unpack_delta(message: pb.GenerateChunk) -> Delta:
-    """Return the piece of an answer in a message."""
-    return Delta(
-        text=message.text,
+def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
+    """Return the piece of an answer in a message, as served by that replica."""
+    return Response(
+        generated_text=message.text,
         token_ids=tuple(message.token_ids),
         logprobs=tuple(message.logprobs),
         index=message.index,
         prompt_length=message.prompt_length,
         generated_length=message.generated_length,
-        finish_reason=message.finish_reason or None,
+        finish_reason=GenerationFinishReason(message.finish_reason or "none"),
+        replica=replica,
     )
 
 
-def pack_load(stats: EngineStats) -> pb.LoadResponse:
+def pack_load(load: Load) -> pb.LoadResponse:
     """Return the message for an engine's load."""
-    return pb.LoadResponse(**dataclasses.asdict(stats))
+    return pb.LoadResponse(**dataclasses.asdict(load))
 
 
-def unpack_load(message: pb.LoadResponse) -> EngineStats:
+def unpack_load(message: pb.LoadResponse) -> Load:
     """Return the engine's load in a message."""
-    return EngineStats(**{field.name: getattr(message, field.name) for field in dataclasses.fields(EngineStats)})
+    return Load(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Load)})
 
 
 async def abort(context: grpc.aio.ServicerContext, error: MIIError) -> NoReturn:

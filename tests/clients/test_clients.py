@@ -78,7 +78,7 @@ async def test_a_stream_joins_to_the_unary_answer(deploy):
         assert "".join(map(str, stream)) == whole.generated_text
         assert sum((piece.token_ids for piece in stream), ()) == whole.token_ids
         assert [piece.finish_reason for piece in stream][-1] == whole.finish_reason
-        assert {piece.finish_reason for piece in stream[:-1]} <= {None}
+        assert {piece.finish_reason for piece in stream[:-1]} <= {"none"}
         assert stream[-1].generated_length == whole.generated_length
 
 

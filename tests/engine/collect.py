@@ -4,7 +4,8 @@ import threading
 from contextlib import contextmanager
 
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
-from mii_hpc.engine.base import EngineSpec, GenerationRequest, create_engine
+from mii_hpc.engine.base import EngineSpec, create_engine
+from mii_hpc.generation import GenerationRequest
 
 PATIENCE = 60
 
@@ -26,7 +27,7 @@ class Collected:
     """Everything that was delivered for one request."""
 
     def __init__(self, sequences=1):
-        self.deltas = []
+        self.pieces = []
         self.error = None
         self.done = threading.Event()
         self.began = threading.Event()
@@ -38,8 +39,8 @@ class Collected:
             self.error = item
             self.done.set()
         else:
-            self.deltas.append(item)
-            self._open -= item.finish_reason is not None
+            self.pieces.append(item)
+            self._open -= item.ended
             if not self._open:
                 self.done.set()
         self.began.set()
@@ -51,16 +52,16 @@ class Collected:
         return self
 
     def of(self, index=0):
-        return [delta for delta in self.deltas if delta.index == index]
+        return [piece for piece in self.pieces if piece.index == index]
 
     def text(self, index=0):
-        return "".join(delta.text for delta in self.of(index))
+        return "".join(piece.generated_text for piece in self.of(index))
 
     def token_ids(self, index=0):
-        return [token for delta in self.of(index) for token in delta.token_ids]
+        return [token for piece in self.of(index) for token in piece.token_ids]
 
     def logprobs(self, index=0):
-        return [value for delta in self.of(index) for value in delta.logprobs]
+        return [value for piece in self.of(index) for value in piece.logprobs]
 
     def finish_reason(self, index=0):
         return self.of(index)[-1].finish_reason

@@ -89,15 +89,15 @@ def test_a_stream_joins_to_the_unary_answer(engine, reference):
         stream = submit(engine, "Stream 🙂", stream=True, **options).wait()
         assert stream.text() == unary.text() == reference.decode(unary.token_ids())
         assert stream.token_ids() == unary.token_ids()
-        assert len(stream.deltas) == 40
-        assert all(delta.text.encode("utf-8") is not None for delta in stream.deltas)
+        assert len(stream.pieces) == 40
+        assert all(piece.generated_text.encode("utf-8") is not None for piece in stream.pieces)
 
 
 def test_a_stop_string_across_tokens_ends_the_answer_before_it(engine):
     options = {"do_sample": False, "max_new_tokens": 40, "ignore_eos": True}
     whole = submit(engine, "Stop", **options).wait()
-    deltas = submit(engine, "Stop", stream=True, **options).wait().deltas
-    texts = [delta.text for delta in deltas]
+    pieces = submit(engine, "Stop", stream=True, **options).wait().pieces
+    texts = [piece.generated_text for piece in pieces]
     first = next(i for i in range(5, 35) if all(texts[i : i + 3]) and "\ufffd" not in "".join(texts[i : i + 3]))
     stop = texts[first][-1] + texts[first + 1] + texts[first + 2][0]
     expected = whole.text()[: whole.text().index(stop)]
@@ -110,9 +110,9 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(engine):
 def test_lengths_and_reasons(engine):
     bounded = submit(engine, "a", do_sample=False, max_new_tokens=5, ignore_eos=True).wait()
     assert bounded.finish_reason() == "length"
-    assert bounded.deltas[-1].generated_length == 5
+    assert bounded.pieces[-1].generated_length == 5
     to_the_end = submit(engine, "a", do_sample=False, max_new_tokens=10**6, ignore_eos=True).wait()
-    last = to_the_end.deltas[-1]
+    last = to_the_end.pieces[-1]
     assert last.prompt_length + last.generated_length == CONTEXT
     assert last.finish_reason == "length"
 
@@ -180,9 +180,9 @@ def test_cancelling_frees_every_block(engine):
         assert stream.began.wait(30)
     for stream in streams:
         engine.cancel(stream.id)
-    counts = [len(stream.deltas) for stream in streams]
+    counts = [len(stream.pieces) for stream in streams]
     drained(engine)
-    assert [len(stream.deltas) for stream in streams] == counts
+    assert [len(stream.pieces) for stream in streams] == counts
     assert not any(stream.error for stream in streams)
 
 

@@ -18,7 +18,7 @@ def test_it_answers_with_the_prompts_words_once():
     assert answer.text() == "to be or not "
     assert answer.token_ids() == [0, 1, 2, 3]
     assert answer.finish_reason() == "stop"
-    assert answer.deltas[-1].prompt_length == answer.deltas[-1].generated_length == 4
+    assert answer.pieces[-1].prompt_length == answer.pieces[-1].generated_length == 4
 
 
 def test_it_repeats_up_to_the_bound():
@@ -30,13 +30,13 @@ def test_it_repeats_up_to_the_bound():
     assert by_new.finish_reason() == by_length.finish_reason() == "length"
 
 
-def test_a_stream_has_a_delta_per_token_and_joins_to_the_unary_answer():
+def test_a_stream_has_a_piece_per_token_and_joins_to_the_unary_answer():
     with echo() as engine:
         stream = submit(engine, "a b c STOP d", stream=True, stop="c STOP").wait()
         unary = submit(engine, "a b c STOP d", stop="c STOP").wait()
     assert stream.text() == unary.text() == "a b "
-    assert [len(delta.token_ids) for delta in stream.deltas] == [1, 1, 1, 1]
-    assert len(unary.deltas) == 1
+    assert [len(piece.token_ids) for piece in stream.pieces] == [1, 1, 1, 1]
+    assert len(unary.pieces) == 1
     assert unary.finish_reason() == "stop"
 
 
@@ -61,10 +61,10 @@ def test_cancel_silences_a_request_and_frees_it():
         answer = submit(engine, "a", max_new_tokens=10**6, stream=True)
         assert answer.began.wait(5)
         engine.cancel(answer.id)
-        count = len(answer.deltas)
+        count = len(answer.pieces)
         assert engine.stats().running == 0
         submit(engine, "a b c").wait()
-        assert len(answer.deltas) == count
+        assert len(answer.pieces) == count
         engine.cancel("unknown")
 
 

@@ -174,7 +174,7 @@ def test_a_cache_too_small_for_all_loses_nobody(folder, reference):
         give_back = engine._scheduler._give_back
 
         def note(sequence):
-            if sequence.computed and not sequence.answer.finish_reason:
+            if sequence.computed and not sequence.answer.ended:
                 interrupted.append(sequence)
             give_back(sequence)
 

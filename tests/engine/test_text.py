@@ -95,12 +95,12 @@ def test_an_answer_stops_across_three_tokens_with_and_without_a_stream():
     for stream in (False, True):
         params = GenerateParamsConfig(stop="STOP", stream=stream, return_full_text=True)
         answer = Answer(params, Detokenizer(byte_decode), prompt="Say: ", prompt_length=2, limit=50)
-        deltas = [answer.add(byte) for byte in b"hi STOP"]
-        assert "".join(delta.text for delta in deltas if delta) == "Say: hi "
-        assert sum(len(delta.token_ids) for delta in deltas if delta) == 7
-        assert deltas[-1].finish_reason == "stop"
-        assert deltas[-1].generated_length == 7
-        assert len([delta for delta in deltas if delta]) == (7 if stream else 1)
+        pieces = [answer.add(byte) for byte in b"hi STOP"]
+        assert "".join(piece.generated_text for piece in pieces if piece) == "Say: hi "
+        assert sum(len(piece.token_ids) for piece in pieces if piece) == 7
+        assert pieces[-1].finish_reason == "stop"
+        assert pieces[-1].generated_length == 7
+        assert len([piece for piece in pieces if piece]) == (7 if stream else 1)
 
 
 def test_lengths_are_bounded_by_request_and_context():

@@ -1,9 +1,11 @@
+from dataclasses import asdict
+
 import pytest
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig
-from mii_hpc.engine.base import Delta, GenerationRequest
 from mii_hpc.errors import InvalidRequestError
+from mii_hpc.generation import GenerationFinishReason, GenerationRequest, Response
 from mii_hpc.rpc import wire
 
 ALL_SET = GenerateParamsConfig(
@@ -69,16 +71,16 @@ def test_lone_surrogates_are_refused_before_they_travel():
 
 
 @pytest.mark.parametrize(
-    "delta",
+    "piece",
     [
-        Delta(""),
-        Delta("text", (1, 2), (-0.5, -1.5), 3, 7, 9, "length"),
-        Delta("", (), (), 0, 5, 5, "stop"),
+        Response(""),
+        Response("text", 7, 9, GenerationFinishReason.LENGTH, (1, 2), (-0.5, -1.5), 3),
+        Response("", 5, 5, GenerationFinishReason.STOP),
     ],
 )
-def test_deltas_travel(delta):
-    sent = wire.pack_delta(delta).SerializeToString()
-    assert wire.unpack_delta(pb.GenerateChunk.FromString(sent)) == delta
+def test_pieces_travel(piece):
+    sent = wire.pack_response(piece).SerializeToString()
+    assert asdict(wire.unpack_response(pb.GenerateChunk.FromString(sent))) == asdict(piece)
 
 
 def test_methods_are_those_of_the_protocol():
