@@ -19,6 +19,7 @@ def test_the_public_names():
         "DeploymentStoppingError",
         "DeploymentTimeoutError",
         "GenerateParamsConfig",
+        "GenerationFinishReason",
         "InvalidRequestError",
         "MIIClient",
         "MIIConfig",
