@@ -46,7 +46,8 @@ import mii_hpc as mii
 from benchmarks.model import TEXTS, random_llama
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
-from mii_hpc.engine.base import Engine, EngineSpec, create_engine
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.generation import GenerationRequest, Response
 
 console = Console()

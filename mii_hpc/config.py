@@ -162,6 +162,9 @@ class EngineConfig(_Model):
     """Requests that may wait; more are refused with QueueFullError."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
+    attention: Literal["auto", "gather", "cpu"] = "auto"
+    """How tokens attend to the KV cache. "auto" is the fastest that works; "gather" works everywhere; "cpu" is a kernel
+    for CPUs, compiled at first use."""
     cuda_graphs: bool = True
     """Replay decode steps on CUDA as graphs. Without effect on CPU and in replicas of several ranks."""
     echo_delay: float = Field(0.0, ge=0)

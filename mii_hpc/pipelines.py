@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 from mii_hpc.config import SUPERSEDED_MODEL_FIELDS, GenerateParamsConfig, ModelConfig, resolve, unknown_name, validate
-from mii_hpc.engine.base import Engine, EngineSpec, create_engine
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.errors import ConfigError, InvalidRequestError, RequestError, RequestTimeoutError, UnavailableError
 from mii_hpc.generation import GenerationRequest, Response, joined
 

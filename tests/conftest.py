@@ -36,4 +36,5 @@ def deploy_in_thread(tmp_path, monkeypatch):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--attention", default="auto", help="the engines' attention back end, where a test names none")
     parser.addoption("--golden", action="store_true", help="write the golden files anew")

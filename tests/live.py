@@ -13,7 +13,8 @@ from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import resolve
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
-from mii_hpc.engine.base import EngineSpec, create_engine
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import EngineSpec
 from mii_hpc.job.balancer import Balancer
 from mii_hpc.job.replica import InferenceService
 from mii_hpc.placement import role_of

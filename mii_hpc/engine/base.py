@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -95,18 +94,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Make `run` return on every rank of the replica. Requests in hand are dropped."""
-
-
-def create_engine(spec: EngineSpec) -> Engine:
-    """Return the engine that the model's `inference_engine_config.engine` names, not yet loaded."""
-    if spec.model.inference_engine_config.engine == "echo":
-        from mii_hpc.engine.echo import EchoEngine
-
-        return EchoEngine(spec)
-    # A waiting thread spins for about a millisecond, then sleeps; OpenMP reads this when torch is first imported.
-    # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads
-    # were hardly faster than one); for longer, as is the default, they would take the cores from those who serve.
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-    from mii_hpc.engine.batching import BatchingEngine
-
-    return BatchingEngine(spec)

@@ -4,9 +4,9 @@ The life of a request here:
 
 1. `submit` counts it against the queue's bound and returns.
 2. A thread of its own tokenises it, one prompt after the other, off the step loop.
-3. The scheduler starts it when there is a place in the batch and a block in the cache, behind those blocks of
+3. The scheduler starts it when there is room in the batch and a block in the cache, behind those blocks of
    its beginning that the cache holds already.
-4. Each step computes some tokens of some sequences; on all ranks alike, as the leader says.
+4. Each step computes some tokens of some sequences, on all ranks alike (runner.py).
 5. The leader samples, and each answer gives its pieces until it ends or is cancelled.
 """
 
@@ -23,15 +23,11 @@ import torch
 
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
-from mii_hpc.engine.blocks import PagedCache
-from mii_hpc.engine.distributed import Ranks
-from mii_hpc.engine.graphs import DecodeGraphs
-from mii_hpc.engine.memory import plan_budget, threads
-from mii_hpc.engine.model.loading import LoadedModel, choose_device, load_model
+from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.sampling import Choice, Sampler, choose
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
-from mii_hpc.engine.text import Detokenizer
+from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
 from mii_hpc.generation import Deliver, GenerationRequest, Load
 
@@ -41,12 +37,11 @@ DEFAULT_MAX_LENGTH = 1024
 
 
 class BatchingEngine:
-    """One rank of a replica: its shard of the model, the KV cache, and on the leader the scheduler."""
+    """One rank of a replica. The leader has the requests, the scheduler and the tokenizer; each rank has its runner."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self._ranks: Ranks | None = None
-        self._graphs: DecodeGraphs | None = None
+        self._runner: ModelRunner | None = None
         self._queue_bound = spec.model.inference_engine_config.queue_bound
         # Guards what follows. Pieces are delivered under it, so that none comes once cancel() has returned.
         self._changed = threading.Condition()
@@ -60,37 +55,25 @@ class BatchingEngine:
 
     def load(self, progress: Callable[[str], None]) -> None:
         """Load this rank's shard and make the cache. Raises ConfigError for a model that cannot be served."""
-        spec = self._spec
-        device = choose_device(spec)
-        torch.set_num_threads(threads(spec))
-        if spec.world_size > 1:
-            progress("meeting the other ranks of the replica")
-            self._ranks = Ranks(spec, device)
-        self._model = load_model(spec, device, progress)
-        model = self._model
-        budget = plan_budget(spec, model.layers, model.context, device, model.weights)
-        if self._ranks:
-            # All ranks hold the same blocks, each its own heads of them.
-            budget = budget.with_blocks(self._ranks.least(budget.num_blocks))
-        cache = PagedCache(model.layers, budget.num_blocks + 1, budget.page_size, device)
-        model.attention.use(cache)
-        sharing = spec.model.inference_engine_config.prefix_sharing
-        self._scheduler: Scheduler[_Sequence] = Scheduler(budget, sharing)
-        self._context = min(model.context, self._scheduler.allocator.capacity)
-        if device.type == "cuda" and spec.world_size == 1 and spec.model.inference_engine_config.cuda_graphs:
-            self._graphs = DecodeGraphs(model, cache, budget.max_batch_size, self._context)
-        self._decode, self._byte_tokens = _decoder(model)
-        progress(f"KV cache: {budget.num_blocks} blocks of {budget.page_size} tokens")
+        runner = ModelRunner(self._spec, progress)
+        config = self._spec.model.inference_engine_config
+        self._tokenizer = Tokenizer(self._spec.model, runner.vocabulary, runner.eos_token_ids)
+        self._scheduler: Scheduler[_Sequence] = Scheduler(runner.budget, config.prefix_sharing)
+        self._context = min(runner.context, self._scheduler.allocator.capacity)
+        self._runner = runner
 
     def run(self) -> None:
-        """Generate until `close` is called on rank 0; then return on every rank."""
-        torch.set_num_threads(threads(self._spec))
-        if self._model.device.type == "cuda":
-            torch.cuda.set_device(self._model.device)  # every thread begins with the first one
-        if self._spec.rank == 0:
-            self._lead()
-        else:
-            self._follow()
+        """Generate until `close` is called on rank 0; then return on every rank, with the model's memory freed."""
+        runner, self._runner = self._runner, None
+        assert runner is not None, "load() comes first, and run() once"
+        runner.bind_thread()
+        try:
+            if self._spec.rank == 0:
+                self._lead(runner)
+            else:
+                runner.follow()
+        finally:
+            runner.close()
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request. Raises QueueFullError when too many wait."""
@@ -136,41 +119,21 @@ class BatchingEngine:
             self._changed.notify_all()
         self._tokenising.shutdown(wait=False, cancel_futures=True)
 
-    def _lead(self) -> None:
+    def _lead(self, runner: ModelRunner) -> None:
         while True:
             step, sequences = self._next_step()
-            if self._ranks:
-                self._ranks.send(step.encode())
             if step.stop:
+                runner.stop()
                 return
-            choices = _choices(self._execute(step), step, sequences)
+            choices = _choices(runner.execute(step), step, sequences)
             with self._changed:
                 self._generated += step.wanted
                 for sequence, part, choice in zip(sequences, step.slices, choices, strict=True):
                     sequence.computed += len(part.token_ids)
                     if choice and choice.token_id is None:
-                        self._scheduler.spoil(sequence)
+                        self._scheduler.invalidate(sequence)
                     if choice and part.sample:
                         self._accept(sequence, choice)
-
-    def _follow(self) -> None:
-        assert self._ranks is not None
-        while not (step := Step.decode(self._ranks.receive())).stop:
-            self._execute(step)
-
-    def _execute(self, step: Step) -> torch.Tensor:
-        """Return the logits [slices, vocabulary] after each slice's last token."""
-        if self._graphs and (logits := self._graphs.run(step)) is not None:
-            return logits
-        self._model.attention.prepare(step, self._model.device)
-        token_ids: list[int] = []
-        positions: list[int] = []
-        keep: list[int] = []
-        for part in step.slices:
-            token_ids += part.token_ids
-            positions += range(part.start, part.start + len(part.token_ids))
-            keep.append(len(token_ids) - 1)
-        return self._model.forward(token_ids, positions, keep)
 
     def _next_step(self) -> tuple[Step, list[_Sequence]]:
         """Wait until there is something to do; return it with the sequences of its slices."""
@@ -181,7 +144,7 @@ class BatchingEngine:
                 while self._arrived:
                     scheduler.add(self._arrived.popleft())
                 for entry in self._cancelled:
-                    scheduler.drop(entry.sequences)
+                    scheduler.remove(entry.sequences)
                 self._cancelled.clear()
                 if self._closed:
                     return Step(stop=True), []
@@ -214,7 +177,7 @@ class BatchingEngine:
             return
         sequence.tokens.append(choice.token_id)
         if sequence.answer.ended:
-            self._scheduler.drop([sequence])
+            self._scheduler.remove([sequence])
             entry.unfinished -= 1
             if not entry.unfinished:
                 del self._requests[entry.request.id]
@@ -238,30 +201,23 @@ class BatchingEngine:
 
     def _sequences(self, entry: _Request) -> list[_Sequence]:
         """Return a request's answers to be. Raises InvalidRequestError when it cannot have any."""
-        request, model = entry.request, self._model
-        params = request.params
-        token_ids: list[int] = model.tokenizer(request.prompt)["input_ids"]
-        if not token_ids and model.tokenizer.bos_token_id is not None:
-            token_ids = [model.tokenizer.bos_token_id]
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty")
-        if max(token_ids) >= model.vocabulary:
-            raise InvalidRequestError(f"the model does not know the prompt's token {max(token_ids)}")
+        request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
+        token_ids = tokenizer.encode(request.prompt)
         limit = answer_limit(params, len(token_ids), self._context, DEFAULT_MAX_LENGTH)
         return [
             _Sequence(
                 request=entry,
                 tokens=list(token_ids),
-                sampler=Sampler(params, token_ids, model.vocabulary, model.eos_token_ids, index),
+                sampler=Sampler(params, token_ids, tokenizer.vocabulary, tokenizer.eos_token_ids, index),
                 answer=Answer(
                     params,
-                    Detokenizer(self._decode, self._byte_tokens),
+                    tokenizer.detokenizer(),
                     prompt=request.prompt,
                     prompt_length=len(token_ids),
                     limit=limit,
                     index=index,
                 ),
-                ends_with=frozenset() if params.ignore_eos else frozenset(model.eos_token_ids),
+                ends_with=frozenset() if params.ignore_eos else frozenset(tokenizer.eos_token_ids),
             )
             for index in range(params.num_return_sequences)
         ]
@@ -324,18 +280,3 @@ def _choices(logits: torch.Tensor, step: Step, sequences: Sequence[_Sequence]) -
         for row, choice in zip(rows, choose(logits[rows], [sequences[row].sampler for row in rows]), strict=True):
             choices[row] = choice
     return choices
-
-
-def _decoder(model: LoadedModel) -> tuple[Callable[[Sequence[int]], str], frozenset[int]]:
-    """Return what decodes tokens, special ones left out and spaces as they are, and the byte tokens."""
-    tokenizer = model.tokenizer
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    names = (f"<0x{byte:02X}>" for byte in range(256))
-    byte_tokens = frozenset(vocabulary[name] for name in names if name in vocabulary)
-    if getattr(tokenizer, "is_fast", False):
-        backend = tokenizer.backend_tokenizer
-        return lambda ids: str(backend.decode(ids, skip_special_tokens=True)), byte_tokens
-    return (
-        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
-        byte_tokens,
-    )

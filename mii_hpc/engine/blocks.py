@@ -23,15 +23,15 @@ KEY_SIZE = 32
 
 
 class BlockAllocator:
-    """Hands out the blocks of a cache, and lets sequences that begin alike share those of their beginning.
+    """Allocates the blocks of a cache, and lets sequences with a common prefix share its blocks.
 
-    Blocks are given as a sequence grows, not reserved for the longest answer it might have. When they run
-    out, the scheduler takes back those of the youngest sequence and computes that one again later: nothing
-    is lost, and a request for a long answer that ends early keeps no memory from the others.
+    Blocks are allocated as a sequence grows, not reserved for the longest answer it might have. When they run
+    out, the scheduler preempts the youngest sequence and computes it again later: nothing is lost, and a request
+    for a long answer that ends early keeps no memory from the others.
 
-    A full block that was published can be shared, for it is not written again. It is known by a key: a digest
-    of all tokens up to its end. It can still be shared when nobody has it anymore, until it is handed out for
-    other tokens: such blocks are free like others, but taken last, and of them the least recently used first.
+    A full block can be registered for sharing, for it is not written again. It is known by a key: a digest of all
+    tokens up to its end. Once nobody uses it, it counts as free but stays registered until it is evicted: when no
+    other block is free, the least recently used first.
     """
 
     def __init__(self, num_blocks: int, page_size: int) -> None:
@@ -42,28 +42,28 @@ class BlockAllocator:
         self.total = num_blocks - 1
         self._users = [0] * num_blocks
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
-        # Free as well, but published. The least recently used is the first.
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        # Free as well, but registered. The least recently used is the first.
+        self._evictable: OrderedDict[int, None] = OrderedDict()
         # Two sequences may have computed the same tokens. Both blocks have the key then, but one is shared.
         self._keys: dict[int, bytes] = {}
         self._shared: dict[bytes, int] = {}
-        self._spoilt: set[int] = set()
-        self._unclean: list[int] = []
+        self._invalid: set[int] = set()
+        self._dirty: list[int] = []
         # Where every chain of keys begins. Nobody who does not know it can look for prompts with equal keys.
         self._salt = secrets.token_bytes(KEY_SIZE)
 
     @property
     def free(self) -> int:
-        """How many blocks nobody has."""
-        return len(self._free) + len(self._kept)
+        """How many blocks nobody uses."""
+        return len(self._free) + len(self._evictable)
 
     @property
     def capacity(self) -> int:
         """How many tokens the cache holds."""
         return self.total * self.page_size
 
-    def grow(self, table: list[int], tokens: int) -> bool:
-        """Extend a block table to hold that many tokens; return False, with nothing done, if it cannot."""
+    def allocate(self, table: list[int], tokens: int) -> bool:
+        """Extend a block table to hold that many tokens; return False, with nothing done, if too few are free."""
         missing = -(-tokens // self.page_size) - len(table)
         if missing > self.free:
             return False
@@ -71,43 +71,43 @@ class BlockAllocator:
             if self._free:
                 block = self._free.pop()
             else:
-                block, _ = self._kept.popitem(last=False)
-                self._forget(block)
+                block, _ = self._evictable.popitem(last=False)
+                self._unregister(block)
             self._users[block] = 1
             table.append(block)
         return True
 
     def share(self, table: list[int], tokens: Sequence[int]) -> int:
-        """Fill an empty table with published blocks of the first of `tokens`; return how many tokens they hold."""
+        """Fill an empty table with registered blocks of a prefix of `tokens`; return how many tokens they hold."""
         key = self._salt
         for index in range(len(tokens) // self.page_size):
             key = self._next_key(key, tokens, index)
             block = self._shared.get(key)
             if block is None:
                 break
-            self._kept.pop(block, None)
+            self._evictable.pop(block, None)
             self._users[block] += 1
             table.append(block)
         return len(table) * self.page_size
 
-    def publish(self, table: list[int], tokens: Sequence[int], start: int, end: int) -> None:
+    def register(self, table: list[int], tokens: Sequence[int], start: int, end: int) -> None:
         """Let others share the blocks that a sequence fills with its tokens from `start` to `end`.
 
-        These must be in the cache before anybody reads them. Those that are spoilt, or follow one, are left out.
+        These must be in the cache before anybody reads them. Invalid blocks, and those that follow one, are left out.
         """
         first, last = start // self.page_size, end // self.page_size
         if first == last:
             return
         key = self._keys.get(table[first - 1]) if first else self._salt
         for index in range(first, last):
-            if key is None or table[index] in self._spoilt:
+            if key is None or table[index] in self._invalid:
                 return
             key = self._next_key(key, tokens, index)
             self._keys[table[index]] = key
             self._shared.setdefault(key, table[index])
 
     def release(self, table: list[int]) -> None:
-        """Take all blocks of a table back, except from others that have them too."""
+        """Empty a table: its sequence uses the blocks no more."""
         # From the end, because a block is of no use for sharing without those before it.
         for block in reversed(table):
             self._users[block] -= 1
@@ -115,30 +115,30 @@ class BlockAllocator:
                 continue
             key = self._keys.get(block)
             if key is not None and self._shared.setdefault(key, block) == block:
-                self._kept[block] = None
+                self._evictable[block] = None
                 continue
-            self._forget(block)
+            self._unregister(block)
             self._free.append(block)
-            if block in self._spoilt:
-                self._spoilt.remove(block)
-                self._unclean.append(block)
+            if block in self._invalid:
+                self._invalid.remove(block)
+                self._dirty.append(block)
         table.clear()
 
-    def spoil(self, table: list[int]) -> None:
-        """Share the blocks of a table no more, and have them zeroed before they are handed out again.
+    def invalidate(self, table: list[int]) -> None:
+        """Share the blocks of a table no more, and have them zeroed before they are allocated again.
 
-        Not while anybody has them: zeros would let a sequence that shares them go on, and answer wrongly.
+        Not while anybody uses them: zeros would let a sequence that shares them go on, and answer wrongly.
         """
         for block in table:
-            self._forget(block)
-            self._spoilt.add(block)
+            self._unregister(block)
+            self._invalid.add(block)
 
-    def take_unclean(self) -> tuple[int, ...]:
-        """Return the blocks that are to be zeroed before the next tokens are written, each once."""
-        unclean, self._unclean = tuple(self._unclean), []
-        return unclean
+    def take_dirty(self) -> tuple[int, ...]:
+        """Return the blocks to zero before the next tokens are written, each once."""
+        dirty, self._dirty = tuple(self._dirty), []
+        return dirty
 
-    def _forget(self, block: int) -> None:
+    def _unregister(self, block: int) -> None:
         key = self._keys.pop(block, None)
         if key is not None and self._shared.get(key) == block:
             del self._shared[key]
@@ -167,7 +167,9 @@ class PagedCache:
 
     def __init__(self, layers: Sequence[LayerShape], num_blocks: int, page_size: int, device: torch.device) -> None:
         """Allocate it. On CPU the memory is taken only as blocks are first written."""
+        self.layers = tuple(layers)
         self.page_size = page_size
+        self.device = device
         # One block more than there are: rows that only fill up a batch write there, and nobody reads it.
         self.scratch_slot = num_blocks * page_size
         num_blocks += 1

@@ -55,8 +55,8 @@ class Ranks:
         if use_shared_memory:
             _unname_shared_memory(spec, host, port)
 
-    def send(self, numbers: Sequence[int]) -> None:
-        """Give the numbers to all other ranks; for the leader."""
+    def broadcast(self, numbers: Sequence[int]) -> None:
+        """Send the numbers to all other ranks; for the leader."""
         head = torch.zeros(HEADER, dtype=torch.int64)
         head[0] = len(numbers)
         head[1 : 1 + len(numbers)] = torch.tensor(numbers[: HEADER - 1], dtype=torch.int64)
@@ -76,8 +76,8 @@ class Ranks:
             numbers += rest.tolist()
         return numbers
 
-    def least(self, number: int) -> int:
-        """Return the smallest of the numbers that the ranks give."""
+    def minimum(self, number: int) -> int:
+        """Return the smallest of the ranks' numbers."""
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._plans)
         return int(tensor)

@@ -10,21 +10,25 @@ from typing import NamedTuple
 
 import torch
 
+from mii_hpc.engine.attention.base import AttentionBackend
 from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
-from mii_hpc.engine.model.loading import LoadedModel
 from mii_hpc.engine.step import Slice, Step
 
 _log = logging.getLogger(__name__)
 
 # No block table is made narrower than for this many tokens: it would hardly be faster.
-LEAST_TOKENS = 256
+MIN_TOKENS = 256
 # Beyond these a layer takes about as long to run as to launch: there is nothing to win, and padding begins to cost.
 # The keys and values of all sequences, padded to the longest, are copied before a layer attends to them, and those of
 # one sequence are gone through one after the other. On an H100 a step at either bound took 0.6 to 0.8 of its time
 # without a graph, where a short one takes a quarter. The first also bounds the memory of all graphs together, to some
 # 0.6 GiB: EngineConfig.memory_fraction leaves as much and more.
 GATHERED_BYTES = 256 * 2**20
-MOST_TOKENS = 8192
+MAX_TOKENS = 8192
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""ModelRunner.forward."""
 
 
 class Shape(NamedTuple):
@@ -42,20 +46,33 @@ class DecodeGraphs:
     collectives inside of them work here.
     """
 
-    def __init__(self, model: LoadedModel, cache: PagedCache, max_batch_size: int, context: int) -> None:
+    def __init__(
+        self, forward: Forward, attention: AttentionBackend, cache: PagedCache, max_batch_size: int, context: int
+    ) -> None:
         """Replay steps of up to so many sequences, of up to `context` tokens each, over this cache."""
-        self._model = model
+        self._forward = forward
+        self._attention = attention
         self._cache = cache
         self._sequences = sequence_buckets(max_batch_size)
-        self._blocks = block_buckets(-(-min(context, MOST_TOKENS) // cache.page_size), cache.page_size)
-        self._block_bytes = cache.page_size * max(layer.token_bytes() for layer in model.layers)
+        self._blocks = block_buckets(-(-min(context, MAX_TOKENS) // cache.page_size), cache.page_size)
+        self._block_bytes = cache.page_size * max(layer.token_bytes() for layer in cache.layers)
         self._graphs: dict[Shape, _Graph] = {}
         self._usable = True
         # All graphs write here, so that they share the rest of their memory and none keeps any.
         self._logits: torch.Tensor | None = None
-        if model.device.type == "cuda":
+        if cache.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(cache.device)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def work_on(device: torch.device, world_size: int) -> bool:
+        """Return whether the steps of a replica of so many ranks can be captured."""
+        return device.type == "cuda" and world_size == 1
+
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        """What has been captured."""
+        return frozenset(self._graphs)
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor | None:
@@ -65,7 +82,7 @@ class DecodeGraphs:
             return None
         graph = self._graphs.get(shape)
         if graph is None:
-            graph = _Graph(shape, self._cache, self._model.device)
+            graph = _Graph(shape, self._cache)
             graph.fill(step.slices)
             if not self._capture(graph):
                 return None
@@ -78,7 +95,7 @@ class DecodeGraphs:
 
     def _shape(self, step: Step) -> Shape | None:
         decodes = all(part.sample and len(part.token_ids) == 1 for part in step.slices)
-        if not self._usable or not decodes or step.clear or not step.slices:
+        if not self._usable or not decodes or not step.slices:
             return None
         longest = max(part.start for part in step.slices) // self._cache.page_size + 1
         if longest > self._blocks[-1]:
@@ -104,8 +121,8 @@ class DecodeGraphs:
 
     def _compute(self, graph: _Graph) -> None:
         # Anew each time: the masks that the layers share are made from the lengths, within the graph.
-        self._model.attention.prepare_decode(graph.slots, graph.tables, graph.lengths)
-        logits = self._model.compute(graph.token_ids, graph.positions, graph.every_row)
+        self._attention.prepare_decode(graph.slots, graph.tables, graph.lengths)
+        logits = self._forward(graph.token_ids, graph.positions, graph.every_row)
         if self._logits is None:
             self._logits = logits.new_empty(self._sequences[-1], logits.shape[1])
         self._logits[: len(logits)].copy_(logits)
@@ -139,16 +156,16 @@ class _Graph:
 
     replay: Callable[[], None]
 
-    def __init__(self, shape: Shape, cache: PagedCache, device: torch.device) -> None:
+    def __init__(self, shape: Shape, cache: PagedCache) -> None:
         self.shape = shape
         self._cache = cache
         sequences, blocks = shape
-        self._inputs = torch.zeros(sequences * (4 + blocks), dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(sequences * (4 + blocks), dtype=torch.int64, device=cache.device)
         rows = self._inputs[: 4 * sequences].view(4, sequences)
         self.token_ids, self.positions = rows[0:1], rows[1:2]
-        self.slots, self.lengths = rows[2], rows[3, :, None]
+        self.slots, self.lengths = rows[2], rows[3]
         self.tables = self._inputs[4 * sequences :].view(sequences, blocks)
-        self.every_row = torch.arange(sequences, device=device)
+        self.every_row = torch.arange(sequences, device=cache.device)
 
     def fill(self, slices: Sequence[Slice]) -> None:
         """Upload a step. The rows that it does not have attend to a zero, and write where nobody reads."""
@@ -177,7 +194,7 @@ def sequence_buckets(largest: int) -> list[int]:
 
 def block_buckets(largest: int, page_size: int) -> list[int]:
     """Return the widths of block tables to capture, each twice the one before, and the largest."""
-    sizes = [-(-LEAST_TOKENS // page_size)]
+    sizes = [-(-MIN_TOKENS // page_size)]
     while sizes[-1] < largest:
         sizes.append(2 * sizes[-1])
     return [*sizes[:-1], largest]

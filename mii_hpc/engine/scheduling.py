@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
@@ -9,6 +10,8 @@ from typing import Generic, Protocol, TypeVar
 from mii_hpc.engine.blocks import BlockAllocator
 from mii_hpc.engine.memory import Budget
 from mii_hpc.engine.step import Slice, Step
+
+_log = logging.getLogger(__name__)
 
 
 class Scheduled(Protocol):
@@ -28,10 +31,10 @@ S = TypeVar("S", bound=Scheduled)
 class Scheduler(Generic[S]):
     """Decides which tokens the next step computes, and owns the blocks of the cache.
 
-    Sequences that generate go first, one token each; what is left of the step's tokens goes to prompts, in
-    chunks, in the order of arrival. So a long prompt delays the others by a bounded time.
+    Sequences that decode go first, one token each; what is left of the step's tokens goes to prompts, prefilled in
+    chunks in the order of arrival. So a long prompt delays the others by a bounded time.
 
-    With `prefix_sharing`, a sequence starts behind those full blocks of its beginning that are in the cache
+    With `prefix_sharing`, a sequence starts behind those full blocks of its prefix that are in the cache
     already, or will be in the same step: a step writes all its tokens before it reads any.
     """
 
@@ -50,76 +53,77 @@ class Scheduler(Generic[S]):
         """Return whether any sequence waits or runs."""
         return bool(self._running or self._waiting)
 
-    def drop(self, sequences: Sequence[S]) -> None:
-        """Forget sequences, whatever their state, and take their blocks back."""
+    def remove(self, sequences: Sequence[S]) -> None:
+        """Forget sequences, whatever their state, and free their blocks."""
         for sequence in sequences:
             if sequence in self._running:
                 self._running.remove(sequence)
             elif sequence in self._waiting:
                 self._waiting.remove(sequence)
-            self._give_back(sequence)
+            self._release(sequence)
 
-    def spoil(self, sequence: S) -> None:
+    def invalidate(self, sequence: S) -> None:
         """Let nobody else share what a sequence has computed, for it is not finite, and have it zeroed afterwards."""
-        self.allocator.spoil(sequence.table)
+        self.allocator.invalidate(sequence.table)
 
     def schedule(self) -> tuple[Step, list[S]]:
         """Return the next step and the sequences of its slices."""
         room = self._budget.max_batch_tokens
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
-        for sequence in sorted(self._running, key=_is_reading):
+        for sequence in sorted(self._running, key=_prefills):
             count = min(len(sequence.tokens) - sequence.computed, room)
-            # Those that wait anew were taken out of the batch by those before them.
-            kept = len(self._waiting) == waiting or sequence in self._running
-            if count and kept and self._make_room(sequence, count, counts):
+            # Those before it may have preempted it.
+            runs = len(self._waiting) == waiting or sequence in self._running
+            if count and runs and self._allocate(sequence, count, counts):
                 counts[sequence] = count
                 room -= count
         # Only now is it certain who keeps the blocks that this step fills.
         for sequence, count in counts.items():
-            self._publish(sequence, count)
-        if len(self._waiting) == waiting:  # nobody had to give up blocks, so there may be some for others
-            self._start_waiting(room, counts)
+            self._register(sequence, count)
+        if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
+            self._admit(room, counts)
         chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
         slices = tuple(_slice(sequence, counts[sequence]) for sequence in chosen)
-        return Step(slices, self.allocator.take_unclean()), chosen
+        return Step(slices, self.allocator.take_dirty()), chosen
 
-    def _start_waiting(self, room: int, counts: dict[S, int]) -> None:
+    def _admit(self, room: int, counts: dict[S, int]) -> None:
         while room and self._waiting and len(self._running) < self._budget.max_batch_size:
             sequence = self._waiting[0]
             # The last token is computed in any case: the next one is drawn from its logits.
             sequence.computed = self.allocator.share(sequence.table, sequence.tokens[:-1])
             count = min(len(sequence.tokens) - sequence.computed, room)
-            if not self.allocator.grow(sequence.table, sequence.computed + count):
-                self._give_back(sequence)
+            if not self.allocator.allocate(sequence.table, sequence.computed + count):
+                self._release(sequence)
                 break
             self._running.append(self._waiting.popleft())
             counts[sequence] = count
             room -= count
-            self._publish(sequence, count)
+            self._register(sequence, count)
 
-    def _make_room(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
-        """Get blocks for a sequence, if need be from the youngest; return False if it is the youngest."""
-        while not self.allocator.grow(sequence.table, sequence.computed + count):
+    def _allocate(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
+        """Get blocks for a sequence, preempting the youngest if need be; return False if it is the youngest."""
+        while not self.allocator.allocate(sequence.table, sequence.computed + count):
             youngest = self._running.pop()
+            _log.debug("preempted a sequence of %d tokens: the KV cache is full", len(youngest.tokens))
             counts.pop(youngest, None)
-            self._give_back(youngest)
+            self._release(youngest)
             self._waiting.appendleft(youngest)
             if youngest is sequence:
                 return False
         return True
 
-    def _publish(self, sequence: S, count: int) -> None:
+    def _register(self, sequence: S, count: int) -> None:
         if self._prefix_sharing:
             end = sequence.computed + count
-            self.allocator.publish(sequence.table, sequence.tokens, sequence.computed, end)
+            self.allocator.register(sequence.table, sequence.tokens, sequence.computed, end)
 
-    def _give_back(self, sequence: S) -> None:
+    def _release(self, sequence: S) -> None:
         self.allocator.release(sequence.table)
         sequence.computed = 0
 
 
-def _is_reading(sequence: Scheduled) -> bool:
+def _prefills(sequence: Scheduled) -> bool:
     return len(sequence.tokens) - sequence.computed > 1
 
 

@@ -21,7 +21,8 @@ import grpc.aio
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
-from mii_hpc.engine.base import Engine, EngineSpec, create_engine
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.errors import MIIError, RequestError
 from mii_hpc.generation import GenerationRequest, Response, joined
 from mii_hpc.job.logs import log_to_stderr

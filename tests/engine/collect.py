@@ -4,10 +4,14 @@ import threading
 from contextlib import contextmanager
 
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
-from mii_hpc.engine.base import EngineSpec, create_engine
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import EngineSpec
 from mii_hpc.generation import GenerationRequest
 
 PATIENCE = 60
+
+attention = "auto"
+"""What EngineConfig.attention is where a test does not say it; set by pytest's --attention."""
 
 
 @contextmanager
@@ -79,4 +83,10 @@ def submit(engine, prompt, id=None, **options):
 
 
 def make(**model):
-    return create_engine(EngineSpec.alone(ModelConfig(**model)))
+    return create_engine(EngineSpec.alone(ModelConfig(**with_attention(model))))
+
+
+def with_attention(model):
+    """Return the fields of a ModelConfig with the attention to test."""
+    config = {"attention": attention, **model.get("inference_engine_config", {})}
+    return {**model, "inference_engine_config": config}

@@ -10,8 +10,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from mii_hpc.config import ModelConfig
-from mii_hpc.engine.base import EngineSpec, create_engine
-from tests.engine.collect import PATIENCE, submit
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import EngineSpec
+from tests.engine.collect import PATIENCE, submit, with_attention
 
 
 class Replica:
@@ -29,7 +30,7 @@ class Replica:
             context.Process(
                 target=_process,
                 args=(
-                    {"tensor_parallel": ranks, **model},
+                    with_attention({"tensor_parallel": ranks, **model}),
                     rank,
                     ranks,
                     address,

@@ -11,6 +11,12 @@ PROMPTS = [
 ]
 
 
+def tokenizer_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 class Reference:
     def __init__(self, folder):
         import torch

@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mii_hpc.errors import ConfigError, InvalidRequestError, QueueFullError
+from mii_hpc.errors import InvalidRequestError, QueueFullError
 from tests.engine.collect import make, running, submit
-from tests.engine.reference import PROMPTS, Reference, option_sets
+from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
 from tests.live import until
 from tests.models import CONTEXT, tiny_model
 
@@ -244,35 +244,11 @@ def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_pat
     weights["model.embed_tokens.weight"][70] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with running(make(model_name_or_path=str(folder), inference_engine_config=SMALL)) as engine:
-        text = engine._model.tokenizer.decode([70])
+        text = tokenizer_of(folder).decode([70])
         with pytest.raises(InvalidRequestError, match="not finite"):
             submit(engine, text).wait()
         for _ in range(3):  # in the very block that held those numbers
             submit(engine, "A!", do_sample=False, max_new_tokens=1).wait()
-
-
-def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = tiny_model(tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    engine = make(model_name_or_path=str(folder))
-    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
-        engine.load(lambda sentence: None)
-
-
-def test_an_attention_of_its_own_is_refused_by_name(tmp_path):
-    folder = tiny_model(tmp_path, "bloom", n_head=4, n_layer=2, intermediate_size=None, num_key_value_heads=None)
-    engine = make(model_name_or_path=str(folder), max_length=64)
-    with pytest.raises(ConfigError, match="BloomForCausalLM"):
-        engine.load(lambda sentence: None)
-
-
-def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="model_name_or_path"):
-        make(model_name_or_path=str(tmp_path)).load(lambda sentence: None)
 
 
 def test_an_engine_that_was_never_busy_closes(folder):

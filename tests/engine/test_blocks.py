@@ -19,7 +19,7 @@ def test_blocks_belong_to_one_table_and_come_back():
         else:
             before = len(table)
             tokens = draw.randrange(1, 60)
-            if allocator.grow(table, tokens):
+            if allocator.allocate(table, tokens):
                 assert len(table) == max(before, -(-tokens // 4))
             else:
                 assert len(table) == before
@@ -43,11 +43,11 @@ def allocator():
 
 
 def table_of(allocator, text):
-    """A table for tokens of which those that could not be shared were computed and published."""
+    """A table for tokens of which those that could not be shared were computed and registered."""
     tokens, table = list(text), []
     start = allocator.share(table, tokens)
-    assert allocator.grow(table, len(tokens))
-    allocator.publish(table, tokens, start, len(tokens))
+    assert allocator.allocate(table, len(tokens))
+    allocator.register(table, tokens, start, len(tokens))
     return table
 
 
@@ -80,73 +80,73 @@ def test_blocks_are_shared_after_their_release_until_they_are_handed_out(allocat
     assert allocator.free == 8
     assert shared(allocator, b"aabb") == kept["a"]  # so these were used last
     table = []
-    allocator.grow(table, 8)
+    allocator.allocate(table, 8)
     assert not set(table) & {*kept["a"], *kept["c"]}
-    allocator.grow(table, 12)
+    allocator.allocate(table, 12)
     assert table[4:] == kept["c"][::-1]  # the beginning last, for more can share it
-    allocator.grow(table, 14)
+    allocator.allocate(table, 14)
     assert shared(allocator, b"aabb") == kept["a"][:1]
-    allocator.grow(table, 16)
+    allocator.allocate(table, 16)
     assert shared(allocator, b"aabb") == []
     assert allocator.free == 0
 
 
 def test_the_same_tokens_computed_twice_are_kept_once(allocator):
     first, second = [], []
-    for table in (first, second):  # both before either was published
-        allocator.grow(table, 4)
+    for table in (first, second):  # both before either was registered
+        allocator.allocate(table, 4)
     kept = list(first)
     for table in (first, second):
-        allocator.publish(table, list(b"aabb"), 0, 4)
+        allocator.register(table, list(b"aabb"), 0, 4)
     allocator.release(second)
     assert shared(allocator, b"aabb") == kept
     allocator.release(first)
     fresh = []
-    allocator.grow(fresh, 12)
+    allocator.allocate(fresh, 12)
     assert not set(fresh) & set(kept)
 
 
 def test_a_duplicate_is_shared_once_the_first_is_gone(allocator):
     first, second = [], []
     for table in (first, second):
-        allocator.grow(table, 4)
+        allocator.allocate(table, 4)
     for table in (first, second):
-        allocator.publish(table, list(b"aabb"), 0, 4)
-    allocator.spoil(first)
+        allocator.register(table, list(b"aabb"), 0, 4)
+    allocator.invalidate(first)
     kept = list(second)
     allocator.release(second)
     assert shared(allocator, b"aabb") == kept
 
 
-def test_spoilt_blocks_are_not_shared_and_zeroed_once_nobody_has_them(allocator):
+def test_invalid_blocks_are_not_shared_and_zeroed_once_nobody_has_them(allocator):
     first, second = table_of(allocator, b"aabb"), table_of(allocator, b"aacc")
     blocks = list(first)
-    allocator.spoil(first)
+    allocator.invalidate(first)
     assert shared(allocator, b"aacc") == []
-    assert allocator.take_unclean() == ()
+    assert allocator.take_dirty() == ()
     allocator.release(first)
-    assert allocator.take_unclean() == (blocks[1],)
-    allocator.grow(second, 6)
-    allocator.publish(second, list(b"aaccdd"), 4, 6)
+    assert allocator.take_dirty() == (blocks[1],)
+    allocator.allocate(second, 6)
+    allocator.register(second, list(b"aaccdd"), 4, 6)
     again = table_of(allocator, b"aa")
     assert again != blocks[:1]
     allocator.release(second)
-    assert allocator.take_unclean() == (blocks[0],)
-    assert allocator.take_unclean() == ()
+    assert allocator.take_dirty() == (blocks[0],)
+    assert allocator.take_dirty() == ()
     allocator.release(again)
     assert allocator.free == allocator.total
 
 
-def test_a_spoilt_block_is_not_published_when_it_is_full(allocator):
+def test_an_invalid_block_is_not_registered_when_it_is_full(allocator):
     table = []
-    allocator.grow(table, 1)
-    allocator.spoil(table)
-    allocator.grow(table, 4)
-    allocator.publish(table, list(b"aabb"), 1, 4)
+    allocator.allocate(table, 1)
+    allocator.invalidate(table)
+    allocator.allocate(table, 4)
+    allocator.register(table, list(b"aabb"), 1, 4)
     assert shared(allocator, b"aabb") == []
     blocks = list(table)
     allocator.release(table)
-    assert allocator.take_unclean() == (blocks[0],)
+    assert allocator.take_dirty() == (blocks[0],)
 
 
 def test_a_step_survives_its_way_to_the_other_ranks():

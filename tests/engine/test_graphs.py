@@ -4,9 +4,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mii_hpc.engine import runner  # noqa: E402
 from mii_hpc.engine.blocks import NULL_BLOCK  # noqa: E402
 from mii_hpc.engine.graphs import (  # noqa: E402
-    LEAST_TOKENS,
+    MIN_TOKENS,
     DecodeGraphs,
     block_buckets,
     bucket,
@@ -14,7 +15,7 @@ from mii_hpc.engine.graphs import (  # noqa: E402
 )
 from mii_hpc.engine.step import Slice, Step  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
-from tests.engine.reference import PROMPTS, Reference, option_sets  # noqa: E402
+from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -50,89 +51,95 @@ def test_tables_come_in_few_widths():
 class Emulated(DecodeGraphs):
     """Computes again where a graph would be replayed: all but the capture is as on CUDA."""
 
-    def __init__(self, *shape):
-        super().__init__(*shape)
-        self.steps = []
-
-    def run(self, step):
-        logits = super().run(step)
-        self.steps.append((step, logits is not None))
-        return logits
+    @staticmethod
+    def work_on(device, world_size):
+        return True
 
     def _record(self, compute):
         compute()
         return compute
 
-    @property
-    def shapes(self):
-        return set(self._graphs)
+
+@pytest.fixture
+def use(monkeypatch):
+    """Have engines make such graphs from now on; gives the list of those made."""
+
+    def use(kind):
+        made = []
+
+        class Noted(kind):
+            def __init__(self, forward, attention, cache, *shape):
+                super().__init__(forward, attention, cache, *shape)
+                self.cache = cache
+                made.append(self)
+
+        monkeypatch.setattr(runner, "DecodeGraphs", Noted)
+        return made
+
+    return use
 
 
-def emulate(engine, kernel=True, kind=Emulated):
-    """Give a loaded engine such graphs; without the `kernel`, attention is what it is on CUDA."""
-    model, budget = engine._model, engine._scheduler._budget
-    if not kernel:
-        model.attention._kernel = None
-    engine._graphs = kind(model, model.attention._cache, budget.max_batch_size, engine._context)
-    return engine._graphs
-
-
-@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("attention", ["auto", "gather"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gemma3_text"])
-def test_padded_steps_give_generates_own_answers(tmp_path, monkeypatch, architecture, kernel):
-    monkeypatch.setattr("mii_hpc.engine.graphs.LEAST_TOKENS", 16)
+def test_padded_steps_give_generates_own_answers(tmp_path, monkeypatch, use, architecture, attention):
+    made = use(Emulated)
+    monkeypatch.setattr("mii_hpc.engine.graphs.MIN_TOKENS", 16)
     folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
     reference = Reference(folder)
-    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
-        graphs = emulate(engine, kernel)
+    config = {**SMALL, "attention": attention}
+    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
         # Each ends at another time, so that the batch gets smaller while the texts get longer.
         options = [{"do_sample": False, "max_new_tokens": 10 + 9 * number} for number in range(10)]
         prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
         answers = [submit(engine, prompt, **chosen) for prompt, chosen in zip(prompts, options, strict=True)]
         for prompt, chosen, answer in zip(prompts, options, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, **chosen)
+        (graphs,) = made
         assert {shape.sequences for shape in graphs.shapes} >= {1, 2, 4, 8, 11}
         assert len({shape.blocks for shape in graphs.shapes}) >= 2
-        assert graphs._cache.keys[0][NULL_BLOCK].count_nonzero() == 0
+        assert graphs.cache.keys[0][NULL_BLOCK].count_nonzero() == 0
 
 
-def test_a_seed_gives_the_same_text_with_graphs_and_without(tmp_path):
+def test_a_seed_gives_the_same_text_with_graphs_and_without(tmp_path, use):
+    made = use(Emulated)
     folder = str(tiny_model(tmp_path))
     requests = option_sets()[::2]
     texts = []
     for replayed in (True, False):
-        with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
-            if replayed:
-                emulate(engine)
+        config = {**SMALL, "cuda_graphs": replayed}
+        with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
             answers = [submit(engine, prompt, **options) for prompt, options in requests]
             texts.append([answer.wait().token_ids() for answer in answers])
     assert texts[0] == texts[1]
+    assert len(made) == 1
+    assert made[0].shapes
 
 
-def test_other_steps_are_none_for_a_graph(tmp_path):
+def test_other_steps_are_none_for_a_graph(tmp_path, use):
+    made = use(Emulated)
     folder = str(tiny_model(tmp_path))
-    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
-        graphs = emulate(engine)
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)):
+        (graphs,) = made
         single = Slice(start=3, token_ids=(5,), blocks=(1,), sample=True)
         assert graphs.run(Step((single,))).shape == (1, 512)
         assert graphs.run(Step((single, Slice(0, (5, 6), (2,), sample=True)))) is None
         assert graphs.run(Step((Slice(3, (5,), (1,), sample=False),))) is None
-        assert graphs.run(Step((single,), clear=(1,))) is None
         assert graphs.run(Step()) is None
 
 
-def test_more_to_gather_than_pays_is_none_for_a_graph(tmp_path, monkeypatch):
+def test_more_to_gather_than_pays_is_none_for_a_graph(tmp_path, monkeypatch, use):
+    made = use(Emulated)
     folder = str(tiny_model(tmp_path))
     token = 2 * 2 * 16 * 4  # keys and values, heads, head size, bytes
-    monkeypatch.setattr("mii_hpc.engine.graphs.GATHERED_BYTES", LEAST_TOKENS * token * 4)
-    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
-        graphs = emulate(engine)
+    monkeypatch.setattr("mii_hpc.engine.graphs.GATHERED_BYTES", MIN_TOKENS * token * 4)
+    with running(make(model_name_or_path=folder, inference_engine_config=SMALL)):
+        (graphs,) = made
         step = [Slice(start=3, token_ids=(5,), blocks=(block,), sample=True) for block in range(1, 6)]
         assert graphs.run(Step(tuple(step[:4]))) is not None
         assert graphs.run(Step(tuple(step))) is None
 
 
-def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path):
+def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path, use):
     from safetensors.torch import load_file, save_file
 
     folder = tiny_model(tmp_path)
@@ -141,9 +148,10 @@ def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path):
         weights["model.embed_tokens.weight"][token] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     options = {"do_sample": False, "ignore_eos": True, "repetition_penalty": 1.5}
-    with running(make(model_name_or_path=str(folder), inference_engine_config=SMALL)) as engine:
-        emulate(engine, kernel=False)
-        bad = engine._model.tokenizer.decode([70])
+    made = use(Emulated)
+    bad = tokenizer_of(folder).decode([70])
+    config = {**SMALL, "attention": "gather"}
+    with running(make(model_name_or_path=str(folder), inference_engine_config=config)) as engine:
         for _ in range(3):
             good = [submit(engine, "A!", max_new_tokens=20 + number, **options) for number in range(3)]
             poison = submit(engine, bad)
@@ -151,6 +159,7 @@ def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path):
             assert "finite" in str(poison.error)
             for number, answer in enumerate(good):
                 assert len(answer.wait().token_ids()) == 20 + number
+        assert made[0].shapes
 
 
 class Failing(Emulated):
@@ -161,36 +170,38 @@ class Failing(Emulated):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def test_a_capture_that_fails_is_told_once_and_no_request_notices(tmp_path, caplog):
+def test_a_capture_that_fails_is_told_once_and_no_request_notices(tmp_path, caplog, use):
+    made = use(Failing)
     folder = str(tiny_model(tmp_path))
     reference = Reference(folder)
     with (
         caplog.at_level(logging.WARNING, "mii_hpc"),
         running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine,
     ):
-        graphs = emulate(engine, kind=Failing)
         for prompt in PROMPTS:
             answer = submit(engine, prompt, do_sample=False, max_new_tokens=12).wait()
             assert answer.token_ids() == reference.greedy(prompt, max_new_tokens=12)
-        assert graphs.attempts == 1
+        assert made[0].attempts == 1
     assert [record.message for record in caplog.records if "CUDA graphs" in record.message] == [
         "decode steps run without CUDA graphs, several times slower: operation not permitted when stream is capturing"
     ]
 
 
-def test_there_are_graphs_where_cuda_is(tmp_path):
-    with running(make(model_name_or_path=str(tiny_model(tmp_path)))) as engine:
-        assert (engine._graphs is not None) == torch.cuda.is_available()
+def test_there_are_graphs_where_cuda_is(tmp_path, use):
+    made = use(DecodeGraphs)
+    with running(make(model_name_or_path=str(tiny_model(tmp_path)))):
+        assert len(made) == torch.cuda.is_available()
 
 
 @cuda
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox", "gemma3_text"])
-def test_graphs_give_generates_own_answers(tmp_path, monkeypatch, architecture):
-    monkeypatch.setattr("mii_hpc.engine.graphs.LEAST_TOKENS", 16)
+def test_graphs_give_generates_own_answers(tmp_path, monkeypatch, use, architecture):
+    monkeypatch.setattr("mii_hpc.engine.graphs.MIN_TOKENS", 16)
     folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
     reference = Reference(folder)
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
     for wanted in (True, False):
+        made = use(DecodeGraphs)
         config = {**SMALL, "cuda_graphs": wanted}
         with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
             for _ in range(2):  # captured, then replayed from the start
@@ -200,9 +211,9 @@ def test_graphs_give_generates_own_answers(tmp_path, monkeypatch, architecture):
                 ]
                 for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
                     assert answer.wait().token_ids() == reference.greedy(prompt, max_new_tokens=10 + 9 * number)
-            assert (engine._graphs is not None) == wanted
+            assert len(made) == wanted
             if wanted:
-                assert len(engine._graphs._graphs) >= 5
+                assert len(made[0].shapes) >= 5
 
 
 @cuda
@@ -219,14 +230,14 @@ def test_graphs_give_the_same_samples(tmp_path):
 
 
 @cuda
-def test_a_model_that_cannot_be_captured_is_served_all_the_same(tmp_path, caplog):
+def test_a_model_that_cannot_be_captured_is_served_all_the_same(tmp_path, caplog, models):
     folder = str(tiny_model(tmp_path))
     reference = Reference(folder)
     with (
         caplog.at_level(logging.WARNING, "mii_hpc"),
         running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine,
     ):
-        engine._model.module.model.norm.register_forward_hook(
+        models[0].module.model.norm.register_forward_hook(
             lambda module, args, output: output * float(output.isnan().sum() + 1)
         )
         for _ in range(2):

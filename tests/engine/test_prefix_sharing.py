@@ -1,15 +1,16 @@
+import logging
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("torch")
 
-from mii_hpc.engine.attention import gather as attention
+from mii_hpc.engine.runner import ModelRunner
+from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError
 from tests.engine.collect import PATIENCE, make, running, submit
-from tests.engine.reference import PROMPTS, Reference
+from tests.engine.reference import PROMPTS, Reference, tokenizer_of
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.engine
@@ -43,28 +44,27 @@ def poisoned(tmp_path_factory):
 
 
 def engine_of(folder, **config):
-    """An engine that notes its steps."""
-    engine = make(model_name_or_path=folder, inference_engine_config={**SMALL, **config})
-    engine.steps = []
-    execute = engine._execute
-
-    def note(step):
-        engine.steps.append(step)
-        return execute(step)
-
-    engine._execute = note
-    return engine
+    return make(model_name_or_path=folder, inference_engine_config={**SMALL, **config})
 
 
-def computed(engine):
+def computed(steps):
     """How many tokens were computed since this was last asked."""
-    count = sum(len(part.token_ids) for step in engine.steps for part in step.slices)
-    engine.steps.clear()
+    count = sum(len(part.token_ids) for step in steps for part in step.slices)
+    steps.clear()
     return count
 
 
-def length(engine, prompt):
-    return len(engine._model.tokenizer(prompt)["input_ids"])
+@pytest.fixture(scope="module")
+def ids(folder):
+    """The token ids of a text."""
+    tokenizer = tokenizer_of(folder)
+    return lambda text: tokenizer(text)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    """The text of token ids."""
+    return tokenizer_of(folder).decode
 
 
 def drained(engine):
@@ -75,114 +75,102 @@ def drained(engine):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gpt_neox"])
-def test_a_beginning_seen_before_is_not_computed_again(tmp_path, architecture):
+def test_a_beginning_seen_before_is_not_computed_again(tmp_path, architecture, steps, ids):
     changes = {"sliding_window": 24} if architecture == "mistral" else {}
     folder = str(tiny_model(tmp_path, architecture, **changes))
     reference = Reference(folder)
     prompts = [SYSTEM + prompt[:20] for prompt in PROMPTS]
     with running(engine_of(folder)) as engine:
-        shared = length(engine, SYSTEM) // PAGE * PAGE
+        shared = len(ids(SYSTEM)) // PAGE * PAGE
         for number, prompt in enumerate([*prompts, *prompts]):
             expected = reference.greedy(prompt, **GREEDY)
             assert submit(engine, prompt, **GREEDY).wait().token_ids() == expected
-            count = length(engine, prompt) + len(expected) - 1
-            assert computed(engine) <= count - (shared if number else 0)
+            count = len(ids(prompt)) + len(expected) - 1
+            assert computed(steps) <= count - (shared if number else 0)
         drained(engine)
 
 
-def test_answers_are_the_same_however_little_is_left(folder, reference):
+def test_answers_are_the_same_however_little_is_left(folder, reference, steps, ids, text):
     with running(engine_of(folder)) as engine:
-        ids = engine._model.tokenizer(SYSTEM)["input_ids"]
         for end in range(2 * PAGE - 1, 3 * PAGE + 2):
-            prompt = engine._model.tokenizer.decode(ids[:end])
-            assert length(engine, prompt) == end
+            prompt = text(ids(SYSTEM)[:end])
+            assert len(ids(prompt)) == end
             expected = reference.greedy(prompt, **GREEDY)
             for _ in range(2):
                 assert submit(engine, prompt, **GREEDY).wait().token_ids() == expected
-            engine.steps.clear()
+            steps.clear()
             submit(engine, prompt, do_sample=False, max_new_tokens=1).wait()
-            assert computed(engine) == (end - 1) % PAGE + 1
+            assert computed(steps) == (end - 1) % PAGE + 1
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_prompts_that_come_together_share_in_the_step_that_computes_them(folder, reference, kernel, monkeypatch):
-    if not kernel:
-        monkeypatch.setattr(attention, "compile_kernel", lambda dtype: None)
-    engine = engine_of(folder, max_batch_tokens=512, max_batch_size=64)
+@pytest.mark.parametrize("attention", ["auto", "gather"])
+def test_prompts_that_come_together_share_in_the_step_that_computes_them(
+    folder, reference, attention, steps, ids, text
+):
+    engine = engine_of(folder, max_batch_tokens=512, max_batch_size=64, attention=attention)
     engine.load(lambda sentence: None)
-    ids = engine._model.tokenizer(SYSTEM)["input_ids"]
-    decode = engine._model.tokenizer.decode
     # Among the rests are some of a single token, as if it were generated.
-    prompts = [SYSTEM + PROMPTS[1], *(decode(ids[:end]) for end in range(PAGE, len(ids), 3)), SYSTEM + PROMPTS[0]]
+    ends = range(PAGE, len(ids(SYSTEM)), 3)
+    prompts = [SYSTEM + PROMPTS[1], *(text(ids(SYSTEM)[:end]) for end in ends), SYSTEM + PROMPTS[0]]
     answers = [submit(engine, prompt, **GREEDY) for prompt in prompts]
-    deadline = time.monotonic() + PATIENCE
-    while len(engine._arrived) < len(answers):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    # Prompts are tokenised one after the other: when this one is refused, all of them are ready.
+    with pytest.raises(InvalidRequestError):
+        submit(engine, "x" * 10_000).wait()
     thread = threading.Thread(target=engine.run)
     thread.start()
     try:
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, **GREEDY)
-        first = engine.steps[0]
+        first = steps[0]
         assert len(first.slices) == len(prompts)
         assert len(first.slices[0].token_ids) == 1
         rest = sum(len(part.token_ids) for part in first.slices)
-        assert rest < length(engine, prompts[0]) + PAGE * len(prompts) + length(engine, PROMPTS[0])
+        assert rest < len(ids(prompts[0])) + PAGE * len(prompts) + len(ids(PROMPTS[0]))
         drained(engine)
     finally:
         engine.close()
         thread.join(PATIENCE)
 
 
-def test_several_answers_to_one_prompt_compute_it_once(folder):
+def test_several_answers_to_one_prompt_compute_it_once(folder, steps, ids):
     options = {"num_return_sequences": 8, "seed": 3, "max_new_tokens": 10, "ignore_eos": True}
     with running(engine_of(folder, prefix_sharing=False)) as engine:
         expected = submit(engine, SYSTEM, **options).wait()
-        count = length(engine, SYSTEM)
-        assert computed(engine) == 8 * (count + 9)
+        count = len(ids(SYSTEM))
+        assert computed(steps) == 8 * (count + 9)
     with running(engine_of(folder)) as engine:
         answer = submit(engine, SYSTEM, **options).wait()
-        assert computed(engine) == count + 7 * ((count - 1) % PAGE + 1) + 8 * 9
+        assert computed(steps) == count + 7 * ((count - 1) % PAGE + 1) + 8 * 9
     for index in range(8):
         assert answer.token_ids(index) == expected.token_ids(index)
 
 
-def test_an_answer_is_the_beginning_of_the_next_prompt(folder, reference):
+def test_an_answer_is_the_beginning_of_the_next_prompt(folder, reference, steps, ids, monkeypatch):
     expected = reference.greedy(SYSTEM, **{**GREEDY, "max_new_tokens": 40})
     with running(engine_of(folder)) as engine:
         assert submit(engine, SYSTEM, **GREEDY).wait().token_ids() == expected[:20]
-        ids = engine._model.tokenizer(SYSTEM)["input_ids"] + expected[:20]
+        prompt = ids(SYSTEM) + expected[:20]
         # Its text need not have the same tokens.
-        engine._model = replace(engine._model, tokenizer=lambda text: {"input_ids": ids})
-        engine.steps.clear()
+        monkeypatch.setattr(Tokenizer, "encode", lambda self, text: prompt)
+        steps.clear()
         assert submit(engine, "", **GREEDY).wait().token_ids() == expected[20:]
-        assert computed(engine) == (len(ids) - 1) % PAGE + 1 + 19
+        assert computed(steps) == (len(prompt) - 1) % PAGE + 1 + 19
 
 
-def test_without_prefix_sharing_everything_is_computed(folder, reference):
+def test_without_prefix_sharing_everything_is_computed(folder, reference, steps, ids):
     with running(engine_of(folder, prefix_sharing=False)) as engine:
         for _ in range(2):
             assert submit(engine, SYSTEM, **GREEDY).wait().token_ids() == reference.greedy(SYSTEM, **GREEDY)
-            assert computed(engine) == length(engine, SYSTEM) + 19
+            assert computed(steps) == len(ids(SYSTEM)) + 19
 
 
-def test_a_cache_too_small_for_all_loses_nobody(folder, reference):
+def test_a_cache_too_small_for_all_loses_nobody(folder, reference, caplog):
     prompts = [SYSTEM + PROMPTS[number % 5][: 4 * number] for number in range(16)]
-    with running(engine_of(folder, num_blocks=17)) as engine:
-        interrupted = []
-        give_back = engine._scheduler._give_back
-
-        def note(sequence):
-            if sequence.computed and not sequence.answer.ended:
-                interrupted.append(sequence)
-            give_back(sequence)
-
-        engine._scheduler._give_back = note
+    with caplog.at_level(logging.DEBUG, "mii_hpc.engine"), running(engine_of(folder, num_blocks=17)) as engine:
         answers = [submit(engine, prompt, **GREEDY) for prompt in prompts]
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, **GREEDY)
-        assert interrupted
+        assert "preempted" in caplog.text
         drained(engine)
 
 
@@ -201,25 +189,24 @@ def test_a_cancellation_takes_nothing_from_those_who_share(folder, reference):
         drained(engine)
 
 
-def bad_text(engine, text, prompt):
-    """The prompt with the bad token in it."""
-    result = text + engine._model.tokenizer.decode([BAD]) + prompt
-    assert BAD in engine._model.tokenizer(result)["input_ids"]
-    return result
+@pytest.fixture(scope="module")
+def bad(ids, text):
+    """The text of the bad token."""
+    assert BAD in ids(SYSTEM + text([BAD]) + SYSTEM)
+    assert BAD in ids(text([BAD]) + SYSTEM)
+    return text([BAD])
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_what_is_not_finite_stays_with_its_request(poisoned, kernel, monkeypatch):
-    if not kernel:
-        monkeypatch.setattr(attention, "compile_kernel", lambda dtype: None)
+@pytest.mark.parametrize("attention", ["auto", "gather"])
+def test_what_is_not_finite_stays_with_its_request(poisoned, attention, bad):
     reference = Reference(poisoned)
     options = {**GREEDY, "max_new_tokens": 80}
-    with running(engine_of(poisoned, num_blocks=40)) as engine:
+    with running(engine_of(poisoned, num_blocks=40, attention=attention)) as engine:
         good = [submit(engine, SYSTEM + text, stream=True, **options) for text in ("one", "two")]
         for answer in good:
             assert answer.began.wait(PATIENCE)
         # The first two begin as the good ones do, and the last two have the bad token in their first block.
-        texts = [bad_text(engine, SYSTEM, SYSTEM)] * 2 + [bad_text(engine, "", SYSTEM)] * 2
+        texts = [SYSTEM + bad + SYSTEM] * 2 + [bad + SYSTEM] * 2
         for answer in [submit(engine, text) for text in texts]:
             with pytest.raises(InvalidRequestError, match="not finite"):
                 answer.wait()
@@ -231,26 +218,24 @@ def test_what_is_not_finite_stays_with_its_request(poisoned, kernel, monkeypatch
         drained(engine)
 
 
-@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("attention", ["auto", "gather"])
 @pytest.mark.parametrize("prefix_sharing", [True, False])
-def test_what_is_not_finite_goes_with_a_prompt_that_is_cancelled(poisoned, kernel, prefix_sharing, monkeypatch):
-    if not kernel:
-        monkeypatch.setattr(attention, "compile_kernel", lambda dtype: None)
+def test_what_is_not_finite_goes_with_a_prompt_that_is_cancelled(
+    poisoned, attention, prefix_sharing, steps, ids, bad, monkeypatch
+):
     reference = Reference(poisoned)
-    engine = engine_of(poisoned, num_blocks=16, prefix_sharing=prefix_sharing)
+    engine = engine_of(poisoned, num_blocks=16, prefix_sharing=prefix_sharing, attention=attention)
+    execute = ModelRunner.execute
+
+    def cancel(runner, step):
+        engine.cancel("bad")
+        return execute(runner, step)
+
+    monkeypatch.setattr(ModelRunner, "execute", cancel)
     with running(engine):
-        note = engine._execute
-
-        def cancel(step):
-            engine.cancel("bad")
-            return note(step)
-
-        engine._execute = cancel
-        prompt = bad_text(engine, "", SYSTEM)
-        assert length(engine, prompt) > SMALL["max_batch_tokens"]
-        submit(engine, prompt, id="bad")
+        assert len(ids(bad + SYSTEM)) > SMALL["max_batch_tokens"]
+        submit(engine, bad + SYSTEM, id="bad")
         drained(engine)
-        assert [part.sample for step in engine.steps for part in step.slices] == [False]
-        engine._execute = note
+        assert [part.sample for step in steps for part in step.slices] == [False]
         for prompt in PROMPTS:
             assert submit(engine, prompt, **GREEDY).wait().token_ids() == reference.greedy(prompt, **GREEDY)

@@ -37,7 +37,7 @@ class Machine:
 
     def drop(self, answer):
         self.answers.remove(answer)
-        self.scheduler.drop([answer])
+        self.scheduler.remove([answer])
 
     def step(self):
         step, answers = self.scheduler.schedule()
@@ -61,7 +61,7 @@ class Machine:
             assert bad or not any(BAD in cell for cell in read)  # padding is read as well
             answer.computed = end
             if bad:
-                self.scheduler.spoil(answer)
+                self.scheduler.invalidate(answer)
             if part.sample:
                 answer.tokens.append(len(answer.tokens) % 3)
                 answer.drawn += 1

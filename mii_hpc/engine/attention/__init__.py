@@ -1,1 +1,22 @@
-"""Attention back ends over the paged KV cache."""
+"""Attention over the paged KV cache: one face, a module per back end, and the choice between them."""
+
+from __future__ import annotations
+
+from mii_hpc.engine.attention.base import AttentionBackend
+from mii_hpc.engine.attention.cpu import CpuAttention
+from mii_hpc.engine.attention.gather import GatherAttention
+from mii_hpc.engine.blocks import PagedCache
+from mii_hpc.errors import ConfigError
+
+
+def create_backend(name: str, cache: PagedCache) -> AttentionBackend:
+    """Return the back end that EngineConfig.attention names, over a cache; "auto" is the fastest that works here.
+
+    Raises ConfigError if the one named does not work here.
+    """
+    backend = CpuAttention.create(cache) if name in ("auto", "cpu") else None
+    if backend is not None:
+        return backend
+    if name not in ("auto", "gather"):
+        raise ConfigError(f"attention='{name}': takes a CPU, a C++ compiler, and dtype float32 or bfloat16")
+    return GatherAttention(cache)

@@ -1,19 +1,22 @@
-"""Attention of decode steps on CPU, compiled for the processor at hand. Without a compiler there is none."""
+"""Attention on CPU: decodes through a kernel that is compiled for the processor at hand, if there is a compiler."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from mii_hpc.engine.attention.gather import DecodeGroup, GatherAttention
+from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.extensions import extensions_folder
 
 _log = logging.getLogger(__name__)
@@ -22,6 +25,44 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 COMPILE_SECONDS = 120
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
+
+
+class CpuAttention(GatherAttention):
+    """Decodes through the kernel, and gathers what else there is."""
+
+    padding = math.inf
+    """The kernel does not pad, so it takes all sequences at once."""
+
+    def __init__(self, cache: PagedCache, kernel: DecodeKernel) -> None:
+        super().__init__(cache)
+        self._kernel = kernel
+
+    @classmethod
+    def create(cls, cache: PagedCache) -> Self | None:
+        """Return this back end over a cache, or None if there is no kernel for it."""
+        tensors = (*cache.keys, *cache.values)
+        dtypes = {tensor.dtype for tensor in tensors}
+        if cache.device.type != "cpu" or len(dtypes) != 1:
+            return None
+        kernel = compile_kernel(dtypes.pop())
+        return None if kernel is None else cls(cache, kernel)
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group: DecodeGroup,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if query.dtype != keys.dtype or softcap is not None or sinks is not None:
+            return super()._decode(query, keys, values, group, scaling, window, softcap, sinks)
+        output = query.new_empty(*query.shape[:2], values.shape[3])
+        self._kernel(query, keys, values, output, group.tables, group.lengths, scaling, window)
+        return output
 
 
 class _Shape(ctypes.Structure):
@@ -67,14 +108,14 @@ class DecodeKernel:
         scaling: float | None,
         window: int | None,
     ) -> None:
-        """Write the output [sequences, heads, value size] for queries [heads, sequences, key size].
+        """Write the output [sequences, heads, value size] for queries [sequences, heads, key size].
 
         `keys` and `values` are [blocks, page size, key heads, size], `tables` are [sequences, blocks], and the
         `lengths` count the new token, which is in the cache already.
         """
         if query.stride(2) != 1:
             query = query.contiguous()
-        heads, sequences, size = query.shape
+        sequences, heads, size = query.shape
         shape = _Shape(
             sequences,
             heads,
@@ -83,8 +124,8 @@ class DecodeKernel:
             values.shape[3],
             keys.shape[1],
             tables.shape[1],
-            query.stride(0),
             query.stride(1),
+            query.stride(0),
             window or 0,
         )
         tensors = (query, keys, values, output, tables, lengths)

@@ -31,14 +31,14 @@ def test_it_attends_as_torch_does(kernels, dtype, tolerance, heads, key_heads, w
     keys = torch.randn(40, PAGE, key_heads, 20, generator=draw).to(dtype)
     values = torch.randn(40, PAGE, key_heads, 33, generator=draw).to(dtype)
     tables = torch.randperm(40, generator=draw).view(8, 5)
-    lengths = torch.tensor([[1], [2], [8], [9], [17], [31], [32], [40]])
-    query = torch.randn(8, heads, 20, generator=draw).to(dtype).transpose(0, 1)
+    lengths = torch.tensor([1, 2, 8, 9, 17, 31, 32, 40])
+    query = torch.randn(heads, 8, 20, generator=draw).to(dtype).transpose(0, 1)
     output = torch.empty(8, heads, 33, dtype=dtype)
     kernels[dtype](query, keys, values, output, tables, lengths, 0.3, window)
-    for row, (table, length) in enumerate(zip(tables, lengths.flatten().tolist(), strict=True)):
+    for row, (table, length) in enumerate(zip(tables, lengths.tolist(), strict=True)):
         first = max(0, length - (window or length))
         key, value = whole(keys, table, length)[:, :, first:], whole(values, table, length)[:, :, first:]
-        one = query[:, row][None, :, None].double()
+        one = query[row][None, :, None].double()
         expected = scaled_dot_product_attention(one, key, value, scale=0.3, enable_gqa=True)
         assert torch.allclose(output[row].double(), expected[0, :, 0], atol=tolerance)
 
@@ -48,7 +48,7 @@ def test_what_is_not_a_number_stays_with_its_sequence(kernels):
     values = torch.ones_like(keys)
     keys[1, 3, 0, 7] = torch.nan
     output = torch.empty(2, 2, 32, dtype=torch.bfloat16)
-    tables, lengths = torch.tensor([[1], [2]]), torch.tensor([[5], [5]])
+    tables, lengths = torch.tensor([[1], [2]]), torch.tensor([5, 5])
     query = torch.ones(2, 2, 32, dtype=torch.bfloat16)
     kernels[torch.bfloat16](query, keys, values, output, tables, lengths, None, None)
     assert output[0, 0].isnan().all()

@@ -1,0 +1,76 @@
+"""The tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mii_hpc.config import ModelConfig
+from mii_hpc.errors import ConfigError
+
+
+class Checkpoint:
+    """The tensors of a checkpoint in safetensors files, read one at a time."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._folder = _folder(model.model_name_or_path)
+        index = self._folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (self._folder / "model.safetensors").is_file():
+            with safe_open(self._folder / "model.safetensors", framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ConfigError(
+                f"{model.model_name_or_path} has no model.safetensors: tensor_parallel above 1 needs the "
+                f"checkpoint as safetensors"
+            )
+
+    def names(self, module: Any) -> dict[str, str]:
+        """Return under which name the file has each parameter of a module, or the one that it is tied to.
+
+        The renaming is transformers' own. Parameters that it would have to compute from several stored ones
+        are left out.
+        """
+        transforms = get_model_conversion_mapping(module)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        wanted = module.state_dict()
+        found: dict[str, str] = {}
+        for stored in self._files:
+            name, converted = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
+            if converted is None:
+                found[name] = stored
+        tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+        for name, partner in tied.items():
+            if partner in found:
+                found.setdefault(name, found[partner])
+        return found
+
+    def read(self, stored: str) -> torch.Tensor:
+        """Return the tensor that the file has under a name."""
+        # Opened anew each time, so that no page of the file stays mapped.
+        with safe_open(self._folder / self._files[stored], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
+        return tensor
+
+
+def _folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+
+
+def refuse_missing(model: ModelConfig, missing: list[str]) -> None:
+    """Raise ConfigError, by name, if a checkpoint lacks any tensors."""
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ConfigError(f"the checkpoint {model.model_name_or_path} lacks {shown}")

@@ -1,0 +1,117 @@
+"""One rank of a replica executes steps: its shard of the model, its part of the KV cache, its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mii_hpc.engine.attention import create_backend
+from mii_hpc.engine.attention.interface import attach
+from mii_hpc.engine.base import EngineSpec
+from mii_hpc.engine.blocks import PagedCache
+from mii_hpc.engine.distributed import Ranks
+from mii_hpc.engine.graphs import DecodeGraphs
+from mii_hpc.engine.memory import plan_budget, threads
+from mii_hpc.engine.model.loading import choose_device, load_model
+from mii_hpc.engine.step import Step
+from mii_hpc.heap import give_memory_back
+
+
+class ModelRunner:
+    """What all ranks of a replica do alike. Rank 0 calls `execute` for each step, and the others `follow` it.
+
+    Attributes:
+        budget: the sizes to schedule for, the same on all ranks.
+        vocabulary: how many token ids there are.
+        context: the bound on prompt plus answer, in tokens.
+        eos_token_ids: those that end an answer, as far as the checkpoint says it.
+    """
+
+    def __init__(self, spec: EngineSpec, progress: Callable[[str], None]) -> None:
+        """Meet the other ranks, load this rank's shard, and make the cache.
+
+        Raises ConfigError, by name and reason, for a model that cannot be served.
+        """
+        config = spec.model.inference_engine_config
+        self._spec = spec
+        self._device = choose_device(spec)
+        self.bind_thread()
+        self._ranks: Ranks | None = None
+        if spec.world_size > 1:
+            progress("meeting the other ranks of the replica")
+            self._ranks = Ranks(spec, self._device)
+        model = load_model(spec, self._device, progress)
+        self.vocabulary, self.context, self.eos_token_ids = model.vocabulary, model.context, model.eos_token_ids
+        self.budget = plan_budget(spec, model.layers, model.context, self._device, model.weights)
+        if self._ranks:
+            # All ranks hold the same blocks, each its own heads of them.
+            self.budget = self.budget.with_blocks(self._ranks.minimum(self.budget.num_blocks))
+        self._module = model.module
+        # One block more, for the null block.
+        self._cache = PagedCache(model.layers, self.budget.num_blocks + 1, self.budget.page_size, self._device)
+        self._attention = create_backend(config.attention, self._cache)
+        attach(self._module, self._attention)
+        self._graphs: DecodeGraphs | None = None
+        if config.cuda_graphs and DecodeGraphs.work_on(self._device, spec.world_size):
+            context = min(self.context, self.budget.num_blocks * self.budget.page_size)
+            self._graphs = DecodeGraphs(self.forward, self._attention, self._cache, self.budget.max_batch_size, context)
+        progress(f"KV cache: {self.budget.num_blocks} blocks of {self.budget.page_size} tokens")
+
+    def bind_thread(self) -> None:
+        """Give the calling thread, which is to execute steps, the device and the CPU threads of this rank."""
+        torch.set_num_threads(threads(self._spec))
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def execute(self, step: Step) -> torch.Tensor:
+        """Compute a step, on all ranks when called on rank 0.
+
+        Returns the logits [slices, vocabulary] after each slice's last token, good until the next step.
+        """
+        if self._ranks and self._spec.rank == 0:
+            self._ranks.broadcast(step.encode())
+        if step.clear:
+            self._cache.clear(step.clear)
+        if self._graphs and (logits := self._graphs.run(step)) is not None:
+            return logits
+        self._attention.prepare(step)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        for part in step.slices:
+            token_ids += part.token_ids
+            positions += range(part.start, part.start + len(part.token_ids))
+            last_rows.append(len(token_ids) - 1)
+        return self.forward(
+            torch.tensor([token_ids], device=self._device),
+            torch.tensor([positions], device=self._device),
+            torch.tensor(last_rows, device=self._device),
+        )
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the logits [rows, vocabulary] of some rows of the packed tokens [1, tokens]; attention is prepared."""
+        logits: torch.Tensor = self._module(
+            input_ids=token_ids, position_ids=positions, logits_to_keep=rows, use_cache=False
+        ).logits
+        return logits[0]
+
+    def follow(self) -> None:
+        """Execute the steps of rank 0 until it stops; for the other ranks. Raises RuntimeError if it is gone."""
+        assert self._ranks is not None
+        while not (step := Step.decode(self._ranks.receive())).stop:
+            self.execute(step)
+
+    def stop(self) -> None:
+        """Let the other ranks return from `follow`; for rank 0."""
+        if self._ranks:
+            self._ranks.broadcast(Step(stop=True).encode())
+
+    def close(self) -> None:
+        """Free the model and the cache. Nothing can be executed afterwards."""
+        self._graphs = None
+        del self._module, self._attention, self._cache
+        give_memory_back()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
