@@ -93,4 +93,4 @@ class Engine(Protocol):
         """Return the load at this moment."""
 
     def close(self) -> None:
-        """Make `run` return on every rank of the replica. Requests in hand are dropped."""
+        """Make `run` return on every rank of the replica. Unfinished requests are dropped."""

@@ -84,7 +84,7 @@ class BatchingEngine:
             if self._closed:
                 return
             if request.id in self._requests:
-                error = InvalidRequestError(f"a request with the id {request.id} is in hand already")
+                error = InvalidRequestError(f"a request with the id {request.id} exists already")
                 self._tokenising.submit(deliver, error)
                 return
             self._unstarted += 1
@@ -96,7 +96,7 @@ class BatchingEngine:
         with self._changed:
             entry = self._requests.get(request_id)
             if entry is not None:
-                self._forget(entry)
+                self._remove(entry)
 
     def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
@@ -111,11 +111,11 @@ class BatchingEngine:
             )
 
     def close(self) -> None:
-        """Make `run` return on every rank, when called on rank 0. Requests in hand are dropped."""
+        """Make `run` return on every rank, when called on rank 0. Unfinished requests are dropped."""
         with self._changed:
             self._closed = True
             for entry in list(self._requests.values()):
-                self._forget(entry)
+                self._remove(entry)
             self._changed.notify_all()
         self._tokenising.shutdown(wait=False, cancel_futures=True)
 
@@ -127,7 +127,7 @@ class BatchingEngine:
                 return
             choices = _choices(runner.execute(step), step, sequences)
             with self._changed:
-                self._generated += step.wanted
+                self._generated += step.num_samples
                 for sequence, part, choice in zip(sequences, step.slices, choices, strict=True):
                     sequence.computed += len(part.token_ids)
                     if choice and choice.token_id is None:
@@ -163,7 +163,7 @@ class BatchingEngine:
     def _accept(self, sequence: _Sequence, choice: Choice) -> None:
         """Add a token to its answer and deliver what that gives; an error ends this one request alone."""
         entry = sequence.request
-        if not self._is_in_hand(entry):
+        if not self._is_active(entry):
             return
         if choice.token_id is None:
             self._fail(entry, InvalidRequestError("the model's numbers for this prompt are not finite"))
@@ -193,7 +193,7 @@ class BatchingEngine:
             self._refuse(entry, InvalidRequestError(f"the prompt cannot be tokenised: {error}"))
         else:
             with self._changed:
-                if self._is_in_hand(entry):
+                if self._is_active(entry):
                     entry.sequences = sequences
                     entry.unfinished = len(sequences)
                     self._arrived.extend(sequences)
@@ -224,26 +224,26 @@ class BatchingEngine:
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
         with self._changed:
-            if self._is_in_hand(entry):
+            if self._is_active(entry):
                 self._fail(entry, error)
 
     def _fail(self, entry: _Request, error: Exception) -> None:
-        self._forget(entry)
+        self._remove(entry)
         entry.deliver(error)
 
-    def _forget(self, entry: _Request) -> None:
+    def _remove(self, entry: _Request) -> None:
         del self._requests[entry.request.id]
         self._unstarted -= not entry.started
         self._cancelled.append(entry)
         self._changed.notify_all()
 
-    def _is_in_hand(self, entry: _Request) -> bool:
+    def _is_active(self, entry: _Request) -> bool:
         return self._requests.get(entry.request.id) is entry
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request in hand; `started` once it has been in a step."""
+    """A request that has not ended; `started` once it has been in a step."""
 
     request: GenerationRequest
     deliver: Deliver
@@ -271,7 +271,7 @@ def _choices(logits: torch.Tensor, step: Step, sequences: Sequence[_Sequence]) -
     A slice in the middle of a prompt whose numbers are not finite has a choice without a token, too. So its blocks
     are found out before anybody else can have them, even where no token is ever drawn because of a cancellation.
     """
-    if step.wanted == len(step.slices):
+    if step.num_samples == len(step.slices):
         return [*choose(logits, [sequence.sampler for sequence in sequences])]
     finite = logits.amax(dim=-1).isfinite().tolist()
     choices = [None if is_finite else Choice(None) for is_finite in finite]

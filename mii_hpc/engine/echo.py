@@ -74,7 +74,7 @@ class EchoEngine:
             return Load(running=len(self._running), waiting=len(self._waiting), generated_tokens=self._generated)
 
     def close(self) -> None:
-        """Make `run` return. Requests in hand are dropped."""
+        """Make `run` return. Unfinished requests are dropped."""
         with self._changed:
             self._closed = True
             self._running.clear()

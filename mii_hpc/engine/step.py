@@ -36,12 +36,12 @@ class Step:
     stop: bool = False
     """The last step: there is nothing to compute, and the ranks return."""
 
-    wanted: int = field(init=False, default=0)
-    """How many slices have a token drawn."""
+    num_samples: int = field(init=False, default=0)
+    """For how many slices a token is drawn."""
 
     def __post_init__(self) -> None:
-        """Count the wanted tokens."""
-        object.__setattr__(self, "wanted", sum(part.sample for part in self.slices))
+        """Count the samples."""
+        object.__setattr__(self, "num_samples", sum(part.sample for part in self.slices))
 
     def encode(self) -> list[int]:
         """Return the step as integers, for the other ranks."""

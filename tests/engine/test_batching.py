@@ -16,6 +16,12 @@ from tests.models import CONTEXT, tiny_model
 pytestmark = pytest.mark.engine
 SMALL = {"max_batch_size": 8, "max_batch_tokens": 40, "page_size": 8}
 LONG = "The quick brown fox jumps over the lazy dog. " * 4
+# Windows are shorter than the texts. Gemma 2 has a softcap, gpt-oss has sinks.
+CHANGES = {
+    "mistral": {"sliding_window": 24},
+    "gemma2": {"sliding_window": 24, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gpt_oss": {"sliding_window": 24, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +60,9 @@ def drained(engine, seconds=2.0):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox", "gemma2", "gpt_oss"])
 def test_greedy_answers_are_generates_own(tmp_path, architecture):
-    # A window shorter than the texts, where the architecture has one.
-    changes = {"sliding_window": 24} if architecture == "mistral" else {}
-    folder = str(tiny_model(tmp_path, architecture, **changes))
+    folder = str(tiny_model(tmp_path, architecture, **CHANGES.get(architecture, {})))
     reference = Reference(folder)
     with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
         answers = [submit(engine, prompt, do_sample=False, max_new_tokens=30) for prompt in PROMPTS]
@@ -167,9 +171,9 @@ def test_whatever_a_client_sends_fails_alone(engine, reference):
         assert len(answer.wait().token_ids()) == 60
 
 
-def test_an_id_in_hand_is_refused(engine):
+def test_an_id_that_exists_is_refused(engine):
     first = submit(engine, "a", id="same", max_new_tokens=100, ignore_eos=True)
-    with pytest.raises(InvalidRequestError, match="in hand already"):
+    with pytest.raises(InvalidRequestError, match="exists already"):
         submit(engine, "b", id="same").wait()
     first.wait()
 

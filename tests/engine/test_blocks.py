@@ -159,7 +159,7 @@ def test_a_step_survives_its_way_to_the_other_ranks():
     )
     assert Step.decode(step.encode()) == step
     assert Step.decode(Step(stop=True).encode()).stop
-    assert step.wanted == 1
+    assert step.num_samples == 1
 
 
 @pytest.mark.engine
