@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.attention.gather import PagedAttention
 from mii_hpc.engine.base import EngineSpec
@@ -95,7 +96,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     if spec.world_size == 1:
         module = _shard(_load_whole(model, dtype), 1, dtype)
     else:
-        _check_heads(config, spec.world_size)
+        _architecture(config).check_tensor_parallel(spec.world_size)
         check_sharding(config, spec.world_size)
         progress("DeepSpeed shards this architecture right")
         module = _load_shard(model, config, dtype, spec, device, progress)
@@ -113,7 +114,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         attention=attention,
         layers=layers,
         vocabulary=text_config.vocab_size,
-        context=_context(model, text_config),
+        context=_context(model, config),
         eos_token_ids=_eos_token_ids(model, module, tokenizer),
         device=device,
         weights=weights,
@@ -142,14 +143,16 @@ def _dtype(model: ModelConfig, config: Any) -> torch.dtype:
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
+def _architecture(config: Any) -> Architecture:
+    text = config.get_text_config()
+    return Architecture.read(lambda name: getattr(text, name, None))
+
+
 def _context(model: ModelConfig, config: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        context = getattr(config, name, None)
-        if context:
-            return min(int(context), model.max_length or int(context))
-    if model.max_length:
-        return model.max_length
-    raise ConfigError(f"{model.model_name_or_path} does not say how long its context is: set max_length")
+    bounds = [bound for bound in (_architecture(config).context, model.max_length) if bound is not None]
+    if not bounds:
+        raise ConfigError(f"{model.model_name_or_path} does not say how long its context is: set max_length")
+    return min(bounds)
 
 
 def _eos_token_ids(model: ModelConfig, module: nn.Module, tokenizer: Any) -> tuple[int, ...]:
@@ -212,14 +215,6 @@ def _measure(module: nn.Module, attention: PagedAttention, device: torch.device)
             f"{name} cannot be served: only {len(measured)} of its {count} layers use transformers' attention interface"
         )
     return tuple(measured[layer] for layer in range(count))
-
-
-def _check_heads(config: Any, ranks: int) -> None:
-    text = config.get_text_config()
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, field, None)
-        if heads is not None and heads % ranks:
-            raise ConfigError(f"tensor_parallel={ranks}: {field}={heads} of the model does not divide by it")
 
 
 def check_sharding(config: Any, ranks: int) -> None:
