@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mii_hpc.api import client as client
     from mii_hpc.api import serve as serve
     from mii_hpc.clients.asynchronous import AsyncMIIClient as AsyncMIIClient
-    from mii_hpc.clients.asynchronous import MIIClient as MIIClient
+    from mii_hpc.clients.blocking import MIIClient as MIIClient
     from mii_hpc.config import GenerateParamsConfig as GenerateParamsConfig
     from mii_hpc.config import MIIConfig as MIIConfig
     from mii_hpc.config import ModelConfig as ModelConfig
@@ -41,7 +41,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("client", "serve"),
-    "clients.asynchronous": ("AsyncMIIClient", "MIIClient"),
+    "clients.asynchronous": ("AsyncMIIClient",),
+    "clients.blocking": ("MIIClient",),
     "config": ("GenerateParamsConfig", "MIIConfig", "ModelConfig", "SlurmConfig"),
     "errors": (
         "AuthenticationError",
