@@ -275,7 +275,7 @@ def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, s
     died = min(path.stat().st_mtime for path in (run_dir / "failures").iterdir())
     assert raised - died < 5
     assert caught.value.job_id and "rank 0" in str(caught.value)
-    assert "engine/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
+    assert "model/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
     assert Registry(home).get("broken") is None
     eventually(lambda: not job_processes(cluster), 15, "the job is gone")
 
