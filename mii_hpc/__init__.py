@@ -6,7 +6,7 @@
     client(["DeepSpeed is", "Seattle is"], max_new_tokens=128)
     client.terminate_server()
 
-Importing this loads neither torch nor MPI, and each name is loaded when it is first used.
+Importing this loads neither torch nor MPI: each name but the errors is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
+
+from mii_hpc.errors import *  # noqa: F403
 
 # gRPC reads this when it is loaded, and never again. Without it every connection that is closed for idleness leaves
 # a line on the user's standard error.
@@ -26,13 +28,17 @@ if TYPE_CHECKING:
     from mii_hpc.api import client as client
     from mii_hpc.api import serve as serve
     from mii_hpc.clients.asynchronous import AsyncMIIClient as AsyncMIIClient
-    from mii_hpc.clients.asynchronous import MIIClient as MIIClient
+    from mii_hpc.clients.blocking import MIIClient as MIIClient
+    from mii_hpc.clients.status import DeploymentStatus as DeploymentStatus
+    from mii_hpc.clients.status import ReplicaStatus as ReplicaStatus
+    from mii_hpc.config import EngineConfig as EngineConfig
     from mii_hpc.config import GenerateParamsConfig as GenerateParamsConfig
     from mii_hpc.config import MIIConfig as MIIConfig
+    from mii_hpc.config import MIIWarning as MIIWarning
     from mii_hpc.config import ModelConfig as ModelConfig
     from mii_hpc.config import SlurmConfig as SlurmConfig
-    from mii_hpc.errors import *  # noqa: F403
     from mii_hpc.generation import GenerationFinishReason as GenerationFinishReason
+    from mii_hpc.generation import Load as Load
     from mii_hpc.generation import Response as Response
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
     from mii_hpc.pipelines import pipeline as pipeline
@@ -41,34 +47,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("client", "serve"),
-    "clients.asynchronous": ("AsyncMIIClient", "MIIClient"),
-    "config": ("GenerateParamsConfig", "MIIConfig", "ModelConfig", "SlurmConfig"),
-    "errors": (
-        "AuthenticationError",
-        "ConfigError",
-        "DeploymentError",
-        "DeploymentExistsError",
-        "DeploymentFailedError",
-        "DeploymentNotFoundError",
-        "DeploymentStoppingError",
-        "DeploymentTimeoutError",
-        "InvalidRequestError",
-        "MIIError",
-        "QueueFullError",
-        "RegistryError",
-        "ReplicaLostError",
-        "RequestCancelledError",
-        "RequestError",
-        "RequestTimeoutError",
-        "SubmissionError",
-        "UnavailableError",
-    ),
-    "generation": ("GenerationFinishReason", "Response"),
+    "clients.asynchronous": ("AsyncMIIClient",),
+    "clients.blocking": ("MIIClient",),
+    "clients.status": ("DeploymentStatus", "ReplicaStatus"),
+    "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
+    "generation": ("GenerationFinishReason", "Load", "Response"),
     "pipelines": ("MIIPipeline", "pipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted([*_MODULE_OF, *(name for name in globals() if name.endswith("Error"))])
 
 
 def __getattr__(name: str) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mii_hpc.clients.asynchronous import MIIClient
+from mii_hpc import schedulers
+from mii_hpc.clients.blocking import MIIClient
 from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
-from mii_hpc.deployments import sharing
-from mii_hpc.deployments.registry import Registry, choose
+from mii_hpc.deployments import lookup
+from mii_hpc.deployments.lookup import OwnHome, SharedHome
+from mii_hpc.deployments.registry import heartbeat_is_fresh
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError
 from mii_hpc.submission import startup
 from mii_hpc.submission import submit as submission
@@ -54,22 +56,13 @@ def client(
         raise ConfigError(f"model_or_deployment_name={model_or_deployment_name!r}: must be a name")
     config = mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})
     paths = str(registry) if registry is not None else os.environ.get("MII_HPC_PATH", "")
-    missed = []
-    for home in (None, *(Path(path).expanduser() for path in paths.split(":") if path)):
-        try:
-            found = _client_in(config, model_or_deployment_name, home)
-        except DeploymentNotFoundError as error:
-            missed.append(str(error))
-        else:
-            found.check()
-            return found
-    raise DeploymentNotFoundError("; ".join(missed))
-
-
-def _client_in(config: MIIConfig, model_or_deployment_name: str, sharing_home: Path | None) -> MIIClient:
-    if sharing_home is None:
-        entry = Registry(config.home).find(model_or_deployment_name)
-        return MIIClient(config.model_copy(update={"deployment_name": entry.deployment_name}))
-    entry = choose(sharing.entries(sharing_home), model_or_deployment_name, sharing.shares_of(sharing_home))
-    update = {"deployment_name": entry.deployment_name, "home": sharing_home}
-    return MIIClient(config.model_copy(update=update), sharing_home=True)
+    shared = [SharedHome(Path(path).expanduser()) for path in paths.split(":") if path]
+    found = lookup.find(model_or_deployment_name, [OwnHome(config.home), *shared])
+    entry, home = found.entry, found.home
+    # A cluster may hide the jobs of other users.
+    if not (schedulers.is_live(entry) if home.is_own else heartbeat_is_fresh(entry)):
+        raise DeploymentNotFoundError(
+            f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
+        )
+    update = {"deployment_name": entry.deployment_name, "home": home.path}
+    return MIIClient(config.model_copy(update=update), home=home)

@@ -1,5 +1,8 @@
+import os
+
 import pytest
 
+from mii_hpc.config import resolve
 from mii_hpc.job import membership
 from tests.live import Deployment, InThread
 
@@ -33,6 +36,41 @@ def deploy_in_thread(tmp_path, monkeypatch):
     yield start
     for deployment in running:
         deployment.stop()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Put commands on PATH that answer as the test says: slurm(sbatch="shell script", ...)."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+    def commands(**scripts):
+        for name, script in {"srun": "exit 1", **scripts}.items():
+            path = folder / name
+            path.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{script}\n')
+            path.chmod(0o755)
+        return folder
+
+    commands(
+        sbatch="echo Submitted batch job 4711",
+        squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
+        scancel="exit 0",
+    )
+    return commands
+
+
+@pytest.fixture
+def echo_config(tmp_path):
+    """Make the configuration of a deployment named "chat" with an echo engine, on Slurm if not said otherwise."""
+
+    def make(**fields):
+        given = {"inference_engine_config": {"engine": "echo"}, "home": tmp_path / "home", "cluster": "slurm"}
+        return resolve(**{**given, "deployment_name": "chat", **fields})
+
+    return make
 
 
 def pytest_addoption(parser):

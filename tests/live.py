@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import threading
-import time
 
 import grpc.aio
 
@@ -20,17 +20,7 @@ from mii_hpc.job.replica import InferenceService
 from mii_hpc.placement import role_of
 from mii_hpc.rpc import transport, wire
 from mii_hpc.submission import submit as submission
-
-DEADLINE_SECONDS = 20.0
-
-
-async def until(condition, seconds=DEADLINE_SECONDS):
-    """Return what `condition` gives once it is true; fail when it is not in time."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"not in {seconds} s: {condition}"
-        await asyncio.sleep(0.005)
-    return result
+from tests.waiting import until
 
 
 class Rank:
@@ -162,7 +152,13 @@ class Deployment:
         address = f"127.0.0.1:{transport.listen(self.server, '127.0.0.1:0', self.keys)}"
         await self.server.start()
         self.entry = self.entry.model_copy(
-            update={"job_id": str(self.job.pid), "state": "loading", "host": "node0", "address": address}
+            update={
+                "job_id": str(self.job.pid),
+                "job_host": socket.gethostname(),
+                "state": "loading",
+                "host": "node0",
+                "address": address,
+            }
         )
         self.working = asyncio.create_task(self.balancer.work(self.entry))
         return address

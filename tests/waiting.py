@@ -1,11 +1,32 @@
-"""Waiting for a condition, with a deadline."""
+"""Waiting for a condition, or for another process's word, with a deadline."""
 
+import asyncio
+import select
 import time
 
+PATIENCE = 60
+"""Seconds after which what a busy machine may be slow to do counts as not done."""
 
-def eventually(condition, seconds, what):
+
+def eventually(condition, seconds=PATIENCE, what=""):
+    """Return what `condition` gives once it is true; fail when it is not in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
+        time.sleep(0.02)
     return value
+
+
+async def until(condition, seconds=PATIENCE, what=""):
+    """Do the same without blocking the event loop, in which the condition is looked at."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
+        await asyncio.sleep(0.005)
+    return value
+
+
+def next_line(stream, seconds=PATIENCE):
+    """Return what a process writes next to its pipe, which must be one whole line."""
+    assert select.select([stream], [], [], seconds)[0], f"nothing was written within {seconds} s"
+    return stream.readline()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 
 from mii_hpc.config import resolve
 from mii_hpc.errors import ConfigError, MIIError
+from mii_hpc.schedulers.slurm import Slurm, own_allocation
 from mii_hpc.submission import submit as submission
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -43,18 +43,16 @@ def prepare(
 
 
 def _prepare(model: str, config: str, given: dict[str, Any]) -> Path:
-    resolved = resolve(model, mii_config=config or None, cluster="slurm", **given)
-    ranks = os.environ.get("SLURM_NTASKS")
-    if ranks is None:
-        raise ConfigError("SLURM_NTASKS is not set: `prepare` is for batch scripts; elsewhere use mii_hpc.serve()")
-    replicas, left = divmod(int(ranks), resolved.model_conf.tensor_parallel)
+    allocation = own_allocation()
+    resolved = resolve(model, mii_config=config or None, cluster=Slurm.name, **given)
+    replicas, left = divmod(allocation.tasks, resolved.model_conf.tensor_parallel)
     if left or not replicas:
         raise ConfigError(
-            f"tensor_parallel={resolved.model_conf.tensor_parallel}: does not divide the job's {ranks} tasks"
+            f"tensor_parallel={resolved.model_conf.tensor_parallel}: does not divide the job's {allocation.tasks} tasks"
         )
     shaped = resolved.model_conf.model_copy(update={"replica_num": replicas})
     checked, _ = submission.check(resolved.model_copy(update={"model_conf": shaped}))
-    run, _ = submission.prepare(checked)
+    run, _ = submission.prepare(checked, allocation.job_id)
     return run.path
 
 

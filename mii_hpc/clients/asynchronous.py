@@ -1,29 +1,24 @@
-"""Clients of a deployment: one for asyncio, and one for all else, which runs the first on a thread of its own."""
+"""The client for asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
-import os
-import threading
 import time
 import uuid
-import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any, Self
 
 import grpc
 import grpc.aio
 
+from mii_hpc import schedulers
 from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.clients.status import DeploymentStatus, ReplicaStatus
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
-from mii_hpc.deployments import credentials, sharing
-from mii_hpc.deployments.registry import Entry, Registry
-from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
+from mii_hpc.deployments.registry import Entry
 from mii_hpc.errors import (
     ConfigError,
     DeploymentNotFoundError,
@@ -35,7 +30,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import GenerationRequest, Load, Response, joined
+from mii_hpc.generation import GenerationRequest, Response, joined
 from mii_hpc.rpc import transport, wire
 
 CONNECT_SECONDS = 20.0
@@ -44,86 +39,21 @@ TERMINATE_SECONDS = 60.0
 IN_FLIGHT = 256
 """Requests of one generate() call that are under way at once."""
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ReplicaStatus:
-    """One replica.
-
-    Attributes:
-        state: "waiting", "forming", "loading" or "ready".
-        epoch: how often it was formed.
-        in_flight: requests that the balancer has passed to it and that have not ended.
-        served: requests that it was given since the balancer started.
-        detail: what it is doing, or why it is not ready.
-        load: what its engine has in hand; None when it is not ready, or did not answer at once.
-    """
-
-    index: int
-    state: str
-    host: str
-    epoch: int
-    in_flight: int
-    served: int
-    detail: str
-    load: Load | None = None
-
-
-@dataclass(frozen=True)
-class DeploymentStatus:
-    """A deployment: state is "pending", "loading", "ready" or "stopping"; times are seconds since the epoch."""
-
-    deployment_name: str
-    state: str
-    job_id: str
-    host: str
-    started: float | None
-    ends: float | None
-    replicas: tuple[ReplicaStatus, ...]
-
-
-class Located(NamedTuple):
-    """A deployment, as a client finds it."""
-
-    entry: Entry
-    credentials: credentials.ClientCredentials
-
-
-def locate(config: MIIConfig, sharing_home: bool = False) -> Located:
-    """Find a deployment by its name, in the user's own home or, if `sharing_home`, in somebody's who shares it.
-
-    Raises DeploymentNotFoundError when it is not there, RegistryError when what is there cannot be trusted.
-    """
-    if sharing_home:
-        entry, keys = sharing.read(config.home, config.deployment_name)
-    else:
-        found = Registry(config.home).get(config.deployment_name)
-        if found is None:
-            raise DeploymentNotFoundError(
-                f"deployment '{config.deployment_name}' is not in the registry {config.home / 'registry'}"
-            )
-        entry, keys = found, credentials.load_owner(RunDir(found.run_dir))
-    if keys.fingerprint != entry.fingerprint:
-        raise RegistryError(f"deployment '{config.deployment_name}': its certificate is not the one in the registry")
-    return Located(entry, keys)
-
 
 class AsyncMIIClient:
     """A client for use inside one event loop; every method belongs to the loop of the first call.
 
-    `mii_config` names the deployment and the home of its registry; `sharing_home` says that this is the home of
-    somebody else, who shares the deployment with you and is trusted in that. The balancer's address is the one in
-    the registry, unless `host` names another way to it, such as the "127.0.0.1" of an SSH tunnel; its port is
-    `port_number` then, where that is set.
+    `mii_config` names the deployment and its home, unless `home` is given: that of somebody else, who shares the
+    deployment with you. The balancer's address is the one in the registry, unless `host` names another way to it,
+    such as the "127.0.0.1" of an SSH tunnel; its port is `port_number` then, where that is set.
     """
 
-    def __init__(self, mii_config: MIIConfig, host: str = "localhost", *, sharing_home: bool = False) -> None:
+    def __init__(self, mii_config: MIIConfig, host: str = "localhost", *, home: Home | None = None) -> None:
         if not mii_config.deployment_name:
             raise ConfigError("deployment_name='': a client needs the deployment's name")
         self.mii_config = mii_config
         self._host = host
-        self._sharing_home = sharing_home
+        self._home = home or OwnHome(mii_config.home)
         self._channel: grpc.aio.Channel | None = None
         self._target = ("", b"")  # address and certificate that the channel is for
         self._metadata: tuple[tuple[str, str], ...] | None = None
@@ -176,31 +106,10 @@ class AsyncMIIClient:
 
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
-        entry = self._locate().entry
+        entry = self._find().entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-        answer = await self._call(wire.STATUS, pb.StatusRequest())
-        return DeploymentStatus(
-            deployment_name=answer.deployment_name,
-            state=answer.state,
-            job_id=answer.job_id,
-            host=entry.host,
-            started=entry.started,
-            ends=entry.ends,
-            replicas=tuple(
-                ReplicaStatus(
-                    index=r.index,
-                    state=r.state,
-                    host=r.host,
-                    epoch=r.epoch,
-                    in_flight=r.in_flight,
-                    served=r.served,
-                    detail=r.detail,
-                    load=wire.unpack_load(r.load) if r.HasField("load") else None,
-                )
-                for r in answer.replicas
-            ),
-        )
+        return _status(entry, await self._call(wire.STATUS, pb.StatusRequest()))
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -208,24 +117,21 @@ class AsyncMIIClient:
         Requests that run get a few seconds to finish. A job that still waits in the queue is cancelled. Raises
         DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not end.
         """
-        from mii_hpc.submission import submit as submission
-
-        located = self._locate()
-        if self._sharing_home:
-            await self._call(wire.TERMINATE, pb.TerminateRequest())  # which the deployment refuses, in its own words
-        entry, registry = located.entry, Registry(self.mii_config.home)
-        job = submission.job_of(entry)
-        if entry.address:
+        found = self._find()
+        job = schedulers.job_of(found.entry)
+        if found.entry.address or not found.home.is_own:
             try:
-                await self._call(wire.TERMINATE, pb.TerminateRequest())
+                await self._call(wire.TERMINATE, pb.TerminateRequest())  # refused, in its own words, unless it is ours
             except UnavailableError:
+                if not found.home.is_own:
+                    raise
                 await asyncio.to_thread(job.cancel)  # nobody answers; perhaps the scheduler can help
         else:
             await asyncio.to_thread(job.cancel)
         deadline = time.monotonic() + TERMINATE_SECONDS
-        while (now := registry.get(entry.deployment_name)) is not None and now.run_dir == entry.run_dir:
-            if not await asyncio.to_thread(submission.is_live, now):
-                registry.withdraw(now)
+        while (entry := self._entry_of_run(found)) is not None:
+            if not await asyncio.to_thread(schedulers.is_live, entry):
+                free_name(found.home.path, entry)
             if time.monotonic() > deadline:
                 raise UnavailableError(f"job {entry.job_id} has not ended after {TERMINATE_SECONDS:.0f} s; try scancel")
             await asyncio.sleep(0.2)
@@ -330,7 +236,7 @@ class AsyncMIIClient:
             if self._channel is channel:
                 self._channel = None
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
-                self._locate()
+                self._find()
                 return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
             return UnavailableError(self._says("is gone"))
         return wire.error_of(failure)
@@ -340,11 +246,11 @@ class AsyncMIIClient:
         async with self._connecting:
             connected = self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
             if not connected or self._metadata is None:
-                located = self._locate()
-                self._metadata = transport.authorization(located.credentials)
-                target = self._way_to(located.entry), located.credentials.certificate
+                found = self._find()
+                self._metadata = transport.authorization(found.credentials)
+                target = self._way_to(found.entry), found.credentials.certificate
                 if self._channel is None or target != self._target:
-                    self._channel, self._target = transport.open_channel(target[0], located.credentials), target
+                    self._channel, self._target = transport.open_channel(target[0], found.credentials), target
             assert self._channel is not None
             try:
                 await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
@@ -355,8 +261,15 @@ class AsyncMIIClient:
                 ) from None
             return self._channel
 
-    def _locate(self) -> Located:
-        return locate(self.mii_config, self._sharing_home)
+    def _find(self) -> Found:
+        return self._home.get(self.mii_config.deployment_name)
+
+    def _entry_of_run(self, found: Found) -> Entry | None:
+        """Return the entry of the run that was found, as it is now; None when the run has the name no longer."""
+        with contextlib.suppress(DeploymentNotFoundError):
+            entry = self._find().entry
+            return entry if entry.run_dir == found.entry.run_dir else None
+        return None
 
     def _way_to(self, entry: Entry) -> str:
         if not entry.address:
@@ -367,186 +280,6 @@ class AsyncMIIClient:
 
     def _says(self, predicate: str) -> str:
         return f"deployment '{self.mii_config.deployment_name}' {predicate}"
-
-
-class MIIClient:
-    """A client for plain scripts. It works inside a running event loop, from several threads, and after a fork.
-
-    See AsyncMIIClient for what the arguments mean and what the methods guarantee; these are the same, blocking.
-    """
-
-    def __init__(self, mii_config: MIIConfig, host: str = "localhost", *, sharing_home: bool = False) -> None:
-        self.mii_config = mii_config
-        self._host = host
-        self._sharing_home = sharing_home
-        self._lock = threading.Lock()
-        self._worker: _Worker | None = None
-        self._calls = 0
-        self._new_client()  # refuses what is wrong now, not at the first call
-        _Forks.watch(self)
-
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        streaming_fn: Callable[[list[Response]], object] | None = None,
-        *,
-        timeout: float | None = None,
-        **options: Any,
-    ) -> list[Response]:
-        """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
-        if streaming_fn is None:
-            return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(texts) != 1:
-            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
-        pieces = []
-        for piece in self.stream(texts[0], timeout=timeout, **options):  # so that the function runs on this thread
-            pieces.append(piece)
-            streaming_fn([piece])
-        return joined(pieces)
-
-    __call__ = generate
-
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
-        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
-        with self._working() as worker:
-            pieces = worker.client.stream(prompt, timeout=timeout, **options)
-            try:
-                while (piece := worker.run(lambda _: anext(pieces, None))) is not None:
-                    yield piece
-            finally:
-                worker.run(lambda _: pieces.aclose())
-
-    def status(self) -> DeploymentStatus:
-        """Return the state of the deployment and of its replicas."""
-        return self._run(lambda client: client.status())
-
-    def terminate_server(self) -> None:
-        """End the deployment; return when its job has withdrawn it. See AsyncMIIClient.terminate_server()."""
-        self._run(lambda client: client.terminate_server())
-
-    def close(self) -> None:
-        """Close the connection. The deployment goes on, and a later call connects again."""
-        with self._lock:
-            self._stop()
-
-    def rotate_token(self) -> None:
-        """Make the deployment's old tokens open nothing from now on. See AsyncMIIClient.rotate_token()."""
-        self._run(lambda client: client.rotate_token())
-
-    def check(self) -> None:
-        """Raise DeploymentNotFoundError unless the deployment exists now."""
-        from mii_hpc.submission import submit as submission
-
-        entry = locate(self.mii_config, self._sharing_home).entry
-        if not submission.is_live(entry):
-            raise DeploymentNotFoundError(
-                f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
-        with self._working() as worker:
-            return worker.run(call)
-
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[_Worker]:
-        """Yield the worker, and count the call that it is for."""
-        with self._lock:
-            if self._worker is None:
-                self._worker = _Worker(self._new_client())
-            elif self._worker.pid != os.getpid():
-                raise UnavailableError(
-                    "this process was forked while requests of its parent were running, after which gRPC does not "
-                    "work in it; fork before or between requests, or start processes with 'spawn'"
-                )
-            worker = self._worker
-            self._calls += 1
-        try:
-            yield worker
-        finally:
-            with self._lock:
-                self._calls -= 1
-
-    def _new_client(self) -> AsyncMIIClient:
-        return AsyncMIIClient(self.mii_config, self._host, sharing_home=self._sharing_home)
-
-    def _stop(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None and worker.pid == os.getpid():
-            worker.stop()
-
-    def before_fork(self) -> None:
-        """Let go of gRPC, which survives a fork only while none of its threads is at work."""
-        self._lock.acquire()
-        if self._calls == 0:
-            self._stop()
-
-    def after_fork(self) -> None:
-        """Go on, in the parent as in the child; the next call connects anew."""
-        self._lock.release()
-
-
-class _Forks:
-    """The clients of this process, told of every fork."""
-
-    _clients: ClassVar[weakref.WeakSet[MIIClient] | None] = None
-    _held: ClassVar[list[MIIClient]] = []
-
-    @classmethod
-    def watch(cls, client: MIIClient) -> None:
-        if cls._clients is None:
-            cls._clients = weakref.WeakSet()
-            os.register_at_fork(before=cls._before, after_in_parent=cls._after, after_in_child=cls._after)
-        cls._clients.add(client)
-
-    @classmethod
-    def _before(cls) -> None:
-        cls._held = list(cls._clients or ())
-        for client in cls._held:
-            client.before_fork()
-        gc.collect()  # gRPC stops its threads when the last of its objects is freed
-
-    @classmethod
-    def _after(cls) -> None:
-        for client in cls._held:
-            client.after_fork()
-        cls._held = []
-
-
-class _Worker:
-    """A thread with an event loop, in which one AsyncMIIClient lives."""
-
-    def __init__(self, client: AsyncMIIClient) -> None:
-        self.client = client
-        self.pid = os.getpid()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mii-client", daemon=True)
-        self._thread.start()
-
-    def run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
-        async def awaited() -> T:
-            return await call(self.client)
-
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C here ends the request there
-            raise
-
-    def stop(self) -> None:
-        self.run(lambda client: client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 @contextlib.asynccontextmanager
@@ -563,3 +296,27 @@ async def _deadline(timeout: float | None) -> AsyncIterator[float | None]:
 
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.001, deadline - time.monotonic())
+
+
+def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
+    return DeploymentStatus(
+        deployment_name=answer.deployment_name,
+        state=answer.state,
+        job_id=answer.job_id,
+        host=entry.host,
+        started=entry.started,
+        ends=entry.ends,
+        replicas=tuple(
+            ReplicaStatus(
+                index=replica.index,
+                state=replica.state,
+                host=replica.host,
+                epoch=replica.epoch,
+                in_flight=replica.in_flight,
+                served=replica.served,
+                detail=replica.detail,
+                load=wire.unpack_load(replica.load) if replica.HasField("load") else None,
+            )
+            for replica in answer.replicas
+        ),
+    )

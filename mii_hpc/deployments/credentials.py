@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from mii_hpc.deployments.rundir import RunDir, check_private, write_atomically
+from mii_hpc.deployments.files import check_private, write_atomically
+from mii_hpc.deployments.rundir import RunDir
 
 TLS_NAME = "mii-hpc"
 """The name in every certificate. Clients pin the certificate itself, so hosts and addresses may change."""
@@ -51,6 +52,7 @@ class ServerCredentials:
 
 def create(run: RunDir) -> ClientCredentials:
     """Make new credentials for a run, write them to its directory, and return the owner's."""
+    # Imported here, because only who submits a deployment needs it.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

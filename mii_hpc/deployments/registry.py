@@ -10,14 +10,14 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mii_hpc.deployments.rundir import check_private, private_folder, write_atomically
+from mii_hpc.deployments.files import check_private, private_folder, write_atomically
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,12 @@ class Entry(BaseModel):
     """What is known of a deployment. Times are seconds since the epoch.
 
     Attributes:
-        incarnation: a new one each time the job starts; a requeued job keeps its id but not this.
         state: "pending" until the job starts, "loading" until every replica has generated something,
             then "ready", and "stopping" from the moment it admits no more requests.
         host: the name of the node of rank 0.
         address: "IP:port" of the balancer; empty before it listens.
         fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
-        job_host: for a job without Slurm, the machine that runs it.
+        job_host: the only machine that can tell of the job; "" when every machine of the cluster can.
         run_dir: the run directory; it tells the runs of one name apart.
         ends: when the walltime is over; None without one.
         detail: what it is doing now, in a few words.
@@ -54,7 +53,6 @@ class Entry(BaseModel):
     cluster: Literal["slurm", "local"]
     job_id: str = ""
     job_host: str = ""
-    incarnation: str = ""
     state: Literal["pending", "loading", "ready", "stopping"] = "pending"
     host: str = ""
     address: str = ""
@@ -155,10 +153,6 @@ class Registry:
         read = (self._read(path) for path in sorted(self.folder.glob("[!.]*.json")))
         return [entry for entry in read if entry is not None]
 
-    def find(self, model_or_deployment_name: str) -> Entry:
-        """Return the entry with that deployment name or that model, as choose() does."""
-        return choose(self.entries(), model_or_deployment_name, self.folder)
-
     def _path(self, deployment_name: str) -> Path:
         return self.folder / f"{deployment_name}.json"
 
@@ -177,24 +171,3 @@ class Registry:
 def heartbeat_is_fresh(entry: Entry) -> bool:
     """Whether the deployment gave a sign of life lately."""
     return time.time() - entry.heartbeat < STALE_SECONDS
-
-
-def choose(entries: Sequence[Entry], model_or_deployment_name: str, folder: Path) -> Entry:
-    """Return the entry with that deployment name, or else the one that serves that model.
-
-    A model is named as it was to serve(), or by any path to the same folder. Raises DeploymentNotFoundError when
-    there is none, or more than one deployment of that model.
-    """
-    name = model_or_deployment_name
-    for entry in entries:
-        if entry.deployment_name == name:
-            return entry
-    model = os.path.realpath(name)
-    serving = [entry for entry in entries if entry.model == name or os.path.realpath(entry.model) == model]
-    if len(serving) == 1:
-        return serving[0]
-    if serving:
-        names = ", ".join(f"'{entry.deployment_name}'" for entry in serving)
-        raise DeploymentNotFoundError(f"'{name}' is served by several deployments; name one of them: {names}")
-    live = ", ".join(f"'{entry.deployment_name}' ({entry.model})" for entry in entries) or "none"
-    raise DeploymentNotFoundError(f"no deployment has the name or the model '{name}' in {folder}; there: {live}")

@@ -6,7 +6,6 @@ certificate, and the guests' token, which lets its bearer generate and ask for t
 
 from __future__ import annotations
 
-import contextlib
 import grp
 import os
 import shutil
@@ -14,8 +13,9 @@ import stat
 from pathlib import Path
 
 from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.deployments.files import write_atomically
 from mii_hpc.deployments.registry import Entry
-from mii_hpc.deployments.rundir import RunDir, write_atomically
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
 
 _ENTRY, _CERTIFICATE, _TOKEN = "entry.json", "tls.crt", "token"
@@ -26,7 +26,7 @@ class Share:
 
     def __init__(self, home: Path, deployment_name: str, group: str) -> None:
         self._home = home
-        self._folder = shares_of(home) / deployment_name
+        self._folder = _shares_of(home) / deployment_name
         self._group = group
 
     def check(self) -> None:
@@ -49,7 +49,7 @@ class Share:
     def create(self, run: RunDir) -> None:
         """Open the folder to the group, with the certificate and the guests' token."""
         group_id = self._group_id()
-        for folder, mode in ((self._home, 0o710), (shares_of(self._home), 0o750), (self._folder, 0o750)):
+        for folder, mode in ((self._home, 0o710), (_shares_of(self._home), 0o750), (self._folder, 0o750)):
             folder.mkdir(mode=0o700, exist_ok=True)
             os.chown(folder, -1, group_id)
             folder.chmod(mode)
@@ -64,10 +64,6 @@ class Share:
         """Replace the entry."""
         self._write(_ENTRY, entry.model_dump_json(indent=2))
 
-    def withdraw(self) -> None:
-        """Close the share."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def _write(self, name: str, text: str) -> None:
         write_atomically(self._folder / name, text, mode=0o640, group_id=self._group_id())
 
@@ -78,22 +74,17 @@ class Share:
             raise ConfigError(f"share='group:{self._group}': there is no such group") from None
 
 
-def shares_of(home: Path) -> Path:
-    """Return the folder below a home that holds its shares."""
-    return home / "shared"
+def withdraw(home: Path, deployment_name: str) -> None:
+    """Close what is shared under a name; nothing happens when nothing is."""
+    shutil.rmtree(_shares_of(home) / deployment_name, ignore_errors=True)
 
 
-def entries(home: Path) -> list[Entry]:
-    """Return the entries of the deployments below a home that are shared with us, by name."""
+def names(home: Path) -> list[str]:
+    """Return the names of the deployments below a home for which a share exists, with us or with others."""
     try:
-        folders = sorted(shares_of(home).iterdir())
+        return sorted(folder.name for folder in _shares_of(home).iterdir())
     except (FileNotFoundError, PermissionError):
         return []
-    found = []
-    for folder in folders:
-        with contextlib.suppress(DeploymentNotFoundError):  # not shared with us, or not serving yet
-            found.append(read(home, folder.name)[0])
-    return found
 
 
 def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
@@ -102,12 +93,12 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
     Raises DeploymentNotFoundError when there is none, or it is not shared with us; RegistryError when anybody but
     the owner of the home could have written what we would have to believe.
     """
-    folder = shares_of(home) / deployment_name
+    folder = _shares_of(home) / deployment_name
     try:
         owner = home.stat().st_uid
     except OSError as error:
         raise RegistryError(f"{home}: cannot be entered: {error.strerror}") from None
-    for path in (home, shares_of(home), folder, *(folder / name for name in (_ENTRY, _CERTIFICATE, _TOKEN))):
+    for path in (home, _shares_of(home), folder, *(folder / name for name in (_ENTRY, _CERTIFICATE, _TOKEN))):
         try:
             status = path.lstat()
         except (FileNotFoundError, PermissionError):
@@ -120,3 +111,7 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
     except (FileNotFoundError, PermissionError):
         raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
     return entry, ClientCredentials(certificate, token)
+
+
+def _shares_of(home: Path) -> Path:
+    return home / "shared"

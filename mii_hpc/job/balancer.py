@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import resource
 import signal
 import socket
@@ -22,11 +21,14 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from mii_hpc import schedulers
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, MIIConfig
 from mii_hpc.deployments import credentials
+from mii_hpc.deployments.files import write_atomically
+from mii_hpc.deployments.lookup import free_name
 from mii_hpc.deployments.registry import HEARTBEAT_SECONDS, Entry, Registry
-from mii_hpc.deployments.rundir import Failure, RunDir, write_atomically
+from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.errors import (
     DeploymentError,
@@ -43,7 +45,6 @@ from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership
 from mii_hpc.job.process import die_with_parent
 from mii_hpc.rpc import transport, wire
-from mii_hpc.submission.submit import SlurmJob, free_name
 
 log = logging.getLogger(__name__)
 
@@ -328,7 +329,7 @@ class Balancer:
             await asyncio.gather(keeping, watching, return_exceptions=True)
             for replica in self.router.live:
                 await replica.channel.close()
-            free_name(self._entry, self._config)
+            free_name(self._config.home, self._entry)
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -469,8 +470,8 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     transport.listen(server, f"{'0.0.0.0' if spans_hosts else host}:{port}", keys)
     await server.start()
     log.info("listening on %s", address)
-    job_id = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID", "")
-    ends = await asyncio.to_thread(SlurmJob(job_id).ends) if config.cluster == "slurm" else None
+    job = schedulers.scheduler(config.cluster).own_job(run)
+    ends = await asyncio.to_thread(job.ends)
     registry = Registry(config.home)
     claimed = registry.get(config.deployment_name)
     if claimed is None or claimed.run_dir != run.path:
@@ -479,8 +480,8 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     await balancer.work(
         claimed.model_copy(
             update={
-                "job_id": job_id,
-                "incarnation": os.environ.get("SLURM_RESTART_COUNT", "0"),
+                "job_id": job.id,
+                "job_host": job.host,
                 "state": "loading",
                 "host": socket.gethostname(),
                 "address": address,

@@ -1,4 +1,7 @@
-"""The ranks of a deployment without Slurm: the same rank program, started by mpiexec on this machine."""
+"""The job of a deployment without Slurm: it starts the ranks by mpiexec on this machine, and ends with them.
+
+`python -m mii_hpc.job.launch RUN_DIR`; the setup lines of the configuration have taken effect before.
+"""
 
 from __future__ import annotations
 
@@ -8,48 +11,39 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
-
-_SCHEDULERS = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
-"""Variables of a job around us; mpiexec would take our ranks for its own."""
+from mii_hpc.schedulers.local import JOB_ID
 
 
-def main(run_path: str, cuda_visible_devices: str | None) -> None:
-    """Run a deployment's setup lines and then its ranks under mpiexec, until they end.
+def main(run_path: str) -> None:
+    """Run a deployment's ranks under mpiexec until they end, and exit with mpiexec's status.
 
-    `cuda_visible_devices` is what the user had set; submitit's local executor hides all devices.
-    Exits with mpiexec's status.
+    SIGTERM and SIGUSR2 end the deployment in order. Raises SubmissionError when there is no mpiexec.
     """
-    config = RunDir(Path(run_path)).load_config()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_SCHEDULERS)}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    if cuda_visible_devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
-    command = [sys.executable, "-m", "mii_hpc.job.launch", run_path, str(config.model_conf.world_size)]
-    if config.slurm.setup:
-        command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
-    ranks = subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-    )
-    # mpiexec passes SIGUSR2 on to its ranks, which take it as an order to end; SIGTERM would end mpiexec first.
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(signum, lambda *_: ranks.send_signal(signal.SIGUSR2))
-    sys.exit(ranks.wait())
-
-
-def become_mpiexec(run_path: str, world_size: str) -> NoReturn:
-    """Go on as mpiexec. In a process of its own, because it may be the setup lines that bring mpiexec.
-
-    Raises SubmissionError when there is none.
-    """
+    # Whatever serve()'s process has blocked or ignored.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    world_size = RunDir(Path(run_path)).load_config().model_conf.world_size
     mpiexec = find_mpiexec()
-    ranks = [sys.executable, "-m", "mii_hpc.job.rank", run_path]
-    os.execv(mpiexec, [mpiexec, *_options(mpiexec), "-n", world_size, *ranks])
+    command = [mpiexec, *_options(mpiexec), "-n", str(world_size), sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    ranks: subprocess.Popen[bytes] | None = None
+    ending = False
+
+    def end(*_: object) -> None:
+        nonlocal ending
+        ending = True
+        if ranks is not None:
+            # mpiexec passes it on to the ranks, which take it as an order to end; SIGTERM would end mpiexec first.
+            ranks.send_signal(signal.SIGUSR2)
+
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, end)
+    ranks = subprocess.Popen(command, env={**os.environ, JOB_ID: str(os.getpid())}, start_new_session=True)
+    if ending:
+        end()
+    sys.exit(ranks.wait())
 
 
 def find_mpiexec() -> str:
@@ -74,4 +68,4 @@ def _options(mpiexec: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    become_mpiexec(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -9,13 +9,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
-
-from mii_hpc.signals import signals_blocked
 
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
@@ -38,7 +36,7 @@ class Child:
     async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = (), **env: str) -> Child:
         """Run `python -m module args...`, with `env` added to the environment."""
         reading, writing = os.pipe()
-        with log.open("ab") as output, signals_blocked(signal.SIGTERM, signal.SIGUSR2):
+        with log.open("ab") as output, _signals_blocked(signal.SIGTERM, signal.SIGUSR2):
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -75,6 +73,16 @@ class Child:
                 with contextlib.suppress(ProcessLookupError):
                     self.process.kill()
         return await self.process.wait()
+
+
+@contextlib.contextmanager
+def _signals_blocked(*signums: signal.Signals) -> Iterator[None]:
+    """Block signals on this thread; processes started meanwhile keep them blocked until they unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _end_notes(

@@ -17,13 +17,14 @@ import traceback
 from pathlib import Path
 
 from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.lookup import free_name
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.job import rendezvous
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
 from mii_hpc.job.supervisor import supervise
-from mii_hpc.submission.submit import free_name
+from mii_hpc.schedulers import scheduler
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,8 @@ def live(run: RunDir) -> None:
         )
         log_to_file(run.rank_log(world.role.rank))
         first = world.members[0]
-        address = (
-            f"{first.address if world.spans_hosts or config.cluster == 'slurm' else LOOPBACK}:{first.balancer_port}"
-        )
+        reached_from_elsewhere = world.spans_hosts or scheduler(config.cluster).serves_other_hosts
+        address = f"{first.address if reached_from_elsewhere else LOOPBACK}:{first.balancer_port}"
         try:
             asyncio.run(supervise(run, world, address))
         finally:
@@ -62,7 +62,7 @@ def _introduce(rank: int, config: MIIConfig, held: contextlib.ExitStack) -> rend
 def _withdraw(run: RunDir, config: MIIConfig) -> None:
     entry = Registry(config.home).get(config.deployment_name)
     if entry is not None and entry.run_dir == run.path:
-        free_name(entry, config)
+        free_name(config.home, entry)
 
 
 def main(run_path: str) -> None:

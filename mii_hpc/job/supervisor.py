@@ -20,7 +20,8 @@ import grpc.aio
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.rundir import RunDir, tail
+from mii_hpc.deployments.files import tail
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError
 from mii_hpc.job.net import LOOPBACK, listening_socket
 from mii_hpc.job.process import Child

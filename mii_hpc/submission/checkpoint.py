@@ -6,14 +6,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
+from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
-
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 def check_model(model: ModelConfig) -> ModelConfig:
@@ -44,7 +40,13 @@ def check_model(model: ModelConfig) -> ModelConfig:
         described = {**config, **(config.get("text_config") or {})}
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {path} is unreadable: {error}") from error
-    _check_shape(model, described)
+    architecture = Architecture.read(described.get)
+    architecture.check_tensor_parallel(model.tensor_parallel)
+    if architecture.context is not None and model.max_length is not None and model.max_length > architecture.context:
+        raise ConfigError(
+            f"max_length={model.max_length}: the model's context is {architecture.context} tokens, and no more is "
+            "allowed"
+        )
     if model.tokenizer is not None:
         model = model.model_copy(update={"tokenizer": _checked_tokenizer(model.tokenizer)})
     return model
@@ -61,29 +63,6 @@ def _checked_tokenizer(name: str) -> str:
 
 def _may_be_on_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).name.startswith(".")
-
-
-def _check_shape(model: ModelConfig, config: dict[str, Any]) -> None:
-    tp = model.tensor_parallel
-    heads, key_value_heads, context = (_first(config, names) for names in (_HEADS, _KEY_VALUE_HEADS, _CONTEXT))
-    for kind, count in (("attention heads", heads), ("KV heads", key_value_heads)):
-        if count is not None and count % tp:
-            allowed = ", ".join(str(n) for n in range(1, count + 1) if _divides_all(n, heads, key_value_heads))
-            raise ConfigError(
-                f"tensor_parallel={tp}: does not divide the model's {count} {kind}; allowed are {allowed}"
-            )
-    if context is not None and model.max_length is not None and model.max_length > context:
-        raise ConfigError(
-            f"max_length={model.max_length}: the model's context is {context} tokens, and no more is allowed"
-        )
-
-
-def _divides_all(divisor: int, *counts: int | None) -> bool:
-    return all(count is None or count % divisor == 0 for count in counts)
-
-
-def _first(config: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def _from_hub(name: str) -> Path:

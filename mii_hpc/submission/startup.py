@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 
 from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.files import tail
+from mii_hpc.deployments.lookup import free_name
 from mii_hpc.deployments.registry import Entry, Registry
-from mii_hpc.deployments.rundir import RunDir, tail
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
-from mii_hpc.submission.submit import Job, JobState, free_name, job_of
+from mii_hpc.schedulers import Job, JobState, job_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def wait_until_ready(run: RunDir, entry: Entry, config: MIIConfig) -> None:
     except BaseException:
         job.cancel()
         if job.state().phase != "running":  # a running job withdraws its entry itself
-            free_name(entry, config)
+            free_name(config.home, entry)
         raise
 
 

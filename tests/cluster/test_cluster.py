@@ -5,11 +5,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import submitit
+
+from tests.waiting import eventually, next_line
 
 from .cluster import Cluster, ClusterError
 
@@ -78,13 +80,6 @@ def state(cluster: Cluster, job: int) -> str:
     return next(line.state for line in cluster.squeue() if line.id == job)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
 def test_four_nodes_are_idle(cluster: Cluster):
     text = run("sinfo", "--noheader", "--Node", "--partition=debug", "--format=%N %T")
     assert text.split("\n")[:-1] == ["n1 idle", "n2 idle", "n3 idle", "n4 idle"]
@@ -135,15 +130,15 @@ def test_submitit_runs_a_job(cluster: Cluster, tmp_path: Path):
     executor = submitit.SlurmExecutor(folder=tmp_path)
     executor.update_parameters(nodes=2, ntasks_per_node=2, time=5, srun_args=["--mpi=pmix"])
     job = executor.submit(os.uname)
-    wait_for(lambda: state(cluster, int(job.job_id)) == "COMPLETED")
+    eventually(lambda: state(cluster, int(job.job_id)) == "COMPLETED")
     assert Counter(host.nodename for host in job.results()) == {"n1": 2, "n2": 2}
 
 
 def test_scancel_ends_a_job(cluster: Cluster, tmp_path: Path):
     job = sbatch(tmp_path, "srun sleep 600", "--partition=short")
-    wait_for(lambda: state(cluster, job) == "RUNNING")
+    eventually(lambda: state(cluster, job) == "RUNNING")
     run("scancel", str(job))
-    wait_for(lambda: state(cluster, job) == "CANCELLED")
+    eventually(lambda: state(cluster, job) == "CANCELLED")
 
 
 def test_gpus_can_be_asked_for(cluster: Cluster):
@@ -165,7 +160,7 @@ def test_only_plane_fills_a_node_before_the_next(
     """Six tasks in a job of two nodes with room for four each: by default srun evens them out."""
     command = f"srun --mpi=pmix {distribution} sh -c 'echo $SLURMD_NODENAME $SLURM_PROCID'"
     job = sbatch(tmp_path, command, "--nodes=2", "--ntasks-per-node=4", "--ntasks=6")
-    wait_for(lambda: state(cluster, job) == "COMPLETED")
+    eventually(lambda: state(cluster, job) == "COMPLETED")
     lines = (tmp_path / f"{job}.out").read_text().splitlines()
     rows = sorted(line.split() for line in lines if not line.startswith("srun:"))
     assert rows == [[node, str(rank)] for node, ranks in per_node.items() for rank in ranks]
@@ -182,7 +177,7 @@ def test_listening_sockets_and_processes_of_a_node(cluster: Cluster):
     assert [socket.port for socket in cluster.listening_sockets("n4")] == [6818]  # slurmd's
     server = cluster.popen_on("n4", [sys.executable, "-m", "http.server", "8000"], stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: len(cluster.listening_sockets("n4")) == 2)
+        eventually(lambda: len(cluster.listening_sockets("n4")) == 2)
         found = [socket for socket in cluster.listening_sockets("n4") if socket.port == 8000]
         assert [(socket.address, socket.pids) for socket in found] == [("0.0.0.0", (server.pid,))]
         assert cluster.job_processes("n4") == [server.pid]
@@ -193,12 +188,12 @@ def test_listening_sockets_and_processes_of_a_node(cluster: Cluster):
 
 def test_a_node_dies_and_comes_back(cluster: Cluster, tmp_path: Path):
     job = sbatch(tmp_path, "sleep 600", "--nodelist=n4", "--no-requeue")
-    wait_for(lambda: state(cluster, job) == "RUNNING")
+    eventually(lambda: state(cluster, job) == "RUNNING")
     cluster.kill_node("n4")
     assert cluster.job_processes("n4") == []
     with pytest.raises(ClusterError, match="n4 is not a live node"):
         cluster.run_on("n4", ["true"])
-    wait_for(lambda: state(cluster, job) == "NODE_FAIL", seconds=90)
+    eventually(lambda: state(cluster, job) == "NODE_FAIL", seconds=90)
     cluster.revive_node("n4")
     assert run("srun", "--nodelist=n4", "hostname") == "n4\n"
 
@@ -215,14 +210,14 @@ def test_after_finalize_a_dead_rank_harms_no_other_and_scancel_reaches_all(clust
 
     (tmp_path / "rank.py").write_text(RANK)
     job = sbatch(tmp_path, f"srun --mpi=pmix {sys.executable} rank.py", "--nodes=2", "--ntasks-per-node=2")
-    wait_for(lambda: len(pids()) == 8 and all(pids().values()))
+    eventually(lambda: len(pids()) == 8 and all(pids().values()))
 
     os.kill(pids()["rank1"], signal.SIGKILL)
     time.sleep(2)  # nothing is to happen
     assert living() == set(pids()) - {"rank1"}
 
     run("scancel", str(job))
-    wait_for(lambda: state(cluster, job) == "CANCELLED")
+    eventually(lambda: state(cluster, job) == "CANCELLED")
     # A session of its own hides a child from no signal; a dead parent does, and the orphan is left for good.
     told = {path.stem for path in tmp_path.glob("*.log")}
     assert told == {"rank0", "rank0-child", "rank2", "rank2-child", "rank3", "rank3-child"}
@@ -244,7 +239,7 @@ def test_starting_clears_what_a_killed_run_left(cluster: Cluster):
             env = os.environ | {"TMPDIR": folder}
             with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=root, env=env) as player:
                 assert player.stdout
-                assert b"Four nodes" in player.stdout.readline()
+                assert b"Four nodes" in next_line(player.stdout)
                 player.kill()
             assert namespaces() == 5
     finally:

@@ -22,7 +22,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.rpc import transport, wire
-from mii_hpc.submission.submit import is_live
+from mii_hpc.schedulers import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
 from tests.waiting import eventually
@@ -275,7 +275,7 @@ def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, s
     died = min(path.stat().st_mtime for path in (run_dir / "failures").iterdir())
     assert raised - died < 5
     assert caught.value.job_id and "rank 0" in str(caught.value)
-    assert "engine/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
+    assert "model/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
     assert Registry(home).get("broken") is None
     eventually(lambda: not job_processes(cluster), 15, "the job is gone")
 
@@ -320,6 +320,20 @@ def test_walltime_ends_the_deployment_in_order(cluster, home, ended):
     eventually(lambda: _show(entry.job_id, "JobState") == "COMPLETED", 20, "the ranks left with status 0")
     with pytest.raises((mii.DeploymentNotFoundError, mii.UnavailableError)):
         client("x")
+
+
+def test_serve_inside_of_another_job(cluster, home, ended):
+    """As from an interactive job: what Slurm has given that one does not shape the deployment's."""
+    arguments = {"replica_num": 2, "cluster": "slurm", "home": str(home), **ECHO}
+    outside = subprocess.run(
+        ["srun", "--nodes=1", "--ntasks=1", "--mem=100M", sys.executable, "-c", SERVE, json.dumps(arguments)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert outside.returncode == 0, outside.stderr
+    client = mii.client("echo", mii_config={"home": home})
+    assert {answer.replica for answer in client(["x"] * 2)} == {0, 1}
+    assert _show(client.status().job_id, "JobState") == "RUNNING", "its own job, which outlives the other"
+    client.terminate_server()
 
 
 def test_what_sbatch_refuses(home, cluster):

@@ -147,44 +147,9 @@ def test_half_written_entries_are_never_seen(registry):
     assert len(seen) > 2
 
 
-def test_find(registry, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    link = tmp_path / "link"
-    link.symlink_to(model)
-    registry.claim(entry("one", model="org/model"), live)
-    registry.claim(entry("two", "/runs/2", model=str(link)), live)
-    assert registry.find("one").deployment_name == "one"
-    assert registry.find("org/model").deployment_name == "one"
-    for path in (model, link, f"{model}/", tmp_path / "link" / ".." / "model"):
-        assert registry.find(str(path)).deployment_name == "two"
-
-
-def test_find_prefers_the_name(registry):
-    registry.claim(entry("gpt2", model="other"), live)
-    registry.claim(entry("mine", "/runs/2", model="gpt2"), live)
-    assert registry.find("gpt2").deployment_name == "gpt2"
-
-
-def test_an_ambiguous_model_is_answered_with_the_names(registry):
-    registry.claim(entry("one"), live)
-    registry.claim(entry("two", "/runs/2"), live)
-    with pytest.raises(DeploymentNotFoundError, match=r"'m' is served by several .*: 'one', 'two'$"):
-        registry.find("m")
-
-
-def test_what_is_not_there_is_answered_with_what_is(registry):
-    with pytest.raises(DeploymentNotFoundError, match=r"there: none$"):
-        registry.find("chat")
-    registry.claim(entry("one"), live)
-    with pytest.raises(DeploymentNotFoundError, match=r"'chat' in .*; there: 'one' \(m\)$"):
-        registry.find("chat")
-
-
 def everything(registry):
     yield lambda: registry.claim(entry(), live)
     yield lambda: registry.get("chat")
-    yield lambda: registry.find("chat")
     yield registry.entries
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from mii_hpc.config import resolve
 from mii_hpc.deployments import credentials, sharing
+from mii_hpc.deployments.lookup import SharedHome
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, RegistryError
@@ -36,17 +37,17 @@ def test_guest_reads_entry_certificate_and_a_token_of_his_own(share, home):
     entry, keys = sharing.read(home, "chat")
     owner = credentials.load_owner(RunDir(entry.run_dir))
     assert keys.certificate == owner.certificate and keys.token not in ("", owner.token)
-    assert (home.stat().st_mode & 0o777, sharing.shares_of(home).stat().st_mode & 0o777) == (0o710, 0o750)
+    assert (home.stat().st_mode & 0o777, (home / "shared").stat().st_mode & 0o777) == (0o710, 0o750)
 
 
 def test_share_that_does_not_serve_yet_hides_no_other(share, home):
-    waiting = sharing.shares_of(home) / "another"
+    waiting = home / "shared" / "another"
     waiting.mkdir(mode=0o750)
-    assert [entry.deployment_name for entry in sharing.entries(home)] == ["chat"]
+    assert [entry.deployment_name for entry in SharedHome(home).entries()] == ["chat"]
 
 
 def test_what_others_could_have_written_is_not_believed(share, home):
-    (sharing.shares_of(home) / "chat" / "token").chmod(0o660)
+    (home / "shared" / "chat" / "token").chmod(0o660)
     with pytest.raises(RegistryError, match="others than the owner"):
         sharing.read(home, "chat")
 
@@ -64,5 +65,6 @@ def test_home_that_the_group_cannot_reach_is_refused(tmp_path):
 
 
 def test_withdrawn_share_is_gone(share, home):
-    share.withdraw()
-    assert sharing.entries(home) == []
+    sharing.withdraw(home, "chat")
+    assert sharing.names(home) == []
+    sharing.withdraw(home, "chat")

@@ -19,6 +19,7 @@ from mii_hpc.job.balancer import Doors, LiveReplica, Router
 from mii_hpc.job.net import reserve_port
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Place
+from mii_hpc.schedulers.local import JOB_ID
 from tests.live import Deployment, until
 
 METHODS = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)
@@ -294,7 +295,7 @@ class OwnProcess(Deployment):
     def start_process(self):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mii_hpc.job.balancer", str(self.run.path), self.address, "0"],
-            env={**os.environ, "SUBMITIT_LOCAL_JOB_ID": str(self.job.pid)},
+            env={**os.environ, JOB_ID: str(self.job.pid)},
             stderr=subprocess.DEVNULL,
         )
 

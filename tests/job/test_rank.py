@@ -1,4 +1,4 @@
-"""Whole deployments on this machine: a script, the local executor, mpiexec, ranks, engines, balancer."""
+"""Whole deployments on this machine: a script, the job, mpiexec, ranks, engines, balancer."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ import mii_hpc
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, ReplicaLostError, UnavailableError
-from mii_hpc.submission import submit as submission
+from mii_hpc.schedulers import is_live, job_of
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.mpi
@@ -142,8 +142,8 @@ def test_no_secret_is_in_arguments_environment_or_logs(served):
     secrets = [file.read_bytes().strip() for file in (run.owner_token, run.guest_token, run.rank_token)]
     secrets.append(run.tls_key.read_bytes().splitlines()[1])
     places = [Path(f"/proc/{pid}/{name}") for pid in served.processes() for name in ("cmdline", "environ")]
-    places += [path for folder in (run.logs, run.submitit) for path in folder.iterdir()]
-    assert len(places) > 20
+    places += list(run.logs.iterdir())
+    assert len(places) > 20 and run.job_log in places
     assert [place for place in places if any(secret in place.read_bytes() for secret in secrets)] == []
 
 
@@ -195,7 +195,7 @@ def test_termination_leaves_nothing_behind(serve):
     served.client().terminate_server()
     assert Registry(served.home).get("ends") is None
     eventually(lambda: not served.processes(), 15 - (time.monotonic() - began), "no process is left")
-    eventually(lambda: not submission.is_live(served.entry), 15, "its job has ended")
+    eventually(lambda: not is_live(served.entry), 15, "its job has ended")
     host, _, port = served.entry.address.rpartition(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)))
@@ -205,7 +205,7 @@ def test_termination_leaves_nothing_behind(serve):
 
 def test_cancelling_the_job_ends_it_in_order(serve):
     served = serve("cancelled")
-    submission.job_of(served.entry).cancel()
+    job_of(served.entry).cancel()
     eventually(lambda: not served.processes(), 15, "no process is left")
     assert Registry(served.home).get("cancelled") is None
     assert not list(served.run.failures.iterdir())
@@ -215,7 +215,7 @@ def test_what_was_killed_hard_does_not_block_its_name(serve):
     killed = serve("killed")
     killed.kill()
     assert Registry(killed.home).get("killed").state == "ready"
-    eventually(lambda: not submission.is_live(Registry(killed.home).get("killed")), 15, "its job is known to be gone")
+    eventually(lambda: not is_live(Registry(killed.home).get("killed")), 15, "its job is known to be gone")
     with pytest.raises(mii_hpc.DeploymentNotFoundError, match="has ended without notice"):
         killed.client()
     again = serve("killed")

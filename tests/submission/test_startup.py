@@ -8,9 +8,9 @@ from mii_hpc.config import resolve
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import Failure
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
+from mii_hpc.schedulers import JobState
 from mii_hpc.submission import startup
 from mii_hpc.submission import submit as submission
-from mii_hpc.submission.submit import JobState
 
 
 class Job:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.attention.interface import measure_layers
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.engine.model.packing import pack_linears
-from mii_hpc.engine.model.sharding import check_heads, check_sharding, load_shard, shard
+from mii_hpc.engine.model.sharding import check_sharding, load_shard, shard
 from mii_hpc.engine.model.weights import refuse_missing
 from mii_hpc.errors import ConfigError
 
@@ -70,7 +71,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     if spec.world_size == 1:
         module = shard(_load_whole(model, dtype), 1, dtype)
     else:
-        check_heads(config, spec.world_size)
+        _architecture(config).check_tensor_parallel(spec.world_size)
         check_sharding(config, spec.world_size)
         progress("DeepSpeed shards this architecture right")
         module = load_shard(model, config, dtype, spec.world_size, device, progress)
@@ -84,7 +85,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         module=module,
         layers=layers,
         vocabulary=text_config.vocab_size,
-        context=_context(model, text_config),
+        context=_context(model, config),
         eos_token_ids=_eos_token_ids(model, config),
         weights=weights,
     )
@@ -104,14 +105,16 @@ def _dtype(model: ModelConfig, config: Any) -> torch.dtype:
     return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
 
 
+def _architecture(config: Any) -> Architecture:
+    text = config.get_text_config()
+    return Architecture.read(lambda name: getattr(text, name, None))
+
+
 def _context(model: ModelConfig, config: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        context = getattr(config, name, None)
-        if context:
-            return min(int(context), model.max_length or int(context))
-    if model.max_length:
-        return model.max_length
-    raise ConfigError(f"{model.model_name_or_path} does not say how long its context is: set max_length")
+    bounds = [bound for bound in (_architecture(config).context, model.max_length) if bound is not None]
+    if not bounds:
+        raise ConfigError(f"{model.model_name_or_path} does not say how long its context is: set max_length")
+    return min(bounds)
 
 
 def _eos_token_ids(model: ModelConfig, config: Any) -> tuple[int, ...]:

@@ -29,15 +29,6 @@ def shard(module: nn.Module, ranks: int, dtype: torch.dtype) -> nn.Module:
     return sharded
 
 
-def check_heads(config: Any, ranks: int) -> None:
-    """Raise ConfigError when the attention heads cannot be divided among the ranks."""
-    text = config.get_text_config()
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, field, None)
-        if heads is not None and heads % ranks:
-            raise ConfigError(f"tensor_parallel={ranks}: {field}={heads} of the model does not divide by it")
-
-
 def check_sharding(config: Any, ranks: int) -> None:
     """Raise ConfigError when DeepSpeed shards an architecture so that it answers wrongly.
 

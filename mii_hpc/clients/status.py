@@ -1,0 +1,43 @@
+"""What a client is told of a deployment's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mii_hpc.generation import Load
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """One replica.
+
+    Attributes:
+        state: "waiting", "forming", "loading" or "ready".
+        epoch: how often it was formed.
+        in_flight: requests that the balancer has passed to it and that have not ended.
+        served: requests that it was given since the balancer started.
+        detail: what it is doing, or why it is not ready.
+        load: what its engine has in hand; None when it is not ready, or did not answer at once.
+    """
+
+    index: int
+    state: str
+    host: str
+    epoch: int
+    in_flight: int
+    served: int
+    detail: str
+    load: Load | None = None
+
+
+@dataclass(frozen=True)
+class DeploymentStatus:
+    """A deployment: state is "pending", "loading", "ready" or "stopping"; times are seconds since the epoch."""
+
+    deployment_name: str
+    state: str
+    job_id: str
+    host: str
+    started: float | None
+    ends: float | None
+    replicas: tuple[ReplicaStatus, ...]

@@ -1,0 +1,137 @@
+"""How a deployment is found: by its name or its model's, in one's own home or in one that somebody shares."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from mii_hpc.deployments import credentials, sharing
+from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.errors import DeploymentNotFoundError, RegistryError
+
+
+@dataclass(frozen=True)
+class Found:
+    """A deployment, as its clients find it: where, what is known of it, and what opens it."""
+
+    home: Home
+    entry: Entry
+    credentials: ClientCredentials
+
+
+class Home(ABC):
+    """A home directory in which deployments are looked for.
+
+    Attributes:
+        path: the directory.
+        is_own: whether its deployments and their jobs are this user's own.
+
+    Every method may raise RegistryError when what is there cannot be trusted.
+    """
+
+    is_own: ClassVar[bool]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def entries(self) -> list[Entry]:
+        """Return the entries of all deployments, by name."""
+
+    def get(self, deployment_name: str) -> Found:
+        """Return the deployment of that name. Raises DeploymentNotFoundError when there is none."""
+        entry, keys = self._read(deployment_name)
+        if keys.fingerprint != entry.fingerprint:
+            raise RegistryError(f"deployment '{deployment_name}': its certificate is not the one in the registry")
+        return Found(self, entry, keys)
+
+    def find(self, model_or_deployment_name: str) -> Found:
+        """Return the deployment of that name, or else the one that serves that model.
+
+        A model is named as it was to serve(), or by any path to the same folder. Raises DeploymentNotFoundError when
+        there is none, or more than one deployment of that model.
+        """
+        name, entries = model_or_deployment_name, self.entries()
+        if any(entry.deployment_name == name for entry in entries):
+            return self.get(name)
+        model = os.path.realpath(name)
+        serving = [e.deployment_name for e in entries if e.model == name or os.path.realpath(e.model) == model]
+        if len(serving) == 1:
+            return self.get(serving[0])
+        if serving:
+            names = ", ".join(f"'{each}'" for each in serving)
+            raise DeploymentNotFoundError(f"'{name}' is served by several deployments; name one of them: {names}")
+        there = ", ".join(f"'{e.deployment_name}' ({e.model})" for e in entries) or "none"
+        raise DeploymentNotFoundError(
+            f"no deployment has the name or the model '{name}' in {self.path}; there: {there}"
+        )
+
+    @abstractmethod
+    def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
+        """Return what is written of the deployment of that name."""
+
+
+class OwnHome(Home):
+    """The home of the user himself."""
+
+    is_own = True
+
+    def entries(self) -> list[Entry]:
+        """See Home.entries()."""
+        return Registry(self.path).entries()
+
+    def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
+        registry = Registry(self.path)
+        entry = registry.get(deployment_name)
+        if entry is None:
+            raise DeploymentNotFoundError(f"deployment '{deployment_name}' is not in the registry {registry.folder}")
+        return entry, credentials.load_owner(RunDir(entry.run_dir))
+
+
+class SharedHome(Home):
+    """The home of somebody who shares deployments with us, and is trusted in that."""
+
+    is_own = False
+
+    def entries(self) -> list[Entry]:
+        """See Home.entries()."""
+        found = []
+        for name in sharing.names(self.path):
+            with contextlib.suppress(DeploymentNotFoundError):  # not shared with us, or not serving yet
+                found.append(self._read(name)[0])
+        return found
+
+    def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
+        return sharing.read(self.path, deployment_name)
+
+
+def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
+    """Return the deployment of that name or model in the first of the homes that has one.
+
+    Raises DeploymentNotFoundError, with what each home says, when none has; RegistryError when a home that was
+    looked into cannot be trusted.
+    """
+    missed = []
+    for home in homes:
+        try:
+            return home.find(model_or_deployment_name)
+        except DeploymentNotFoundError as error:
+            missed.append(str(error))
+    raise DeploymentNotFoundError("; ".join(missed))
+
+
+def free_name(home: Path, entry: Entry) -> None:
+    """Withdraw the entry of a run, and what it shares; nothing happens when the name is no longer the run's."""
+    registry = Registry(home)
+    holder = registry.get(entry.deployment_name)
+    if holder is None or holder.run_dir != entry.run_dir:
+        return
+    sharing.withdraw(home, entry.deployment_name)  # first, while nobody else can take the name and share it anew
+    registry.withdraw(entry)

@@ -1,0 +1,45 @@
+"""Schedulers: a file per back end, behind one face. Nobody outside this package asks which one it is."""
+
+from __future__ import annotations
+
+from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.schedulers.base import Job, JobState, Scheduler
+from mii_hpc.schedulers.local import Local
+from mii_hpc.schedulers.slurm import Slurm
+
+__all__ = ["Job", "JobState", "Scheduler", "choose", "is_live", "job_of", "scheduler"]
+
+
+def choose(cluster: str) -> Scheduler:
+    """Return the scheduler to submit to: the one of that name; for "auto", Slurm where it is, else this machine.
+
+    Raises SubmissionError when nothing can be submitted to it from here.
+    """
+    if cluster == "auto":
+        return Slurm() if Slurm.is_here() else Local()
+    chosen = scheduler(cluster)
+    chosen.check()
+    return chosen
+
+
+def scheduler(name: str) -> Scheduler:
+    """Return the scheduler of that name, whether or not it can be reached from here."""
+    return {Slurm.name: Slurm, Local.name: Local}[name]()
+
+
+def job_of(entry: Entry) -> Job:
+    """Return the job behind a registry entry."""
+    return scheduler(entry.cluster).job(entry)
+
+
+def is_live(entry: Entry) -> bool:
+    """Whether the deployment of an entry still exists, by its job's state and its heartbeat."""
+    if not entry.job_id:  # claimed, and about to be submitted
+        return heartbeat_is_fresh(entry)
+    match job_of(entry).state().phase:
+        case "gone":
+            return False
+        case "pending":  # in the queue, perhaps again
+            return True
+        case _:  # a scheduler may take long to see that a job's processes are gone; the heartbeat tells
+            return entry.state == "pending" or heartbeat_is_fresh(entry)

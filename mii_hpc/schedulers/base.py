@@ -1,0 +1,77 @@
+"""The face of a scheduler: what submits a deployment's job, and tells of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.registry import Entry
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.placement import Placement
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What the scheduler says of a job.
+
+    phase: "pending" in the queue; "running"; "gone" when it has ended or was never there; "unknown" when the
+    scheduler did not answer. name and reason are the scheduler's own words.
+    """
+
+    phase: Literal["pending", "running", "gone", "unknown"]
+    name: str = ""
+    reason: str = ""
+
+
+class Job(ABC):
+    """A job that was submitted.
+
+    Attributes:
+        id: what the scheduler calls it.
+        host: the only machine that can tell of it; "" when every machine of the cluster can.
+    """
+
+    id: str
+    host: str
+
+    @abstractmethod
+    def state(self) -> JobState:
+        """Ask the scheduler. Never raises."""
+
+    @abstractmethod
+    def ends(self) -> float | None:
+        """Return when the walltime is over, in seconds since the epoch; None without one, or when nobody knows."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Ask for the job's end; harmless when it has ended already."""
+
+
+class Scheduler(ABC):
+    """One back end.
+
+    Attributes:
+        name: what `cluster` calls it.
+        serves_other_hosts: whether clients come from other hosts than those of the job.
+    """
+
+    name: ClassVar[Literal["slurm", "local"]]
+    serves_other_hosts: ClassVar[bool]
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise SubmissionError, with what to do, when nothing can be submitted from this machine."""
+
+    @abstractmethod
+    def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> Job:
+        """Submit the ranks of a prepared run as one job. Raises SubmissionError in the scheduler's own words."""
+
+    @abstractmethod
+    def job(self, entry: Entry) -> Job:
+        """Return the job behind a registry entry."""
+
+    @abstractmethod
+    def own_job(self, run: RunDir) -> Job:
+        """Return the job that this process is a part of. Only for processes of a deployment's job."""

@@ -1,0 +1,111 @@
+import grp
+import os
+
+import pytest
+
+from mii_hpc.config import resolve
+from mii_hpc.deployments import credentials, lookup, sharing
+from mii_hpc.deployments.lookup import OwnHome, SharedHome, free_name
+from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.sharing import Share
+from mii_hpc.errors import DeploymentNotFoundError, RegistryError
+
+GROUP = grp.getgrgid(os.getegid()).gr_name
+
+
+@pytest.fixture(params=[OwnHome, SharedHome], ids=["own", "shared"])
+def home(request, tmp_path):
+    """One and the same home, as its owner and as a member of the group sees it."""
+    return request.param(tmp_path / "home")
+
+
+def deploy(home, name, model="m"):
+    """Write all that there is of a deployment, shared and all, and return its entry."""
+    run = RunDir.create(resolve(model, home=home.path, deployment_name=name))
+    entry = Entry(
+        deployment_name=name, model=model, tensor_parallel=1, replica_num=1, cluster="local", run_dir=run.path,
+        submitted=1.0, heartbeat=1.0, fingerprint=credentials.create(run).fingerprint,
+    )  # fmt: skip
+    Registry(home.path).claim(entry, lambda _entry: True)
+    share = Share(home.path, name, GROUP)
+    share.create(run)
+    share.publish(entry)
+    return entry
+
+
+def test_what_is_found(home):
+    entry = deploy(home, "chat")
+    found = home.find("chat")
+    assert (found.home, found.entry) == (home, entry)
+    owner = credentials.load_owner(RunDir(entry.run_dir))
+    assert found.credentials.certificate == owner.certificate
+    assert (found.credentials.token == owner.token) is home.is_own, "a guest has a token of his own"
+    assert home.get("chat") == found
+    assert home.entries() == [entry]
+
+
+def test_by_name_and_by_model(home, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    deploy(home, "one", model="org/model")
+    deploy(home, "two", model=str(link))
+    assert home.find("one").entry.deployment_name == "one"
+    assert home.find("org/model").entry.deployment_name == "one"
+    for path in (model, link, f"{model}/", tmp_path / "link" / ".." / "model"):
+        assert home.find(str(path)).entry.deployment_name == "two"
+
+
+def test_the_name_comes_before_the_model(home):
+    deploy(home, "gpt2", model="other")
+    deploy(home, "mine", model="gpt2")
+    assert home.find("gpt2").entry.deployment_name == "gpt2"
+
+
+def test_an_ambiguous_model_is_answered_with_the_names(home):
+    deploy(home, "one")
+    deploy(home, "two")
+    with pytest.raises(DeploymentNotFoundError, match=r"'m' is served by several .*: 'one', 'two'$"):
+        home.find("m")
+
+
+def test_what_is_not_there_is_answered_with_what_is(home):
+    with pytest.raises(DeploymentNotFoundError, match=r"there: none$"):
+        OwnHome(home.path).find("chat")
+    deploy(home, "one")
+    with pytest.raises(DeploymentNotFoundError, match=r"'chat' in .*; there: 'one' \(m\)$"):
+        home.find("chat")
+    with pytest.raises(DeploymentNotFoundError, match="'chat'"):
+        home.get("chat")
+
+
+def test_a_certificate_that_the_registry_does_not_name_is_not_believed(home):
+    entry = deploy(home, "chat")
+    credentials.create(RunDir(entry.run_dir))
+    (home.path / "shared" / "chat" / "tls.crt").write_bytes(RunDir(entry.run_dir).tls_certificate.read_bytes())
+    with pytest.raises(RegistryError, match=r"^deployment 'chat': its certificate is not the one in the registry$"):
+        home.find("chat")
+
+
+def test_homes_are_looked_into_in_their_order(tmp_path):
+    mine, theirs = OwnHome(tmp_path / "mine"), SharedHome(tmp_path / "theirs")
+    with pytest.raises(DeploymentNotFoundError, match=r"in .*mine; there: none; no deployment .*in .*theirs; there"):
+        lookup.find("chat", [mine, theirs])
+    deploy(theirs, "chat")
+    assert lookup.find("chat", [mine, theirs]).home is theirs
+    deploy(mine, "chat")
+    assert lookup.find("chat", [mine, theirs]).home is mine
+
+
+def test_a_run_gives_back_its_name_and_what_it_shares(home):
+    entry = deploy(home, "chat")
+    free_name(home.path, entry.model_copy(update={"run_dir": home.path / "runs" / "another"}))
+    assert home.get("chat").entry == entry
+    free_name(home.path, entry)
+    with pytest.raises(DeploymentNotFoundError):
+        home.get("chat")
+    assert Registry(home.path).get("chat") is None
+    assert sharing.names(home.path) == []
+    free_name(home.path, entry)

@@ -1,0 +1,24 @@
+"""The verbs that need no scheduler: what client() finds."""
+
+import pytest
+
+import mii_hpc
+from mii_hpc.errors import DeploymentNotFoundError
+
+
+def test_the_verbs(deploy_in_thread):
+    threaded = deploy_in_thread()
+    home = {"home": threaded.config.home}
+    by_name, by_model = mii_hpc.client("chat", home), mii_hpc.client("echo", home)
+    assert str(by_name("x")[0]) == str(by_model("x")[0]) == "x "
+    by_name.terminate_server()
+    with pytest.raises(DeploymentNotFoundError, match="there: none"):
+        mii_hpc.client("chat", home)
+    by_model.close()
+
+
+def test_a_deployment_whose_job_is_gone_is_not_found(deploy_in_thread):
+    threaded = deploy_in_thread()
+    threaded.deployment.end_job()
+    with pytest.raises(DeploymentNotFoundError, match=r"its job \d+ has ended without notice"):
+        mii_hpc.client("chat", {"home": threaded.config.home})
