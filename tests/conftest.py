@@ -1,6 +1,6 @@
 import pytest
 
-from mii_hpc.job import membership
+from mii_hpc.job.balancer import membership
 from tests.live import Deployment, InThread
 
 

@@ -93,7 +93,7 @@ def engines(cluster, run_dir):
     for node in cluster.nodes:
         for pid in cluster.job_processes(node):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            if "mii_hpc.job.replica" in words and str(run_dir) in words:
+            if "mii_hpc.job.engine_process" in words and str(run_dir) in words:
                 found[node, json.loads(words[4])["rank"]] = pid
     return found
 
