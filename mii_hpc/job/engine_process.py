@@ -39,21 +39,27 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
     Raises whatever the engine raises when it cannot load or go on.
     """
     loop = asyncio.get_running_loop()
-    loaded: asyncio.Future[None] = loop.create_future()
+    loaded = asyncio.Event()
     ended: asyncio.Future[None] = loop.create_future()
+
+    def end(error: Exception | None) -> None:
+        if not ended.done():  # else nobody waits for it any more
+            ended.set_exception(error) if error else ended.set_result(None)
 
     def work() -> None:
         try:
             engine.load(lambda sentence: tell(progress=sentence))
-            loop.call_soon_threadsafe(loaded.set_result, None)
+            loop.call_soon_threadsafe(loaded.set)
             engine.run()
         except Exception as error:  # noqa: BLE001 (the thread's boundary: whatever it is ends the process)
-            loop.call_soon_threadsafe(ended.set_exception, error)
+            loop.call_soon_threadsafe(end, error)
         else:
-            loop.call_soon_threadsafe(ended.set_result, None)
+            loop.call_soon_threadsafe(end, None)
 
     threading.Thread(target=work, name="engine", daemon=True).start()
-    await asyncio.wait((loaded, ended), return_when=asyncio.FIRST_COMPLETED)
+    loading = asyncio.ensure_future(loaded.wait())
+    await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
+    loading.cancel()
     if ended.done():
         return ended.result()
     if not leads:

@@ -1,4 +1,4 @@
-"""One rank after the rendezvous: it keeps its engine process as the balancer orders, and ends when told to.
+"""One rank after the rendezvous: it keeps its engine process as the balancer orders, and leaves when told to.
 
 The balancer forms the replicas; supervisors report and obey. A supervisor holds one stream to the balancer; if
 that breaks (the balancer was restarted) the engine goes on, and the stream is opened anew. Rank 0 also keeps the
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 BALANCER_DEADLINE_SECONDS = 60.0
 """Without a balancer for this long a rank gives up."""
 LEAVE_DEADLINE_SECONDS = 10.0
-"""Told to end by a signal, a rank waits this long for the balancer's leave before it goes without."""
+"""Told to end by a signal, a rank waits this long for the balancer's order to leave, then leaves without it."""
 ENGINE_GRACE_SECONDS = 2.0
 BALANCER_GRACE_SECONDS = 5.0
 
@@ -55,7 +55,7 @@ async def supervise(run: RunDir, world: World, address: str) -> None:
     finally:
         if balancer is not None:
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(balancer, BALANCER_GRACE_SECONDS)  # until it has seen all ranks off
+                await asyncio.wait_for(balancer, BALANCER_GRACE_SECONDS)  # until all ranks have left
     if failure:
         raise DeploymentFailedError(failure)
 
@@ -90,18 +90,19 @@ class Supervisor:
         """What the balancer knows of the rank, or will in a moment."""
         self._changed = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
-        self._patience = asyncio.timeout(None)
+        self._leave_deadline = asyncio.timeout(None)
 
     async def work(self) -> str:
-        """Obey the balancer until it says leave; end the engine. Returns why the deployment failed, "" if it did not.
+        """Do what the balancer orders until it orders to leave; then end the engine.
 
-        Returns, too, when the balancer gives no leave in time after leave(), or is away for too long.
+        Returns why the deployment failed, "" if it did not. Returns, too, when no such order comes in time after
+        leave(), or when there is no balancer for too long.
         """
         try:
-            async with self._patience:
+            async with self._leave_deadline:
                 return await self._obey()
         except TimeoutError:
-            log.warning("no leave from the balancer %.0f s after the signal; going", LEAVE_DEADLINE_SECONDS)
+            log.warning("no order from the balancer %.0f s after the signal; leaving", LEAVE_DEADLINE_SECONDS)
             return ""
         finally:
             await self.stop_engine()
@@ -110,7 +111,7 @@ class Supervisor:
         """Tell the balancer that this rank was told to end by a signal, which ends the whole deployment."""
         log.info("received %s: the deployment ends", signal_name)
         if not self.report.leaving:
-            self._patience.reschedule(asyncio.get_running_loop().time() + LEAVE_DEADLINE_SECONDS)
+            self._leave_deadline.reschedule(asyncio.get_running_loop().time() + LEAVE_DEADLINE_SECONDS)
             self._tell(leaving=True)
 
     async def start_engine(self, order: pb.StartEngine) -> None:
@@ -170,7 +171,7 @@ class Supervisor:
         self._tell(engine=pb.DOWN, address="", detail="stopped")
 
     async def _obey(self) -> str:
-        """Hold the stream to the balancer until it says leave; return why, "" when all is well."""
+        """Hold the stream to the balancer until it orders to leave; return why, "" when all is well."""
         keys = credentials.load_server(self.run).as_client
         last_heard = time.monotonic()
         while True:

@@ -21,7 +21,7 @@ from mii_hpc.job.balancer.service import DeploymentService, MembershipService
 from mii_hpc.rpc import transport
 
 STOP_SECONDS = 0.5
-"""What calls that are still open at the very end may take."""
+"""How long calls that are still open at the end may go on."""
 
 
 class Balancer:
@@ -52,7 +52,7 @@ class Balancer:
         pb_grpc.add_MembershipServicer_to_server(MembershipService(self.membership), self.server)
 
     async def listen(self, address: str) -> int:
-        """Answer at "host:port" from now on; return the port. Raises OSError when the port cannot be had."""
+        """Answer at "host:port" from now on; return the port. Raises OSError when it cannot be bound."""
         port = transport.listen(self.server, address, self._keys)
         await self.server.start()
         return port
@@ -69,4 +69,4 @@ class Balancer:
         connection = self.router.remove(index)
         if connection is not None:
             connection.cancel_requests()
-            asyncio.ensure_future(connection.close())  # noqa: RUF006 (nothing waits for it)
+            asyncio.ensure_future(connection.close())  # noqa: RUF006 (nothing depends on it)

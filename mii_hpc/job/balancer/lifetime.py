@@ -22,9 +22,9 @@ from mii_hpc.submission.submit import free_name
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 3.0
-"""What a request that runs may still take when the deployment ends."""
+"""How long running requests may go on when the deployment ends."""
 LEAVE_SECONDS = 8.0
-"""What the ranks may take to leave."""
+"""How long the ranks may take to leave."""
 
 
 class Ending:
@@ -54,7 +54,7 @@ class Ending:
             self._begun.set()
 
     def fail(self, failure: Failure) -> None:
-        """Begin to end the deployment, because it has failed; leave word of it in the run directory."""
+        """Begin to end the deployment, because it has failed; write it to the run directory."""
         if not self.has_begun:
             self.failure = failure.message
             self._run.write_failure(failure)
@@ -94,7 +94,7 @@ class Lifetime:
         return self._entry.job_id if self._entry else ""
 
     async def run(self, entry: Entry) -> None:
-        """Keep the entry until the end has begun; then drain, see the ranks off, and withdraw the entry."""
+        """Keep the entry until the end has begun; then drain, let the ranks leave, and withdraw the entry."""
         self._entry = entry
         keeping = asyncio.create_task(self._keep_entry())
         watching = asyncio.create_task(self._watch_deadlines())

@@ -19,9 +19,12 @@ REFORM_BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Waits before a replica that keeps failing is formed again; the last one repeats."""
 
 
+State = Literal["waiting", "forming", "loading", "ready"]
+
+
 @dataclass
 class Member:
-    """One rank that holds its stream: its latest report, and the orders on their way to it."""
+    """One rank that has joined: its latest report, and the orders that it has not been sent yet."""
 
     report: pb.RankReport
     orders: asyncio.Queue[pb.RankOrder] = field(default_factory=asyncio.Queue)
@@ -37,9 +40,9 @@ class Replica:
 
     index: int
     ranks: range
-    state: Literal["waiting", "forming", "loading", "ready"] = "waiting"
+    state: State = "waiting"
     epoch: int = 0
-    detail: str = "its ranks have not come yet"
+    detail: str = "its ranks have not joined yet"
     host: str = ""
     was_ready: bool = False
     failures: int = 0
@@ -47,14 +50,10 @@ class Replica:
     task: asyncio.Task[None] | None = None
     """What is under way between two states: the wait before forming, or the first generation."""
 
-    def enter(self, state: Literal["waiting", "forming", "loading", "ready"]) -> None:
-        """Change the state, and note when."""
-        self.state, self.since = state, time.monotonic()
-
 
 @dataclass(frozen=True)
 class EngineDeath:
-    """An engine process that ended unasked, as its rank reports it."""
+    """An engine process that ended without an order, as its rank reports it."""
 
     report: pb.RankReport
     replica: int
@@ -91,11 +90,11 @@ class Membership:
         self._on_death, self._on_leaving = on_death, on_leaving
         self._members: dict[int, Member] = {}
         self._leave: pb.RankOrder | None = None
-        self._everybody_gone = asyncio.Event()
+        self._all_left = asyncio.Event()
 
     @property
     def members(self) -> Mapping[int, Member]:
-        """The ranks that hold their stream."""
+        """The ranks that have joined, by number."""
         return self._members
 
     @property
@@ -113,7 +112,7 @@ class Membership:
             raise InvalidRequestError(f"rank {first.rank}: no such rank")
         member = Member(first)
         self._members[first.rank] = member  # a newer stream of a rank replaces an older one
-        self._everybody_gone.clear()
+        self._all_left.clear()
         log.info("rank %d on %s has joined", first.rank, first.host)
         if self._leave is not None:
             member.orders.put_nowait(self._leave)
@@ -124,7 +123,7 @@ class Membership:
                 order = await member.orders.get()
                 yield order
                 if order.WhichOneof("order") == "leave":
-                    await asyncio.wait({reading})  # until the rank closes its side: it is gone then
+                    await asyncio.wait({reading})  # until the rank closes its side, which it does last
                     return
         finally:
             reading.cancel()
@@ -133,16 +132,16 @@ class Membership:
                 log.info("rank %d on %s has left", first.rank, first.host)
                 self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} is gone")
             if not self._members:
-                self._everybody_gone.set()
+                self._all_left.set()
 
     async def end(self, failure: str, deadline: float) -> None:
-        """Order every rank, also those yet to come, to leave; return when all are gone or after `deadline` seconds."""
+        """Order every rank, also a later one, to leave; return when all have left or after `deadline` seconds."""
         self._leave = pb.RankOrder(leave=pb.Leave(failure=failure))
         for member in self._members.values():
             member.orders.put_nowait(self._leave)
         if self._members:
             try:
-                await asyncio.wait_for(self._everybody_gone.wait(), deadline)
+                await asyncio.wait_for(self._all_left.wait(), deadline)
             except TimeoutError:
                 log.warning("ranks %s have not left in time", sorted(self._members))
 
@@ -197,7 +196,7 @@ class Membership:
             elif replica.task is None:
                 replica.task = asyncio.create_task(self._form(replica))
         elif replica.state == "forming" and leader.epoch == replica.epoch and leader.engine != pb.DOWN:
-            replica.enter("loading")
+            self._enter(replica, "loading")
             start = pb.StartEngine(epoch=replica.epoch, store_address=leader.store_address)
             for member in members[1:]:
                 member.orders.put_nowait(pb.RankOrder(start=start))
@@ -215,8 +214,8 @@ class Membership:
         epoch = reports[0].epoch
         if epoch <= replica.epoch or any(r.epoch != epoch or r.engine != pb.READY for r in reports):
             return False
-        replica.epoch = epoch
-        replica.enter("loading")
+        replica.epoch, replica.host = epoch, reports[0].host
+        self._enter(replica, "loading")
         return True
 
     async def _form(self, replica: Replica) -> None:
@@ -228,11 +227,11 @@ class Membership:
         members = [self._members[rank] for rank in replica.ranks]
         replica.epoch = max(replica.epoch, *(member.report.epoch for member in members)) + 1
         replica.host = members[0].report.host
-        replica.enter("forming")
+        self._enter(replica, "forming")
         for member in members[1:]:
             member.orders.put_nowait(pb.RankOrder(stop_engine=pb.StopEngine()))
         members[0].orders.put_nowait(pb.RankOrder(start=pb.StartEngine(epoch=replica.epoch)))
-        log.info("replica %d: forming for the %d. time", replica.index, replica.epoch)
+        log.info("replica %d: forming, epoch %d", replica.index, replica.epoch)
 
     async def _try(self, replica: Replica, address: str) -> None:
         began = time.monotonic()
@@ -248,12 +247,14 @@ class Membership:
             self._advance(replica)
             return
         replica.task = None
-        replica.enter("ready")
+        self._enter(replica, "ready")
         replica.detail = ""
-        replica.host = self._members[replica.ranks[0]].report.host
         replica.was_ready, replica.failures = True, 0
-        self.changed.set()
         log.info("replica %d is ready; its first generation took %.1f s", replica.index, time.monotonic() - began)
+
+    def _enter(self, replica: Replica, state: State) -> None:
+        replica.state, replica.since = state, time.monotonic()
+        self.changed.set()
 
     def _break(self, replica: Replica, reason: str) -> None:
         """Take a replica out at once, and stop what still runs of it: its engines cannot go on without each other."""
@@ -268,8 +269,7 @@ class Membership:
                 member = self._members.get(rank)
                 if member is not None and member.report.engine != pb.DOWN and self._leave is None:
                     member.orders.put_nowait(pb.RankOrder(stop_engine=pb.StopEngine()))
-        replica.enter("waiting")
+        self._enter(replica, "waiting")
         replica.detail = reason
-        self.changed.set()
         if self._leave is None:
             log.warning("replica %d is out: %s", replica.index, reason)

@@ -70,7 +70,7 @@ class Deployment:
     async def admit(self, replica, address):
         if self.first_generation_fails:
             raise RequestError("out of memory")
-        self.ready.append((replica.index, address))
+        self.ready.append((replica.index, replica.host, address))
 
     def states(self):
         return [replica.state for replica in self.membership.replicas]
@@ -112,7 +112,7 @@ async def test_the_leader_starts_first_and_the_others_meet_at_its_store(deployme
     leader.report(engine=pb.READY, address="node0:100")
     follower.report(engine=pb.READY)
     await until(lambda: deployment.states() == ["ready", "waiting"])
-    assert deployment.ready == [(0, "node0:100")]
+    assert deployment.ready == [(0, "node0", "node0:100")]
 
 
 async def test_progress_is_shown(deployment):
@@ -134,7 +134,7 @@ async def test_an_engine_that_dies_takes_its_replica_out_and_the_replica_comes_b
     deployment.ranks[2].report(engine=pb.DOWN)
     await deployment.form(1, epoch=2)
     assert deployment.states() == ["ready", "ready"]
-    assert deployment.ready == [(0, "leader0:1"), (1, "leader1:1"), (1, "leader1:2")]
+    assert deployment.ready == [(0, "node0", "leader0:1"), (1, "node2", "leader1:1"), (1, "node2", "leader1:2")]
     assert deployment.ranks[0].kinds() == deployment.ranks[1].kinds()[-1:] == ["start"], "the other one is not touched"
 
 
@@ -183,7 +183,7 @@ async def test_engines_that_run_together_are_adopted(deployment):
     deployment.ranks[0].join(engine=pb.READY, epoch=5, address="there:1")
     deployment.ranks[1].join(engine=pb.READY, epoch=5)
     await until(lambda: deployment.states()[0] == "ready")
-    assert deployment.ready == [(0, "there:1")]
+    assert deployment.ready == [(0, "node0", "there:1")]
     assert deployment.membership.replicas[0].epoch == 5
     assert deployment.ranks[0].orders == deployment.ranks[1].orders == []
 
