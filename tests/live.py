@@ -6,7 +6,9 @@ import signal
 import subprocess
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.clients.asynchronous import AsyncMIIClient
@@ -15,6 +17,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine.base import EngineSpec, create_engine
+from mii_hpc.generation import Load
 from mii_hpc.job import engine_process
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.rendezvous import Member, World
@@ -24,8 +27,10 @@ from mii_hpc.submission import submit as submission
 
 DEADLINE_SECONDS = 20.0
 
+T = TypeVar("T")
 
-async def until(condition, seconds=DEADLINE_SECONDS):
+
+async def until(condition: Callable[[], T], seconds: float = DEADLINE_SECONDS) -> T:
     """Return what `condition` gives once it is true; fail when it is not in time."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -137,7 +142,17 @@ class Deployment:
     Its job, to whoever asks, is a process that waits for its standard input to close.
     """
 
-    def __init__(self, home, *, model="", name="chat", tensor_parallel=1, replica_num=2, max_length=None, **engine):
+    def __init__(
+        self,
+        home: Path,
+        *,
+        model: str = "",
+        name: str = "chat",
+        tensor_parallel: int = 1,
+        replica_num: int = 2,
+        max_length: int | None = None,
+        **engine: Any,
+    ) -> None:
         self.config = resolve(
             model,
             deployment_name=name,
@@ -152,17 +167,19 @@ class Deployment:
         self.keys = credentials.load_server(self.run)
         self.registry = Registry(self.config.home)
         self.job = subprocess.Popen(["sh", "-c", "read _", "job", str(self.run.path)], stdin=subprocess.PIPE)
-        self.ranks, self._tasks, self._clients = [], [], []
+        self.ranks: list[Rank] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._clients: list[AsyncMIIClient] = []
         self.address = ""
 
-    async def start(self):
+    async def start(self) -> Self:
         """Return when all replicas are ready."""
         self.address = await self.start_balancer()
         self.start_ranks()
         await until(lambda: self.state() == "ready")
         return self
 
-    async def start_balancer(self):
+    async def start_balancer(self) -> str:
         self.balancer = Balancer(self.run, self.config, self.keys)
         address = f"127.0.0.1:{await self.balancer.listen('127.0.0.1:0')}"
         self.entry = self.entry.model_copy(
@@ -171,30 +188,30 @@ class Deployment:
         self.working = asyncio.create_task(self.balancer.serve(self.entry))
         return address
 
-    def start_ranks(self):
+    def start_ranks(self) -> None:
         self.ranks = [
             Rank(number, self.run, self.config, self.address) for number in range(self.config.model_conf.world_size)
         ]
         self._tasks = [asyncio.create_task(rank.live()) for rank in self.ranks]
 
-    def state(self):
+    def state(self) -> str | None:
         entry = self.registry.get(self.config.deployment_name)
-        return entry and entry.state
+        return entry.state if entry else None
 
-    def client(self):
+    def client(self) -> AsyncMIIClient:
         """Return a new client, which is closed with the deployment."""
         self._clients.append(AsyncMIIClient(self.config))
         return self._clients[-1]
 
-    def stats(self):
+    def stats(self) -> list[Load]:
         """Return the load of every replica."""
         return [rank.engine.engine.stats() for rank in self.ranks if rank.world.role.leads]
 
-    def is_idle(self):
+    def is_idle(self) -> bool:
         """Whether no engine has anything in hand."""
         return all(stats.running == stats.waiting == 0 for stats in self.stats())
 
-    async def stop(self):
+    async def stop(self) -> None:
         """End it and everything around it. Nothing happens the second time."""
         for client in self._clients:
             await client.close()
@@ -204,11 +221,12 @@ class Deployment:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.end_job()
 
-    async def stop_balancer(self):
+    async def stop_balancer(self) -> None:
         self.balancer.ending.begin("the test is over")
         await self.working
 
-    def end_job(self):
+    def end_job(self) -> None:
+        assert self.job.stdin is not None
         self.job.stdin.close()
         self.job.wait()
 
@@ -216,7 +234,7 @@ class Deployment:
 class InThread:
     """A deployment in an event loop on a thread of its own, for tests that block."""
 
-    def __init__(self, home, **shape):
+    def __init__(self, home: Path, **shape: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -224,14 +242,14 @@ class InThread:
         self.config = self.deployment.config
         self.do(self.deployment.start())
 
-    def do(self, awaitable):
+    def do(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Run something in the deployment's event loop."""
         return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(60)
 
-    def until(self, condition):
+    def until(self, condition: Callable[[], T]) -> T:
         return self.do(until(condition))
 
-    def stop(self):
+    def stop(self) -> None:
         self.do(self.deployment.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
