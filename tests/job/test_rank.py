@@ -1,5 +1,6 @@
 """Whole deployments on this machine: a script, the local executor, mpiexec, ranks, engines, balancer."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -74,7 +75,8 @@ class Served:
 
     def kill(self):
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # its parent's death has ended it
+                os.kill(pid, signal.SIGKILL)
         eventually(lambda: not self.processes(), 10, "all killed")
 
 
