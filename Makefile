@@ -49,7 +49,9 @@ lint: setup
 	$(BIN)/mypy
 
 proto: setup
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=mii_hpc/_proto --pyi_out=mii_hpc/_proto proto/mii_hpc.proto
+	$(BIN)/python -m grpc_tools.protoc -Imii_hpc/_proto=proto \
+	    --python_out=. --pyi_out=. --grpc_python_out=. \
+	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=only_async:. proto/mii_hpc.proto
 
 # A Slurm cluster of four nodes on this machine, to play with (root).
 cluster: setup

@@ -25,21 +25,23 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import resolve
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
-from mii_hpc.job.balancer import Balancer, LiveReplica
-from mii_hpc.rpc import transport, wire
+from mii_hpc.job.balancer.balancer import Balancer
+from mii_hpc.job.balancer.connection import ReplicaConnection
+from mii_hpc.rpc import transport
+from mii_hpc.rpc.wire import Method
 from mii_hpc.submission import submit as submission
 
 PIECE = pb.GenerateChunk(text="word ", token_ids=[1234], generated_length=1).SerializeToString()
 
 
-def source_handlers(messages: int) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
-    """Return a service that answers every request with so many small messages."""
+def source(messages: int) -> grpc.RpcMethodHandler[bytes, bytes]:
+    """Return a handler that answers every request with so many small messages."""
 
     async def generate(_request, _context):
         for _ in range(messages):
             yield PIECE
 
-    return {wire.GENERATE.service: {wire.GENERATE.name: grpc.unary_stream_rpc_method_handler(generate)}}
+    return grpc.unary_stream_rpc_method_handler(generate)
 
 
 def run_source(run: RunDir, ours: bool, messages: int, told: Connection) -> None:
@@ -48,13 +50,12 @@ def run_source(run: RunDir, ours: bool, messages: int, told: Connection) -> None
     async def serve() -> None:
         keys = credentials.load_server(run)
         if ours:
-            server = transport.create_server(
-                source_handlers(messages), lambda _method, token: transport.same_token(token, keys.rank_token)
-            )
+            server = transport.create_server(lambda _method, token: transport.same_token(token, keys.rank_token))
             port = transport.listen(server, "127.0.0.1:0", keys)
         else:
-            server = bare_server(source_handlers(messages))
+            server = grpc.aio.server()  # without TLS, token or limits
             port = server.add_insecure_port("127.0.0.1:0")
+        transport.add_inference(server, source(messages))
         await server.start()
         told.send(f"127.0.0.1:{port}")
         await server.wait_for_termination()
@@ -62,41 +63,31 @@ def run_source(run: RunDir, ours: bool, messages: int, told: Connection) -> None
     asyncio.run(serve())
 
 
-def run_proxy(run: RunDir, ours: bool, source: str, told: Connection) -> None:
+def run_proxy(run: RunDir, ours: bool, address: str, told: Connection) -> None:
     """Serve our balancer, or a bare proxy, in front of the source."""
 
     async def serve() -> None:
         keys = credentials.load_server(run)
         if ours:
-            balancer = Balancer(run, run.load_config(), keys.as_client)
-            replica = LiveReplica(0, 1, "localhost", transport.open_channel(source, keys.as_client))
-            balancer.router.add(replica)
-            server = transport.create_server(balancer.services(), balancer.admits)
-            port = transport.listen(server, "127.0.0.1:0", keys)
+            balancer = Balancer(run, run.load_config(), keys)
+            channel = transport.open_channel(address, keys.as_client)
+            balancer.router.add(ReplicaConnection(0, 1, "localhost", channel, keys.as_client))
+            server, port = balancer.server, await balancer.listen("127.0.0.1:0")
         else:
-            upstream = grpc.aio.insecure_channel(source)
+            upstream = grpc.aio.insecure_channel(address)
 
             async def passed_on(requests, _context):
-                async for piece in upstream.unary_stream(wire.GENERATE.path)(await anext(requests)):
+                async for piece in upstream.unary_stream(Method.GENERATE)(await anext(requests)):
                     yield piece
 
-            handler = grpc.stream_stream_rpc_method_handler(passed_on)
-            server = bare_server({wire.GENERATE.service: {wire.GENERATE.name: handler}})
+            server = grpc.aio.server()
+            transport.add_inference(server, grpc.stream_stream_rpc_method_handler(passed_on))
             port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+            await server.start()
         told.send(f"127.0.0.1:{port}")
         await server.wait_for_termination()
 
     asyncio.run(serve())
-
-
-def bare_server(services: dict[str, dict[str, grpc.RpcMethodHandler]]) -> grpc.aio.Server:
-    """Return a server without TLS, token or limits."""
-    server = grpc.aio.server()
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items()]
-    )
-    return server
 
 
 async def messages_per_second(run: RunDir, ours: bool, address: str, streams: int, messages: int) -> float:
@@ -106,7 +97,7 @@ async def messages_per_second(run: RunDir, ours: bool, address: str, streams: in
     metadata = transport.authorization(keys) if ours else ()
 
     async def read() -> int:
-        return len([piece async for piece in channel.unary_stream(wire.GENERATE.path)(b"", metadata=metadata)])
+        return len([piece async for piece in channel.unary_stream(Method.GENERATE)(b"", metadata=metadata)])
 
     async with channel:
         await channel.channel_ready()

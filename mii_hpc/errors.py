@@ -19,7 +19,8 @@
         ├── RequestTimeoutError (TimeoutError) the caller's timeout has passed
         └── RequestCancelledError              somebody cancelled the request
 
-`retryable` says whether the same call may succeed later without a change.
+`retryable` says whether the same call may succeed later without a change. `facts` names the attributes that tell,
+beside the message, what an error is about; they are the same on the client as where it was raised.
 This module imports nothing, so that every other one can import it.
 """
 
@@ -28,6 +29,8 @@ class MIIError(Exception):
     """Base of all errors of this package."""
 
     retryable = False
+    facts: "tuple[str, ...]" = ()
+    """The names of the attributes that tell what the error is about. Each is also a keyword of the class."""
 
 
 class ConfigError(MIIError, ValueError):
@@ -43,7 +46,17 @@ class SubmissionError(MIIError):
 
 
 class DeploymentError(MIIError):
-    """Base of the errors about one deployment."""
+    """Base of the errors about one deployment.
+
+    Attributes:
+        deployment_name: its name; "" where it is not known.
+    """
+
+    facts: "tuple[str, ...]" = ("deployment_name",)
+
+    def __init__(self, message: str = "", *, deployment_name: str = "") -> None:
+        super().__init__(message)
+        self.deployment_name = deployment_name
 
 
 class DeploymentNotFoundError(DeploymentError):
@@ -58,16 +71,24 @@ class DeploymentFailedError(DeploymentError):
     """The job of a deployment died.
 
     Attributes:
+        deployment_name: its name.
         job_id: the scheduler's id of the job.
         state: the state that the scheduler or the ranks reported, such as "FAILED" or "OUT_OF_MEMORY".
         log: the end of the failing rank's log, with its traceback when there was one.
     """
 
-    def __init__(self, message: str, *, job_id: str = "", state: str = "", log: str = "") -> None:
-        super().__init__(f"{message}\n{log}" if log else message)
+    facts = ("deployment_name", "job_id", "state", "log")
+
+    def __init__(
+        self, message: str = "", *, deployment_name: str = "", job_id: str = "", state: str = "", log: str = ""
+    ) -> None:
+        super().__init__(message, deployment_name=deployment_name)
         self.job_id = job_id
         self.state = state
         self.log = log
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}\n{self.log}" if self.log else str(self.args[0])
 
 
 class DeploymentTimeoutError(DeploymentError):
@@ -78,11 +99,23 @@ class RequestError(MIIError):
     """Base of the errors about one request.
 
     Attributes:
+        deployment_name: the deployment that was asked; "" where none was, as in a pipeline.
+        replica: the index of the replica that worked on the request, or would have; None where it came to none.
+        host: the node of that replica's leader; "" where it came to none.
         responses: when one call had several prompts, what came of each of them, in order: a list of answers, or
             the error. Empty otherwise.
     """
 
+    facts = ("deployment_name", "replica", "host")
     responses: "list[object]" = []  # noqa: RUF012 (replaced, never changed)
+
+    def __init__(
+        self, message: str = "", *, deployment_name: str = "", replica: "int | None" = None, host: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.deployment_name = deployment_name
+        self.replica = replica
+        self.host = host
 
 
 class InvalidRequestError(RequestError, ValueError):
@@ -96,7 +129,7 @@ class QueueFullError(RequestError):
 
 
 class ReplicaLostError(RequestError):
-    """The replica died while it worked on the request. The message names deployment, replica and host."""
+    """The replica died while it worked on the request; `deployment_name`, `replica` and `host` say which one."""
 
     retryable = True
 

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from mii_hpc.config import resolve
-from mii_hpc.job import membership
+from mii_hpc.job.balancer import membership
 from tests.live import Deployment, InThread
 
 

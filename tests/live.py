@@ -1,116 +1,128 @@
 """A deployment that lives in the test's own process: what tests of clients, balancer and membership stand on."""
 
 import asyncio
-import contextlib
+import os
+import signal
 import socket
 import subprocess
 import threading
-
-import grpc.aio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.clients.asynchronous import AsyncMIIClient
-from mii_hpc.config import resolve
+from mii_hpc.config import MIIConfig, resolve
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
-from mii_hpc.job.balancer import Balancer
-from mii_hpc.job.replica import InferenceService
+from mii_hpc.generation import Load
+from mii_hpc.job import engine_process
+from mii_hpc.job.balancer.balancer import Balancer
+from mii_hpc.job.rendezvous import Member, World
+from mii_hpc.job.supervisor import Supervisor
 from mii_hpc.placement import role_of
-from mii_hpc.rpc import transport, wire
 from mii_hpc.submission import submit as submission
 from tests.waiting import until
 
+T = TypeVar("T")
 
-class Rank:
-    """A rank as the balancer and the clients know it: it attends, and its engine runs in this process."""
 
-    def __init__(self, number, config, address, keys):
-        self.role = role_of(number, config.model_conf.tensor_parallel)
-        self.engine = None
-        self.epochs = []
+class InProcessEngine:
+    """An engine that runs in this process, and looks to a supervisor like the process that it usually is."""
+
+    pid = os.getpid()
+
+    def __init__(self, run: RunDir, spec: dict[str, Any], listen_host: str) -> None:
+        # The supervisor closes its socket of the store; an engine of one rank needs none.
+        self.spec = EngineSpec(model=run.load_config().model_conf, **{**spec, "store_fd": None})
+        self.engine = create_engine(self.spec)
+        self._run, self._listen_host = run, listen_host
+        self._notes: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._serving: asyncio.Task[None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        loop, run = asyncio.get_running_loop(), self.engine.run
+
+        def run_here() -> None:
+            self._thread = threading.current_thread()
+            run()
+
+        def tell(**note: str) -> None:
+            loop.call_soon_threadsafe(self._notes.put_nowait, note)
+
+        self.engine.run = run_here  # type: ignore[method-assign]
+        try:
+            await engine_process.serve(self.engine, self._run, self._listen_host, self.spec.rank == 0, tell)
+        except Exception as error:  # noqa: BLE001 (the process's boundary)
+            self.die(f"{type(error).__name__}: {error}", 1)
+        finally:
+            self.engine.close()
+            if self._thread is not None:
+                await asyncio.to_thread(self._thread.join)
+
+    async def next_note(self) -> dict[str, Any] | None:
+        return await self._notes.get()
+
+    async def wait(self) -> int:
+        return await self._status
+
+    async def end(self, grace: float) -> int:
+        await self.break_connections()
+        if not self._status.done():
+            self._status.set_result(0)
+        return await self.wait()
+
+    def die(self, reason: str = "", status: int = -signal.SIGKILL) -> None:
+        """Look like a process that was killed, or failed for a reason; the connections stay until the end."""
+        if not self._status.done():
+            if reason:
+                self._notes.put_nowait({"failed": reason})
+            self._notes.put_nowait(None)
+            self._status.set_result(status)
+
+    async def break_connections(self) -> None:
+        """Break the connections and stop generating, without a word to the supervisor."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+
+
+class Rank(Supervisor):
+    """The supervisor of a rank on a host of its own, whose engines run in this process."""
+
+    engine: InProcessEngine
+
+    def __init__(self, number: int, run: RunDir, config: MIIConfig, address: str) -> None:
+        model = config.model_conf
+        members = tuple(Member(rank, f"node{rank}", "127.0.0.1") for rank in range(model.world_size))
+        super().__init__(run, World(role_of(number, model.tensor_parallel), members), address)
+        self.epochs: list[int] = []
         """The epoch of each engine that it was ordered to start."""
         self.comes_back = True
-        """Whether it obeys orders to start an engine."""
-        self.left = None
+        """Whether the engines that it starts come up."""
+        self.left: str | None = None
         """Once it has been told to leave: why."""
-        self._model, self._address, self._keys = config.model_conf, address, keys
-        self._report = pb.RankReport(rank=number, host=f"node{number}")
-        self._changed = asyncio.Event()
-        self._server = self._thread = None
 
-    async def live(self):
-        """Attend, also at a balancer that takes the place of another, and obey, until told to leave."""
-        while self.left is None:
-            async with transport.open_channel(self._address, self._keys.as_client) as channel:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    await self._obey(channel)
-            await asyncio.sleep(0.02)
+    async def live(self) -> None:
+        self.left = await self.work()
 
-    async def _obey(self, channel):
-        attend = channel.stream_stream(
-            wire.ATTEND.path,
-            request_serializer=pb.RankReport.SerializeToString,
-            response_deserializer=pb.RankOrder.FromString,
-        )
-        async for order in attend(self._reports(), metadata=transport.authorization(self._keys.as_client)):
-            match order.WhichOneof("order"):
-                case "start":
-                    await self._start(order.start)
-                case "stop_engine":
-                    await self.stop_engine()
-                    self.tell(engine=pb.DOWN, address="", detail="stopped")
-                case "leave":
-                    self.left = order.leave.failure
-                    return
-
-    async def _reports(self):
-        while True:
-            self._changed.clear()
-            copy = pb.RankReport()
-            copy.CopyFrom(self._report)
-            yield copy
-            await self._changed.wait()
-
-    def tell(self, **changes):
-        for name, value in changes.items():
-            setattr(self._report, name, value)
-        self._changed.set()
-
-    async def _start(self, order):
-        await self.stop_engine()
+    async def start_engine(self, order: pb.StartEngine) -> None:
         self.epochs.append(order.epoch)
-        if not self.comes_back:
-            return
-        self.tell(engine=pb.STARTING, epoch=order.epoch, store_address="store:1", address="")
-        spec = EngineSpec(self._model, self.role.replica_rank, self.role.tensor_parallel, 0, 1, 1, "", "")
-        self.engine = create_engine(spec)
-        await asyncio.to_thread(self.engine.load, lambda _sentence: None)
-        self._thread = threading.Thread(target=self.engine.run, daemon=True)
-        self._thread.start()
-        address = ""
-        if self.role.leads:
-            services = {wire.GENERATE.service: InferenceService(self.engine).handlers()}
-            self._server = transport.create_server(
-                services, lambda _method, token: transport.same_token(token, self._keys.rank_token)
-            )
-            address = f"127.0.0.1:{transport.listen(self._server, '127.0.0.1:0', self._keys)}"
-            await self._server.start()
-        self.tell(engine=pb.READY, address=address, detail="")
+        await super().start_engine(order)
 
-    async def stop_engine(self):
-        """Break the engine's connections and end it, without a word to the balancer."""
-        server, self._server = self._server, None
-        if server is not None:
-            await server.stop(None)
-        if self._thread is not None:
-            self.engine.close()
-            await asyncio.to_thread(self._thread.join)
-
-    def report_death(self):
-        """Say what a supervisor says as soon as its engine process is gone."""
-        self.tell(engine=pb.DOWN, address="", detail="the engine process was killed by SIGKILL")
+    async def spawn_engine(self, spec: dict[str, Any], listen_host: str) -> InProcessEngine:
+        engine = InProcessEngine(self.run, spec, listen_host)
+        if self.comes_back:
+            engine.start()
+        return engine
 
 
 class Deployment:
@@ -121,7 +133,17 @@ class Deployment:
     Its job, to whoever asks, is a process that waits for its standard input to close.
     """
 
-    def __init__(self, home, *, model="", name="chat", tensor_parallel=1, replica_num=2, max_length=None, **engine):
+    def __init__(
+        self,
+        home: Path,
+        *,
+        model: str = "",
+        name: str = "chat",
+        tensor_parallel: int = 1,
+        replica_num: int = 2,
+        max_length: int | None = None,
+        **engine: Any,
+    ) -> None:
         self.config = resolve(
             model,
             deployment_name=name,
@@ -136,21 +158,21 @@ class Deployment:
         self.keys = credentials.load_server(self.run)
         self.registry = Registry(self.config.home)
         self.job = subprocess.Popen(["sh", "-c", "read _", "job", str(self.run.path)], stdin=subprocess.PIPE)
-        self.ranks, self._tasks, self._clients = [], [], []
+        self.ranks: list[Rank] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._clients: list[AsyncMIIClient] = []
         self.address = ""
 
-    async def start(self):
+    async def start(self) -> Self:
         """Return when all replicas are ready."""
         self.address = await self.start_balancer()
         self.start_ranks()
         await until(lambda: self.state() == "ready")
         return self
 
-    async def start_balancer(self):
-        self.balancer = Balancer(self.run, self.config, self.keys.as_client)
-        self.server = transport.create_server(self.balancer.services(), self.balancer.admits)
-        address = f"127.0.0.1:{transport.listen(self.server, '127.0.0.1:0', self.keys)}"
-        await self.server.start()
+    async def start_balancer(self) -> str:
+        self.balancer = Balancer(self.run, self.config, self.keys)
+        address = f"127.0.0.1:{await self.balancer.listen('127.0.0.1:0')}"
         self.entry = self.entry.model_copy(
             update={
                 "job_id": str(self.job.pid),
@@ -160,33 +182,33 @@ class Deployment:
                 "address": address,
             }
         )
-        self.working = asyncio.create_task(self.balancer.work(self.entry))
+        self.working = asyncio.create_task(self.balancer.serve(self.entry))
         return address
 
-    def start_ranks(self):
+    def start_ranks(self) -> None:
         self.ranks = [
-            Rank(number, self.config, self.address, self.keys) for number in range(self.config.model_conf.world_size)
+            Rank(number, self.run, self.config, self.address) for number in range(self.config.model_conf.world_size)
         ]
         self._tasks = [asyncio.create_task(rank.live()) for rank in self.ranks]
 
-    def state(self):
+    def state(self) -> str | None:
         entry = self.registry.get(self.config.deployment_name)
-        return entry and entry.state
+        return entry.state if entry else None
 
-    def client(self):
+    def client(self) -> AsyncMIIClient:
         """Return a new client, which is closed with the deployment."""
         self._clients.append(AsyncMIIClient(self.config))
         return self._clients[-1]
 
-    def stats(self):
+    def stats(self) -> list[Load]:
         """Return the load of every replica."""
-        return [rank.engine.stats() for rank in self.ranks if rank.role.leads]
+        return [rank.engine.engine.stats() for rank in self.ranks if rank.world.role.leads]
 
-    def is_idle(self):
+    def is_idle(self) -> bool:
         """Whether no engine has anything in hand."""
         return all(stats.running == stats.waiting == 0 for stats in self.stats())
 
-    async def stop(self):
+    async def stop(self) -> None:
         """End it and everything around it. Nothing happens the second time."""
         for client in self._clients:
             await client.close()
@@ -194,16 +216,14 @@ class Deployment:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for rank in self.ranks:
-            await rank.stop_engine()
         self.end_job()
 
-    async def stop_balancer(self):
-        self.balancer.stop("the test is over")
+    async def stop_balancer(self) -> None:
+        self.balancer.ending.begin("the test is over")
         await self.working
-        await self.server.stop(None)
 
-    def end_job(self):
+    def end_job(self) -> None:
+        assert self.job.stdin is not None
         self.job.stdin.close()
         self.job.wait()
 
@@ -211,7 +231,7 @@ class Deployment:
 class InThread:
     """A deployment in an event loop on a thread of its own, for tests that block."""
 
-    def __init__(self, home, **shape):
+    def __init__(self, home: Path, **shape: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -219,14 +239,14 @@ class InThread:
         self.config = self.deployment.config
         self.do(self.deployment.start())
 
-    def do(self, awaitable):
+    def do(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Run something in the deployment's event loop."""
         return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(60)
 
-    def until(self, condition):
+    def until(self, condition: Callable[[], T]) -> T:
         return self.do(until(condition))
 
-    def stop(self):
+    def stop(self) -> None:
         self.do(self.deployment.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -1,5 +1,7 @@
 import ast
 import inspect
+import json
+import pickle
 import re
 
 import grpc
@@ -58,12 +60,28 @@ async def over_the_wire(error):
     return failure.value
 
 
+def with_facts(kind):
+    """Return an error of a class with a message and, for each of its facts, a value of its own."""
+    values = {name: f"{name} ü\n" for name in kind.facts} | ({"replica": 7} if "replica" in kind.facts else {})
+    return kind("its message: ü", **values), values
+
+
 @pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
 async def test_every_error_travels(kind):
-    seen = await over_the_wire(kind("its message: ü"))
-    back = wire.error_of(seen)
-    assert type(back) is kind
-    assert str(back) == "its message: ü"
+    error, facts = with_facts(kind)
+    seen = await over_the_wire(error)
+    assert wire.is_ours(seen)
+    for back in (wire.error_of(seen), pickle.loads(pickle.dumps(error))):
+        assert type(back) is kind
+        assert (back.args, str(back)) == (("its message: ü",), str(error))
+        assert {name: getattr(back, name) for name in kind.facts} == facts
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=CLASSES)
+def test_facts_are_documented_and_have_defaults(kind):
+    docs = " ".join(base.__doc__ for base in kind.__mro__ if issubclass(base, MIIError))
+    assert [name for name in kind.facts if f"        {name}: " not in docs] == []
+    assert {getattr(kind("x"), name) for name in kind.facts} <= {"", None}
 
 
 @pytest.mark.parametrize(
@@ -83,12 +101,21 @@ def test_foreign_failures_become_request_errors():
         assert str(error) == f"their words ({code.name})"
 
 
-@pytest.mark.parametrize("name", ["NoSuchError", "Exception", "__name__", ""])
-def test_a_class_that_we_do_not_know_falls_back_to_the_code(name):
-    failure = grpc.aio.AioRpcError(
-        grpc.StatusCode.ABORTED, grpc.aio.Metadata(), grpc.aio.Metadata((wire.ERROR_KEY, name)), details="x"
-    )
-    assert type(wire.error_of(failure)) is errors.ReplicaLostError
+@pytest.mark.parametrize(
+    "told", [{"class": name, "facts": {}} for name in ("NoSuchError", "Exception", "__name__", "", None)] + [{}, [], 1]
+)
+def test_a_class_that_we_do_not_know_falls_back_to_the_code(told):
+    for text in (json.dumps(told), "{", ""):
+        metadata = grpc.aio.Metadata((wire.ERROR_KEY, text))
+        failure = grpc.aio.AioRpcError(grpc.StatusCode.ABORTED, grpc.aio.Metadata(), metadata, details="x")
+        assert type(wire.error_of(failure)) is errors.ReplicaLostError
+
+
+def test_a_fact_that_we_do_not_know_is_left_out():
+    told = {"class": "ReplicaLostError", "facts": {"replica": 1, "new": 2}}
+    metadata = grpc.aio.Metadata((wire.ERROR_KEY, json.dumps(told)))
+    failure = grpc.aio.AioRpcError(grpc.StatusCode.ABORTED, grpc.aio.Metadata(), metadata, details="x")
+    assert vars(wire.error_of(failure)) == {"deployment_name": "", "replica": 1, "host": ""}
 
 
 def test_a_failed_deployment_shows_the_log():

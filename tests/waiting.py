@@ -3,12 +3,16 @@
 import asyncio
 import select
 import time
+from collections.abc import Callable
+from typing import IO, Any, TypeVar
 
 PATIENCE = 60
 """Seconds after which what a busy machine may be slow to do counts as not done."""
 
+T = TypeVar("T")
 
-def eventually(condition, seconds=PATIENCE, what=""):
+
+def eventually(condition: Callable[[], T], seconds: float = PATIENCE, what: str = "") -> T:
     """Return what `condition` gives once it is true; fail when it is not in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -17,7 +21,7 @@ def eventually(condition, seconds=PATIENCE, what=""):
     return value
 
 
-async def until(condition, seconds=PATIENCE, what=""):
+async def until(condition: Callable[[], T], seconds: float = PATIENCE, what: str = "") -> T:
     """Do the same without blocking the event loop, in which the condition is looked at."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -26,7 +30,7 @@ async def until(condition, seconds=PATIENCE, what=""):
     return value
 
 
-def next_line(stream, seconds=PATIENCE):
+def next_line(stream: IO[Any], seconds: float = PATIENCE) -> Any:
     """Return what a process writes next to its pipe, which must be one whole line."""
     assert select.select([stream], [], [], seconds)[0], f"nothing was written within {seconds} s"
     return stream.readline()

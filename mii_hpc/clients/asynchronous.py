@@ -8,13 +8,14 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
 from mii_hpc import schedulers
 from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.clients.status import DeploymentStatus, ReplicaStatus
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
@@ -39,6 +40,9 @@ TERMINATE_SECONDS = 60.0
 IN_FLIGHT = 256
 """Requests of one generate() call that are under way at once."""
 
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
 
 class AsyncMIIClient:
     """A client for use inside one event loop; every method belongs to the loop of the first call.
@@ -54,8 +58,8 @@ class AsyncMIIClient:
         self.mii_config = mii_config
         self._host = host
         self._home = home or OwnHome(mii_config.home)
-        self._channel: grpc.aio.Channel | None = None
-        self._target = ("", b"")  # address and certificate that the channel is for
+        self._connection: transport.Connection | None = None
+        self._target = ("", b"")  # address and certificate that the connection is for
         self._metadata: tuple[tuple[str, str], ...] | None = None
         self._connecting = asyncio.Lock()
 
@@ -109,7 +113,7 @@ class AsyncMIIClient:
         entry = self._find().entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-        return _status(entry, await self._call(wire.STATUS, pb.StatusRequest()))
+        return _status(entry, await self._call(lambda deployment: deployment.Status, pb.StatusRequest()))
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -121,7 +125,8 @@ class AsyncMIIClient:
         job = schedulers.job_of(found.entry)
         if found.entry.address or not found.home.is_own:
             try:
-                await self._call(wire.TERMINATE, pb.TerminateRequest())  # refused, in its own words, unless it is ours
+                # Refused, in its own words, unless it is ours.
+                await self._call(lambda deployment: deployment.Terminate, pb.TerminateRequest())
             except UnavailableError:
                 if not found.home.is_own:
                     raise
@@ -142,14 +147,14 @@ class AsyncMIIClient:
 
         The owner's other clients, and those of the group it is shared with, read the new ones from their files.
         """
-        await self._call(wire.ROTATE_TOKEN, pb.RotateTokenRequest())
+        await self._call(lambda deployment: deployment.RotateToken, pb.RotateTokenRequest())
         self._metadata = None
 
     async def close(self) -> None:
         """Close the connection. The deployment goes on."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -162,11 +167,11 @@ class AsyncMIIClient:
     ) -> list[Response]:
         room = asyncio.Semaphore(IN_FLIGHT)  # first come, first served: requests leave in the prompts' order
 
-        call = uuid.uuid4().hex
+        batch = uuid.uuid4().hex
 
         async def one(prompt: str, index: int = 0) -> list[Response]:
-            place = wire.Place(call, index, len(prompts))
-            async with room, contextlib.aclosing(self._pieces(prompt, params, deadline, place)) as pieces:
+            position = wire.BatchPosition(batch, index, len(prompts))
+            async with room, contextlib.aclosing(self._pieces(prompt, params, deadline, position)) as pieces:
                 return joined([piece async for piece in pieces])
 
         if len(prompts) == 1:
@@ -187,16 +192,18 @@ class AsyncMIIClient:
         return list(itertools.chain.from_iterable(outcomes))  # type: ignore[arg-type]
 
     async def _pieces(
-        self, prompt: str, params: GenerateParamsConfig, deadline: float | None, place: wire.Place | None = None
+        self,
+        prompt: str,
+        params: GenerateParamsConfig,
+        deadline: float | None,
+        position: wire.BatchPosition | None = None,
     ) -> AsyncGenerator[Response]:
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
-        channel = await self._connected()
-        placed = ((wire.PLACE_KEY, str(place)),) if place is not None else ()
-        call = channel.unary_stream(
-            wire.GENERATE.path,
-            request_serializer=pb.GenerateRequest.SerializeToString,
-            response_deserializer=pb.GenerateChunk.FromString,
-        )(message, timeout=_left(deadline), metadata=(*(self._metadata or ()), *placed))
+        connection = await self._connected()
+        placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
+        call = connection.inference.Generate(
+            message, timeout=_left(deadline), metadata=(*(self._metadata or ()), *placed)
+        )
         unfinished = set(range(params.num_return_sequences))
         try:
             served_by = dict(await call.initial_metadata())
@@ -206,7 +213,7 @@ class AsyncMIIClient:
                 unfinished -= {piece.index} if piece.ended else set()
                 yield piece
         except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, channel) from None
+            raise self._failed(failure, connection) from None
         except asyncio.CancelledError:
             if transport.is_being_cancelled():
                 raise
@@ -216,50 +223,48 @@ class AsyncMIIClient:
         if unfinished:
             raise RequestError("the answer was cut short: the stream ended before its last piece")
 
-    async def _call(self, method: wire.Method, request: Any) -> Any:
-        channel = await self._connected()
+    async def _call(
+        self,
+        method: Callable[[pb_grpc.DeploymentStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
+        request: Request,
+    ) -> Answer:
+        connection = await self._connected()
         try:
-            return await channel.unary_unary(
-                method.path,
-                request_serializer=method.request.SerializeToString,
-                response_deserializer=method.response.FromString,
-            )(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
+            return await method(connection.deployment)(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, channel) from None
+            raise self._failed(failure, connection) from None
 
-    def _failed(self, failure: grpc.aio.AioRpcError, channel: grpc.aio.Channel) -> MIIError:
+    def _failed(self, failure: grpc.aio.AioRpcError, connection: transport.Connection) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it anew
-        if failure.code() is grpc.StatusCode.UNAVAILABLE and wire.own_error_name(failure) is None:
+        if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
             # The balancer may have moved (a requeued job); the next call looks it up anew. Not closed: other calls
-            # may still run on that channel, and shall end as they end.
-            if self._channel is channel:
-                self._channel = None
+            # may still run on that connection, and shall end as they end.
+            if self._connection is connection:
+                self._connection = None
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
                 self._find()
                 return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
             return UnavailableError(self._says("is gone"))
         return wire.error_of(failure)
 
-    async def _connected(self) -> grpc.aio.Channel:
-        """Return the channel to the balancer, once it is connected; a request must not overtake another."""
+    async def _connected(self) -> transport.Connection:
+        """Return the connection to the balancer, once it is there; a request must not overtake another."""
         async with self._connecting:
-            connected = self._channel is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
-            if not connected or self._metadata is None:
+            if self._connection is None or not self._connection.is_ready or self._metadata is None:
                 found = self._find()
                 self._metadata = transport.authorization(found.credentials)
                 target = self._way_to(found.entry), found.credentials.certificate
-                if self._channel is None or target != self._target:
-                    self._channel, self._target = transport.open_channel(target[0], found.credentials), target
-            assert self._channel is not None
+                if self._connection is None or target != self._target:
+                    self._connection, self._target = transport.Connection(target[0], found.credentials), target
             try:
-                await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
+                await asyncio.wait_for(self._connection.channel.channel_ready(), CONNECT_SECONDS)
             except TimeoutError:
                 await self.close()
                 raise UnavailableError(
                     self._says(f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s")
                 ) from None
-            return self._channel
+            return self._connection
 
     def _find(self) -> Found:
         return self._home.get(self.mii_config.deployment_name)

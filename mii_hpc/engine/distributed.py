@@ -124,7 +124,7 @@ def _set_environment(spec: EngineSpec, host: str, port: str, device: torch.devic
 
 def _interface_of(host: str) -> str:
     """Return the name of the network interface that has an address."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     address = socket.gethostbyname(host)
     for name, addresses in psutil.net_if_addrs().items():

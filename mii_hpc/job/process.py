@@ -13,11 +13,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
 _PIPE_BYTES = 65536
+
+
+class ChildProcess(Protocol):
+    """A child process of a rank, as its supervisor knows it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    async def next_note(self) -> dict[str, Any] | None:
+        """Return what the child says next, or None when it has ended, whatever children of its own live on."""
+
+    async def wait(self) -> int:
+        """Wait for its end and return its exit status: negative, a signal's number, when a signal killed it."""
+
+    async def end(self, grace: float) -> int:
+        """End the child: SIGINT, and after `grace` seconds SIGKILL. Returns its exit status."""
 
 
 @dataclass
@@ -33,8 +50,8 @@ class Child:
     _ending: asyncio.Task[None]
 
     @classmethod
-    async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = (), **env: str) -> Child:
-        """Run `python -m module args...`, with `env` added to the environment."""
+    async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = ()) -> Child:
+        """Run `python -m module args...`; it inherits `pass_fds`."""
         reading, writing = os.pipe()
         with log.open("ab") as output, _signals_blocked(signal.SIGTERM, signal.SIGUSR2):
             process = await asyncio.create_subprocess_exec(
@@ -45,7 +62,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", _NOTES: str(writing), **env},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", _NOTES: str(writing)},
                 pass_fds=(*pass_fds, writing),
                 start_new_session=True,
             )
@@ -57,13 +74,22 @@ class Child:
         )
         return cls(process, notes, asyncio.create_task(_end_notes(process, pipe, notes, transport)))
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
     async def next_note(self) -> dict[str, Any] | None:
-        """Return what the child says next, or None when it has ended, whatever children of its own live on."""
+        """See ChildProcess."""
         line = await self.notes.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
+    async def wait(self) -> int:
+        """See ChildProcess."""
+        return await self.process.wait()
+
     async def end(self, grace: float) -> int:
-        """End the child: SIGINT, and after `grace` seconds SIGKILL. Returns its exit status."""
+        """See ChildProcess."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGINT)

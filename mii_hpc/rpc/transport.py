@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
+from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.deployments.credentials import TLS_NAME, ClientCredentials, ServerCredentials
+from mii_hpc.rpc.wire import Context, Method
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_STREAMS_PER_CONNECTION = 4096
@@ -53,14 +58,28 @@ def open_channel(address: str, credentials: ClientCredentials) -> grpc.aio.Chann
     )
 
 
+class Connection:
+    """A channel to a balancer, with its stubs: gRPC crashes when one is made of a channel that was closed before."""
+
+    def __init__(self, address: str, credentials: ClientCredentials) -> None:
+        self.channel = open_channel(address, credentials)
+        self.inference = pb_grpc.InferenceStub(self.channel)
+        self.deployment = pb_grpc.DeploymentStub(self.channel)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is connected at this moment."""
+        return self.channel.get_state() is grpc.ChannelConnectivity.READY
+
+
 def authorization(credentials: ClientCredentials) -> tuple[tuple[str, str], ...]:
     """Return the metadata that shows the token to a server."""
     return (("authorization", f"Bearer {credentials.token}"),)
 
 
-def create_server(services: Mapping[str, Mapping[str, grpc.RpcMethodHandler]], admits: Admits) -> grpc.aio.Server:
-    """Return a server of the given services, by full name and method, that answers only calls that are admitted."""
-    server = grpc.aio.server(
+def create_server(admits: Admits) -> grpc.aio.Server:
+    """Return a server, still without services, that answers only calls that are admitted."""
+    return grpc.aio.server(
         interceptors=[_Gate(admits)],
         options=[
             *_KEEPALIVE,
@@ -73,10 +92,12 @@ def create_server(services: Mapping[str, Mapping[str, grpc.RpcMethodHandler]], a
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ],
     )
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler(name, dict(methods)) for name, methods in services.items()]
-    )
-    return server
+
+
+def add_inference(server: grpc.aio.Server, handler: grpc.RpcMethodHandler[bytes, bytes]) -> None:
+    """Let a handler answer Inference.Generate. It gets and gives bytes, which need not be a message."""
+    _, service, method = Method.GENERATE.split("/")
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
 
 
 def listen(server: grpc.aio.Server, address: str, credentials: ServerCredentials) -> int:
@@ -106,7 +127,7 @@ def is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _Gate(grpc.aio.ServerInterceptor):
     """Looks at the token before a method is even looked up: nothing of a stranger's call is decoded or answered."""
 
     def __init__(self, admits: Admits) -> None:
@@ -114,9 +135,9 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Answer] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> grpc.RpcMethodHandler[Request, Answer] | None:
         shown = next((v for k, v in handler_call_details.invocation_metadata if k == "authorization"), "")
         if isinstance(shown, str) and self._admits(handler_call_details.method, shown.removeprefix("Bearer ")):
             return await continuation(handler_call_details)
@@ -124,5 +145,5 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_stream_rpc_method_handler(_refuse)
 
 
-async def _refuse(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+async def _refuse(_requests: Any, context: Context) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing, wrong, or not good for this call")

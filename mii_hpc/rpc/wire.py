@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, NoReturn
+import json
+from enum import StrEnum
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -16,11 +18,14 @@ from mii_hpc.errors import InvalidRequestError, MIIError
 from mii_hpc.generation import GenerationFinishReason, GenerationRequest, Load, Response
 
 ERROR_KEY = "mii-error"
-"""Trailing metadata: the name of the error class."""
-PLACE_KEY = "mii-place"
-"""Metadata of a request: its place among the prompts of one call, as Place writes it."""
+"""Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""
+POSITION_KEY = "mii-batch-position"
+"""Metadata of a request: its position among the prompts of one call, as BatchPosition writes it."""
 REPLICA_KEY = "mii-replica"
 """Initial metadata: the index of the replica that serves the request."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+"""The server's side of a call."""
 
 _CODES: dict[type[MIIError], grpc.StatusCode] = {
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -36,46 +41,36 @@ _CODES: dict[type[MIIError], grpc.StatusCode] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of a prompt in a list. gRPC may deliver two calls in another order than they were made."""
+class BatchPosition:
+    """The position of a prompt among those of one call. gRPC may deliver calls in another order than they were made."""
 
-    call: str
+    batch: str
+    """An id of the call, the same for all its prompts."""
     index: int
-    count: int
+    size: int
 
     def __str__(self) -> str:
-        return f"{self.call}/{self.index}/{self.count}"
+        return f"{self.batch}/{self.index}/{self.size}"
 
     @classmethod
-    def parse(cls, text: str) -> Place | None:
-        """Return the place that a text names, or None when it names none."""
-        call, *numbers = text.split("/")
+    def parse(cls, text: str) -> BatchPosition | None:
+        """Return the position that a text names, or None when it names none."""
+        batch, *numbers = text.split("/")
         if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
             return None
-        place = cls(call, int(numbers[0]), int(numbers[1]))
-        return place if place.index < place.count else None
+        position = cls(batch, int(numbers[0]), int(numbers[1]))
+        return position if position.index < position.size else None
 
 
-class Method(NamedTuple):
-    """One RPC of proto/mii_hpc.proto."""
+class Method(StrEnum):
+    """The path of each RPC of proto/mii_hpc.proto."""
 
-    service: str
-    name: str
-    request: Any
-    response: Any
-
-    @property
-    def path(self) -> str:
-        """The path that gRPC calls it by."""
-        return f"/{self.service}/{self.name}"
-
-
-GENERATE = Method("mii_hpc.v1.Inference", "Generate", pb.GenerateRequest, pb.GenerateChunk)
-LOAD = Method("mii_hpc.v1.Inference", "Load", pb.LoadRequest, pb.LoadResponse)
-STATUS = Method("mii_hpc.v1.Deployment", "Status", pb.StatusRequest, pb.StatusResponse)
-TERMINATE = Method("mii_hpc.v1.Deployment", "Terminate", pb.TerminateRequest, pb.TerminateResponse)
-ROTATE_TOKEN = Method("mii_hpc.v1.Deployment", "RotateToken", pb.RotateTokenRequest, pb.RotateTokenResponse)
-ATTEND = Method("mii_hpc.v1.Membership", "Attend", pb.RankReport, pb.RankOrder)
+    GENERATE = "/mii_hpc.v1.Inference/Generate"
+    LOAD = "/mii_hpc.v1.Engine/Load"
+    STATUS = "/mii_hpc.v1.Deployment/Status"
+    TERMINATE = "/mii_hpc.v1.Deployment/Terminate"
+    ROTATE_TOKEN = "/mii_hpc.v1.Deployment/RotateToken"
+    JOIN = "/mii_hpc.v1.Membership/Join"
 
 
 def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
@@ -144,24 +139,36 @@ def unpack_load(message: pb.LoadResponse) -> Load:
     return Load(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Load)})
 
 
-async def abort(context: grpc.aio.ServicerContext, error: MIIError) -> NoReturn:
-    """End a call with one of our errors, so that the client raises the same class with the same message."""
+async def abort(context: Context, error: MIIError) -> NoReturn:
+    """End a call with one of our errors: the client raises the same class with the same message and facts."""
     code = next(_CODES[kind] for kind in (*type(error).__mro__, errors.RequestError) if kind in _CODES)
-    await context.abort(code, str(error), ((ERROR_KEY, type(error).__name__),))
-    raise AssertionError("context.abort() does not return")
+    told = {"class": type(error).__name__, "facts": {name: getattr(error, name) for name in error.facts}}
+    await context.abort(code, str(error.args[0]), ((ERROR_KEY, json.dumps(told)),))
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> MIIError:
-    """Return our error for a failed call: the class that the server named, else the one for its status code."""
-    name = own_error_name(failure)
-    kind = getattr(errors, name, None) if name else None
+    """Return our error for a failed call: the one that the server named, else one for its status code."""
     message = failure.details() or failure.code().name
-    if isinstance(kind, type) and issubclass(kind, MIIError):
-        return kind(message)
-    by_code = {code: kind for kind, code in _CODES.items()}
-    return by_code.get(failure.code(), errors.RequestError)(f"{message} ({failure.code().name})")
+    told = _told(failure)
+    if told is None:
+        by_code = {code: kind for kind, code in _CODES.items()}
+        return by_code.get(failure.code(), errors.RequestError)(f"{message} ({failure.code().name})")
+    kind, facts = told
+    return kind(message, **facts)
 
 
-def own_error_name(failure: grpc.aio.AioRpcError) -> str | None:
-    """Return the error class that one of our servers named, or None when gRPC itself failed the call."""
-    return next((str(value) for key, value in failure.trailing_metadata() or () if key == ERROR_KEY), None)
+def is_ours(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether one of our servers ended the call with one of our errors; else gRPC itself failed it."""
+    return _told(failure) is not None
+
+
+def _told(failure: grpc.aio.AioRpcError) -> tuple[type[MIIError], dict[str, Any]] | None:
+    text = next((value for key, value in failure.trailing_metadata() or () if key == ERROR_KEY), None)
+    try:
+        told = json.loads(text or "")
+        kind = getattr(errors, told["class"])
+        if not issubclass(kind, MIIError):
+            return None
+        return kind, {name: value for name, value in told["facts"].items() if name in kind.facts}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -18,8 +18,8 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.job import balancer
-from mii_hpc.job.replica import InferenceService
+from mii_hpc.job.balancer import lifetime
+from mii_hpc.job.inference import InferenceService
 from tests.live import Deployment
 from tests.waiting import until
 
@@ -177,12 +177,13 @@ async def test_a_replica_lost_in_mid_stream(deploy, notice):
     await until(lambda: [stats.running for stats in deployment.stats()] == [2, 2])
     leader, follower = deployment.ranks[2:]
     if notice == "connection":
-        await leader.stop_engine()
-    leader.report_death()
+        await leader.engine.break_connections()
+    leader.engine.die()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     lost = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert [type(error) for error in lost] == [ReplicaLostError] * 2
     assert {str(error) for error in lost} == {"deployment 'chat' lost replica 1 on node2 with the request in flight"}
+    assert {(error.deployment_name, error.replica, error.host) for error in lost} == {("chat", 1, "node2")}
     assert [response.generated_length for (response,) in (o for o in outcomes if o not in lost)] == [60, 60]
     await until(lambda: deployment.balancer.membership.replicas[1].state == "ready")
     assert leader.epochs == follower.epochs == [1, 2]
@@ -194,7 +195,7 @@ async def test_a_replica_lost_between_requests_is_not_asked(deploy):
     deployment = await deploy(replica_num=3)
     client = deployment.client()
     deployment.ranks[1].comes_back = False
-    deployment.ranks[1].report_death()
+    deployment.ranks[1].engine.die()
     await until(lambda: len(deployment.balancer.router.live) == 2)
     assert replicas(await client.generate(["a"] * 4)) == [0, 2, 0, 2]
 
@@ -203,7 +204,7 @@ async def test_without_a_live_replica(deploy):
     deployment = await deploy()
     for rank in deployment.ranks:
         rank.comes_back = False
-        rank.report_death()
+        rank.engine.die()
     await until(lambda: not deployment.balancer.router.live)
     with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve"):
         await deployment.client().generate("x")
@@ -211,7 +212,7 @@ async def test_without_a_live_replica(deploy):
 
 async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
     async def cut(self, payload, context):
-        yield pb.GenerateChunk(text="The answer is not", generated_length=4)
+        yield pb.GenerateChunk(text="The answer is not", generated_length=4).SerializeToString()
 
     monkeypatch.setattr(InferenceService, "generate", cut)
     client = (await deploy()).client()
@@ -257,11 +258,11 @@ async def test_terminate_lets_running_requests_finish(deploy):
     assert (await running)[0].generated_length == 30
     await ending
     assert deployment.registry.get("chat") is None
-    assert [rank.left for rank in deployment.ranks] == ["", ""]
+    await until(lambda: [rank.left for rank in deployment.ranks] == ["", ""])
 
 
 async def test_terminate_does_not_wait_for_long_requests(deploy, monkeypatch):
-    monkeypatch.setattr(balancer, "DRAIN_SECONDS", 0.1)
+    monkeypatch.setattr(lifetime, "DRAIN_SECONDS", 0.1)
     deployment = await deploy(echo_delay=0.01)
     client = deployment.client()
     running = asyncio.create_task(client.generate("a", **FOREVER))
@@ -276,7 +277,7 @@ async def test_after_the_end(deploy):
     client = deployment.client()
     await client.generate("x")
     await deployment.client().terminate_server()
-    await deployment.server.stop(None)
+    await deployment.balancer.server.stop(None)
     with contextlib.suppress(
         UnavailableError, DeploymentNotFoundError
     ):  # when the end of the connection is noticed only by the call
@@ -311,7 +312,7 @@ async def test_before_the_balancer_listens(tmp_path):
 async def test_nobody_at_the_address(deploy, monkeypatch):
     monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
     deployment = await deploy()
-    await deployment.server.stop(None)
+    await deployment.balancer.server.stop(None)
     with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} "):
         await deployment.client().generate("x")
 

@@ -17,9 +17,10 @@ import grpc
 import grpc.aio
 
 from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc import transport
+from mii_hpc.rpc.wire import Method
 
-METHODS = (wire.GENERATE, wire.LOAD, wire.STATUS, wire.TERMINATE, wire.ROTATE_TOKEN, wire.ATTEND)
+METHODS = (*Method, "/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
 TOKENS = {"none": (), "wrong": (("authorization", "Bearer wrong"),), "other": (("authorization", "Basic cm9vdDo="),)}
 
 
@@ -33,7 +34,7 @@ def become(user):
 
 async def call(channel, method, metadata):
     """The status of one call, whatever its kind; all calls look alike on the wire."""
-    answer = channel.unary_stream(method.path)(method.request().SerializeToString(), metadata=metadata, timeout=4)
+    answer = channel.unary_stream(method)(b"", metadata=metadata, timeout=4)
     try:
         return "ANSWERED" if [part async for part in answer] else "OK"
     except grpc.aio.AioRpcError as error:
@@ -47,28 +48,16 @@ async def knock(address):
     channels = {"plain": grpc.aio.insecure_channel(address)}
     if certificate:
         channels["tls"] = transport.open_channel(address, ClientCredentials(certificate, ""))
-    methods = [
-        *METHODS,
-        *(
-            wire.Method(service, name, wire.STATUS.request, None)
-            for service, name in (
-                ("grpc.health.v1.Health", "Check"),
-                ("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"),
-            )
-        ),
-    ]
     tried = [
         (way, token, method)
         for way in channels
         for token in TOKENS
-        for method in (methods if way == "tls" else methods[:1])
+        for method in (METHODS if way == "tls" else METHODS[:1])
     ]
     statuses = await asyncio.gather(*(call(channels[way], method, TOKENS[token]) for way, token, method in tried))
     for channel in channels.values():
         await channel.close()
-    return [
-        (address, way, token, method.path, status) for (way, token, method), status in zip(tried, statuses, strict=True)
-    ]
+    return [(address, way, token, method, status) for (way, token, method), status in zip(tried, statuses, strict=True)]
 
 
 async def knock_everywhere(addresses):

@@ -93,7 +93,7 @@ def engines(cluster, run_dir):
     for node in cluster.nodes:
         for pid in cluster.job_processes(node):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            if "mii_hpc.job.replica" in words and str(run_dir) in words:
+            if "mii_hpc.job.engine_process" in words and str(run_dir) in words:
                 found[node, json.loads(words[4])["rank"]] = pid
     return found
 
@@ -182,7 +182,7 @@ def test_poison_fails_alone(cluster, deployment, home):
     }
 
     async def send(channel, payload, metadata):
-        call = channel.unary_stream(wire.GENERATE.path)(payload, timeout=60, metadata=metadata)
+        call = channel.unary_stream(wire.Method.GENERATE)(payload, timeout=60, metadata=metadata)
         try:
             return [pb.GenerateChunk.FromString(chunk) async for chunk in call][-1].finish_reason
         except grpc.aio.AioRpcError as error:
@@ -275,7 +275,7 @@ def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, s
     died = min(path.stat().st_mtime for path in (run_dir / "failures").iterdir())
     assert raised - died < 5
     assert caught.value.job_id and "rank 0" in str(caught.value)
-    assert "model/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
+    assert "engine/model/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
     assert Registry(home).get("broken") is None
     eventually(lambda: not job_processes(cluster), 15, "the job is gone")
 

@@ -190,7 +190,7 @@ def test_secrets_are_in_no_file_but_theirs_and_in_no_process(cluster, echo, home
     job_id = echo.status().job_id
     shown = subprocess.run(["scontrol", "show", "job", job_id], check=True, capture_output=True, timeout=30).stdout
     processes = list(shown_by_processes())
-    assert len(job_processes(cluster)) > 5 and any(b"mii_hpc.job.replica" in text for _, text in processes)
+    assert len(job_processes(cluster)) > 5 and any(b"mii_hpc.job.engine_process" in text for _, text in processes)
     echo.terminate_server()
     eventually(lambda: not processes_of(cluster, run), 15, "the job is gone, and its files are written")
     files = list(shown_by_files())

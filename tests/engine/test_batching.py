@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 from mii_hpc.errors import InvalidRequestError, QueueFullError
 from tests.engine.collect import make, running, submit
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
-from tests.live import until
 from tests.models import CONTEXT, tiny_model
+from tests.waiting import until
 
 pytestmark = pytest.mark.engine
 SMALL = {"max_batch_size": 8, "max_batch_tokens": 40, "page_size": 8}

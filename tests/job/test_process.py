@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mii_hpc.job.process import Child, tell
-from tests.live import until
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def test_tell_outside_a_child_says_nothing():
     tell(ready="nobody listens")
 
 
-async def test_arguments_output_environment_and_descriptors(child, tmp_path):
+async def test_arguments_output_environment_and_descriptors(child, tmp_path, monkeypatch):
+    monkeypatch.setenv("EXTRA", "extra")
     reading, writing = os.pipe()
     (tmp_path / "log").write_text("before\n")
     writer = await child(
@@ -87,7 +88,6 @@ async def test_arguments_output_environment_and_descriptors(child, tmp_path):
         str(writing),
         "two",
         pass_fds=(writing,),
-        EXTRA="extra",
     )
     assert await writer.process.wait() == 0
     assert (tmp_path / "log").read_text() == f"before\nout {writing} two extra\nerr\n"

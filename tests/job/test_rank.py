@@ -1,5 +1,6 @@
 """Whole deployments on this machine: a script, the job, mpiexec, ranks, engines, balancer."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -68,13 +69,14 @@ class Served:
     def engine_of(self, rank):
         return next(
             pid
-            for pid in self.processes("replica")
+            for pid in self.processes("engine_process")
             if Path(f"/proc/{pid}/fd/1").readlink() == self.run.engine_log(rank)
         )
 
     def kill(self):
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # its parent's death has ended it
+                os.kill(pid, signal.SIGKILL)
         eventually(lambda: not self.processes(), 10, "all killed")
 
 
@@ -109,7 +111,7 @@ def test_it_goes_on_after_the_script_has_exited(served):
         status = client.status()
         assert (status.state, [replica.state for replica in status.replicas]) == ("ready", ["ready", "ready"])
         assert [response.replica for response in client(["a", "b"])] == [0, 1]
-    assert len(served.processes("rank")) == len(served.processes("replica")) == 4
+    assert len(served.processes("rank")) == len(served.processes("engine_process")) == 4
     assert len(served.processes("balancer")) == 1
 
 
@@ -169,7 +171,7 @@ def test_a_killed_engine_costs_only_its_own_requests_and_comes_back(served, rank
 
 def test_a_killed_balancer_comes_back_at_its_address(served):
     with served.client() as client:
-        engines = sorted(served.processes("replica"))
+        engines = sorted(served.processes("engine_process"))
         epochs = [replica.epoch for replica in client.status().replicas]
         (balancer,) = served.processes("balancer")
         os.kill(balancer, signal.SIGKILL)
@@ -183,7 +185,7 @@ def test_a_killed_balancer_comes_back_at_its_address(served):
         eventually(lambda: served.processes("balancer") not in ([], [balancer]), 30, "another balancer")
         eventually(answers, 60, "it serves again")
         eventually(lambda: client.status().state == "ready", 60, "it is ready again")
-        assert sorted(served.processes("replica")) == engines
+        assert sorted(served.processes("engine_process")) == engines
         assert [replica.epoch for replica in client.status().replicas] == epochs
         assert Registry(served.home).get("shared").address == served.entry.address
 
@@ -228,7 +230,7 @@ def test_what_was_killed_hard_does_not_block_its_name(serve):
 def test_ranks_that_fail_are_told_of_at_once(home, monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'mii_hpc.job.replica' in sys.orig_argv:\n"
+        "if 'mii_hpc.job.engine_process' in sys.orig_argv:\n"
         "    raise SystemExit('this cluster has no such library')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -4,28 +4,23 @@ import contextlib
 import pytest
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.errors import RequestError
-from mii_hpc.job import membership
-from mii_hpc.job.membership import Membership
-from tests.live import until
-
-
-class Context:
-    async def abort(self, _code, details):
-        raise RuntimeError(details)
+from mii_hpc.errors import InvalidRequestError, RequestError
+from mii_hpc.job.balancer import membership
+from mii_hpc.job.balancer.membership import Membership
+from tests.waiting import until
 
 
 class Rank:
     """One rank's stream to a membership: what it reports and what it is ordered."""
 
-    def __init__(self, members, number):
+    def __init__(self, membership, number):
         self.orders = []
-        self._members = members
+        self._membership = membership
         self._reports = asyncio.Queue()
         self._report = {"rank": number, "host": f"node{number}"}
         self._task = None
 
-    def attend(self, **report):
+    def join(self, **report):
         self.report(**report)
         self._task = asyncio.create_task(self._hold())
         return self
@@ -35,7 +30,7 @@ class Rank:
         self._reports.put_nowait(pb.RankReport(**self._report))
 
     async def _hold(self):
-        async with contextlib.aclosing(self._members.attend(self._read(), Context())) as orders:
+        async with contextlib.aclosing(self._membership.join(self._read())) as orders:
             async for order in orders:
                 self.orders.append(order)
 
@@ -69,16 +64,16 @@ class Deployment:
     def __init__(self):
         self.ready, self.lost, self.deaths, self.leaving = [], [], [], []
         self.first_generation_fails = False
-        self.members = Membership(2, 2, self.on_ready, self.lost.append, self.deaths.append, self.leaving.append)
-        self.ranks = [Rank(self.members, number) for number in range(4)]
+        self.membership = Membership(2, 2, self.admit, self.lost.append, self.deaths.append, self.leaving.append)
+        self.ranks = [Rank(self.membership, number) for number in range(4)]
 
-    async def on_ready(self, index, address):
+    async def admit(self, replica, address):
         if self.first_generation_fails:
             raise RequestError("out of memory")
-        self.ready.append((index, address))
+        self.ready.append((replica.index, replica.host, address))
 
     def states(self):
-        return [replica.state for replica in self.members.replicas]
+        return [replica.state for replica in self.membership.replicas]
 
     async def form(self, *replicas, epoch=1):
         """Bring replicas from nothing to ready."""
@@ -103,10 +98,10 @@ async def deployment(monkeypatch):
 
 
 async def test_the_leader_starts_first_and_the_others_meet_at_its_store(deployment):
-    leader, follower = deployment.ranks[0].attend(), deployment.ranks[1]
-    await until(lambda: 0 in deployment.members.attending)
+    leader, follower = deployment.ranks[0].join(), deployment.ranks[1]
+    await until(lambda: 0 in deployment.membership.members)
     assert deployment.states() == ["waiting", "waiting"]
-    follower.attend()
+    follower.join()
     assert (await leader.ordered("start")) == pb.StartEngine(epoch=1)
     assert deployment.states() == ["forming", "waiting"]
     assert "start" not in follower.kinds(), "there is no store yet"
@@ -117,19 +112,19 @@ async def test_the_leader_starts_first_and_the_others_meet_at_its_store(deployme
     leader.report(engine=pb.READY, address="node0:100")
     follower.report(engine=pb.READY)
     await until(lambda: deployment.states() == ["ready", "waiting"])
-    assert deployment.ready == [(0, "node0:100")]
+    assert deployment.ready == [(0, "node0", "node0:100")]
 
 
 async def test_progress_is_shown(deployment):
-    leader, _ = deployment.ranks[0].attend(), deployment.ranks[1].attend()
+    leader, _ = deployment.ranks[0].join(), deployment.ranks[1].join()
     await leader.ordered("start")
     leader.report(engine=pb.STARTING, epoch=1, detail="layer 3 of 32")
-    await until(lambda: deployment.members.replicas[0].detail == "rank 0: layer 3 of 32")
+    await until(lambda: deployment.membership.replicas[0].detail == "rank 0: layer 3 of 32")
 
 
 async def test_an_engine_that_dies_takes_its_replica_out_and_the_replica_comes_back(deployment):
     for rank in deployment.ranks:
-        rank.attend()
+        rank.join()
     await deployment.form(0, 1)
     deployment.ranks[3].report(engine=pb.DOWN, detail="was killed by SIGKILL")
     await until(lambda: deployment.lost == [1])
@@ -139,28 +134,28 @@ async def test_an_engine_that_dies_takes_its_replica_out_and_the_replica_comes_b
     deployment.ranks[2].report(engine=pb.DOWN)
     await deployment.form(1, epoch=2)
     assert deployment.states() == ["ready", "ready"]
-    assert deployment.ready == [(0, "leader0:1"), (1, "leader1:1"), (1, "leader1:2")]
+    assert deployment.ready == [(0, "node0", "leader0:1"), (1, "node2", "leader1:1"), (1, "node2", "leader1:2")]
     assert deployment.ranks[0].kinds() == deployment.ranks[1].kinds()[-1:] == ["start"], "the other one is not touched"
 
 
 async def test_a_rank_that_is_gone_takes_its_replica_out_until_it_is_back(deployment):
     for rank in deployment.ranks:
-        rank.attend()
+        rank.join()
     await deployment.form(0, 1)
     await deployment.ranks[1].vanish()
     await until(lambda: deployment.lost == [0])
-    assert deployment.members.replicas[0].detail == "rank 1 on node1 is gone"
+    assert deployment.membership.replicas[0].detail == "rank 1 on node1 is gone"
     assert deployment.deaths == []
     await deployment.ranks[0].ordered("stop_engine")
     deployment.ranks[0].report(engine=pb.DOWN)
     assert deployment.states() == ["waiting", "ready"]
-    deployment.ranks[1].attend()
+    deployment.ranks[1].join()
     await deployment.form(0, epoch=2)
 
 
 async def test_an_old_engine_s_death_does_not_break_the_new_one(deployment):
     for rank in deployment.ranks:
-        rank.attend()
+        rank.join()
     await deployment.form(0)
     deployment.ranks[0].report(engine=pb.DOWN, detail="died")
     await deployment.ranks[0].ordered("start", 2)
@@ -172,7 +167,7 @@ async def test_an_old_engine_s_death_does_not_break_the_new_one(deployment):
 
 async def test_a_first_generation_that_fails_is_a_death(deployment):
     deployment.first_generation_fails = True
-    leader, follower = deployment.ranks[0].attend(), deployment.ranks[1].attend()
+    leader, follower = deployment.ranks[0].join(), deployment.ranks[1].join()
     await leader.ordered("start")
     leader.report(engine=pb.STARTING, epoch=1, store_address="store")
     await follower.ordered("start")
@@ -185,11 +180,11 @@ async def test_a_first_generation_that_fails_is_a_death(deployment):
 
 
 async def test_engines_that_run_together_are_adopted(deployment):
-    deployment.ranks[0].attend(engine=pb.READY, epoch=5, address="there:1")
-    deployment.ranks[1].attend(engine=pb.READY, epoch=5)
+    deployment.ranks[0].join(engine=pb.READY, epoch=5, address="there:1")
+    deployment.ranks[1].join(engine=pb.READY, epoch=5)
     await until(lambda: deployment.states()[0] == "ready")
-    assert deployment.ready == [(0, "there:1")]
-    assert deployment.members.replicas[0].epoch == 5
+    assert deployment.ready == [(0, "node0", "there:1")]
+    assert deployment.membership.replicas[0].epoch == 5
     assert deployment.ranks[0].orders == deployment.ranks[1].orders == []
 
 
@@ -197,49 +192,49 @@ async def test_engines_that_run_together_are_adopted(deployment):
     "other", [{"engine": pb.READY, "epoch": 4}, {"engine": pb.STARTING, "epoch": 5}, {"engine": pb.DOWN}]
 )
 async def test_engines_that_do_not_belong_together_are_replaced(deployment, other):
-    deployment.ranks[0].attend(engine=pb.READY, epoch=5, address="there:1")
-    deployment.ranks[1].attend(**other)
+    deployment.ranks[0].join(engine=pb.READY, epoch=5, address="there:1")
+    deployment.ranks[1].join(**other)
     assert (await deployment.ranks[0].ordered("start")).epoch == 6
 
 
 async def test_a_newer_stream_of_a_rank_replaces_the_older(deployment):
-    old, other = deployment.ranks[0].attend(), deployment.ranks[1].attend()
+    old, other = deployment.ranks[0].join(), deployment.ranks[1].join()
     await old.ordered("start")
     old.report(engine=pb.STARTING, epoch=1, store_address="store")
     await other.ordered("start")
-    new = deployment.ranks[0] = Rank(deployment.members, 0)
-    new.attend(engine=pb.STARTING, epoch=1, store_address="store")
-    await until(lambda: len(new._members.attending) == 2 and new._members.attending[0].report.epoch == 1)
+    new = deployment.ranks[0] = Rank(deployment.membership, 0)
+    new.join(engine=pb.STARTING, epoch=1, store_address="store")
+    await until(lambda: len(deployment.membership.members) == 2 and deployment.membership.members[0].report.epoch == 1)
     await old.vanish()
     assert deployment.states()[0] == "loading", "the older stream's end means nothing"
-    assert set(deployment.members.attending) == {0, 1}
+    assert set(deployment.membership.members) == {0, 1}
 
 
 async def test_an_unknown_rank_is_refused(deployment):
     for number in (-1, 4):
-        with pytest.raises(RuntimeError, match=f"rank {number}: no such rank"):
-            await Rank(deployment.members, number).attend().result()
-    assert deployment.members.attending == {}
+        with pytest.raises(InvalidRequestError, match=f"rank {number}: no such rank"):
+            await Rank(deployment.membership, number).join().result()
+    assert deployment.membership.members == {}
 
 
 async def test_a_rank_that_is_signalled_is_told_of(deployment):
-    deployment.ranks[2].attend().report(leaving=True)
+    deployment.ranks[2].join().report(leaving=True)
     await until(lambda: deployment.leaving)
     assert deployment.leaving[0] == "rank 2 on node2 was told to end by a signal"
 
 
 async def test_dismissal_waits_until_all_are_gone(deployment):
     for rank in deployment.ranks[:3]:
-        rank.attend()
+        rank.join()
     await deployment.form(0)
-    dismissing = asyncio.create_task(deployment.members.dismiss("no memory", 10))
+    dismissing = asyncio.create_task(deployment.membership.end("no memory", 10))
     for rank in deployment.ranks[:3]:
         assert (await rank.ordered("leave")).failure == "no memory"
     deployment.ranks[0].close()
     deployment.ranks[1].close()
     await deployment.ranks[1].result()
     assert not dismissing.done()
-    deployment.ranks[3].attend()
+    deployment.ranks[3].join()
     await deployment.ranks[3].ordered("leave")
     assert deployment.ranks[3].kinds() == ["leave"], "who comes late leaves at once"
     deployment.ranks[2].close()
@@ -249,33 +244,33 @@ async def test_dismissal_waits_until_all_are_gone(deployment):
 
 
 async def test_dismissal_has_a_deadline(deployment):
-    deployment.ranks[0].attend()
-    await until(lambda: deployment.members.attending)
-    await asyncio.wait_for(deployment.members.dismiss("", 0.05), 5)
-    assert 0 in deployment.members.attending
+    deployment.ranks[0].join()
+    await until(lambda: deployment.membership.members)
+    await asyncio.wait_for(deployment.membership.end("", 0.05), 5)
+    assert 0 in deployment.membership.members
 
 
 async def test_a_replica_that_loads_for_too_long_is_formed_again(deployment):
-    leader, _ = deployment.ranks[0].attend(), deployment.ranks[1].attend()
+    leader, _ = deployment.ranks[0].join(), deployment.ranks[1].join()
     await leader.ordered("start")
-    deployment.members.expire(60)
+    deployment.membership.expire(60)
     assert deployment.states()[0] == "forming"
-    deployment.members.expire(-1)
+    deployment.membership.expire(-1)
     assert (await leader.ordered("start", 2)).epoch == 2
 
 
 async def test_a_broken_connection_counts_once(deployment):
     for rank in deployment.ranks:
-        rank.attend()
+        rank.join()
     await deployment.form(0, 1)
-    deployment.members.lose(1, 1, "its connection broke")
-    deployment.members.lose(1, 1, "its connection broke")
+    deployment.membership.lose(1, 1, "its connection broke")
+    deployment.membership.lose(1, 1, "its connection broke")
     assert deployment.lost == [1]
     for rank in deployment.ranks[2:]:
         await rank.ordered("stop_engine")
         rank.report(engine=pb.DOWN)
     await deployment.form(1, epoch=2)
-    deployment.members.lose(1, 1, "a late word about the old one")
+    deployment.membership.lose(1, 1, "a late word about the old one")
     assert deployment.lost == [1]
 
 
@@ -289,7 +284,7 @@ async def test_waits_between_attempts_grow_and_start_anew_after_success(deployme
         await real(0 if seconds >= 1 else seconds)
 
     monkeypatch.setattr(membership.asyncio, "sleep", sleep)
-    leader, _ = deployment.ranks[0].attend(), deployment.ranks[1].attend()
+    leader, _ = deployment.ranks[0].join(), deployment.ranks[1].join()
     for epoch in (1, 2, 3, 4):
         await leader.ordered("start", epoch)
         leader.report(engine=pb.STARTING, epoch=epoch, store_address="store")
@@ -297,4 +292,4 @@ async def test_waits_between_attempts_grow_and_start_anew_after_success(deployme
     await leader.ordered("start", 5)
     assert slept == [0.0, 1.0, 2.0, 2.0, 2.0]
     await deployment.form(0, epoch=5)
-    assert deployment.members.replicas[0].failures == 0
+    assert deployment.membership.replicas[0].failures == 0

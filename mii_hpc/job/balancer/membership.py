@@ -1,18 +1,16 @@
-"""Which ranks are there, and which replicas they form: the state behind the balancer's Membership service."""
+"""Which ranks are there, and which replicas they form."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import grpc.aio
-
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.errors import MIIError
+from mii_hpc.errors import InvalidRequestError, MIIError
 from mii_hpc.placement import role_of
 
 log = logging.getLogger(__name__)
@@ -21,9 +19,12 @@ REFORM_BACKOFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Waits before a replica that keeps failing is formed again; the last one repeats."""
 
 
+State = Literal["waiting", "forming", "loading", "ready"]
+
+
 @dataclass
-class Attendance:
-    """One rank that holds its stream: its latest report, and the orders on their way to it."""
+class Member:
+    """One rank that has joined: its latest report, and the orders that it has not been sent yet."""
 
     report: pb.RankReport
     orders: asyncio.Queue[pb.RankOrder] = field(default_factory=asyncio.Queue)
@@ -33,16 +34,15 @@ class Attendance:
 class Replica:
     """One replica, as the balancer sees it.
 
-    waiting: not all of its ranks attend. forming: its leader's engine process starts and opens the store.
+    waiting: not all of its ranks have joined. forming: its leader's engine process starts and opens the store.
     loading: all its engine processes run. ready: a generation has passed through it, and it takes requests.
     """
 
     index: int
     ranks: range
-    state: Literal["waiting", "forming", "loading", "ready"] = "waiting"
+    state: State = "waiting"
     epoch: int = 0
-    address: str = ""
-    detail: str = "its ranks have not come yet"
+    detail: str = "its ranks have not joined yet"
     host: str = ""
     was_ready: bool = False
     failures: int = 0
@@ -50,14 +50,10 @@ class Replica:
     task: asyncio.Task[None] | None = None
     """What is under way between two states: the wait before forming, or the first generation."""
 
-    def enter(self, state: Literal["waiting", "forming", "loading", "ready"]) -> None:
-        """Change the state, and note when."""
-        self.state, self.since = state, time.monotonic()
-
 
 @dataclass(frozen=True)
 class EngineDeath:
-    """An engine process that ended unasked, as its rank reports it."""
+    """An engine process that ended without an order, as its rank reports it."""
 
     report: pb.RankReport
     replica: int
@@ -65,19 +61,22 @@ class EngineDeath:
 
 
 class Membership:
-    """Forms the replicas of a deployment from the ranks that attend, and re-forms those that break.
+    """Forms the replicas of a deployment from the ranks that join, and re-forms those that break.
 
-    Belongs to one event loop. `on_ready` is called with a replica's index and its leader's address and returns
-    once a generation has passed through it; `on_lost` is called the moment a replica is out; `on_death` when an
-    engine died; `on_leaving` when a rank was told to end by a signal.
+    Belongs to one event loop. `admit` is given a replica that has loaded, and its leader's address; it lets the
+    replica take requests once a generation has passed through it, or raises a MIIError. `dismiss` is given the index
+    of a replica the moment it can take no more. `on_death` is called when an engine died, `on_leaving` with a reason
+    when a rank was told to end by a signal.
+
+    `changed` is set whenever a replica's state changes.
     """
 
     def __init__(
         self,
         tensor_parallel: int,
         replica_num: int,
-        on_ready: Callable[[int, str], Awaitable[None]],
-        on_lost: Callable[[int], None],
+        admit: Callable[[Replica, str], Awaitable[None]],
+        dismiss: Callable[[int], None],
         on_death: Callable[[EngineDeath], None],
         on_leaving: Callable[[str], None],
     ) -> None:
@@ -86,28 +85,35 @@ class Membership:
             for index in range(replica_num)
         ]
         self._tensor_parallel = tensor_parallel
-        self._on_ready, self._on_lost = on_ready, on_lost
+        self.changed = asyncio.Event()
+        self._admit, self._dismiss = admit, dismiss
         self._on_death, self._on_leaving = on_death, on_leaving
-        self._attending: dict[int, Attendance] = {}
+        self._members: dict[int, Member] = {}
         self._leave: pb.RankOrder | None = None
-        self._everybody_gone = asyncio.Event()
+        self._all_left = asyncio.Event()
 
     @property
-    def attending(self) -> Mapping[int, Attendance]:
-        """The ranks that hold their stream."""
-        return self._attending
+    def members(self) -> Mapping[int, Member]:
+        """The ranks that have joined, by number."""
+        return self._members
 
-    async def attend(
-        self, reports: AsyncIterator[pb.RankReport], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.RankOrder]:
-        """Serve one rank's stream: take its reports, yield its orders. The rank is a member while this runs."""
+    @property
+    def has_been_ready(self) -> bool:
+        """Whether every replica has been ready at least once."""
+        return all(replica.was_ready for replica in self.replicas)
+
+    async def join(self, reports: AsyncIterator[pb.RankReport]) -> AsyncGenerator[pb.RankOrder]:
+        """Serve one rank's stream: take its reports, yield its orders. The rank is a member while this runs.
+
+        Raises InvalidRequestError when the job has no such rank.
+        """
         first = await anext(reports)
         if not 0 <= first.rank < len(self.replicas) * self._tensor_parallel:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"rank {first.rank}: no such rank")
-        member = Attendance(first)
-        self._attending[first.rank] = member  # a newer stream of a rank replaces an older one
-        self._everybody_gone.clear()
-        log.info("rank %d on %s attends", first.rank, first.host)
+            raise InvalidRequestError(f"rank {first.rank}: no such rank")
+        member = Member(first)
+        self._members[first.rank] = member  # a newer stream of a rank replaces an older one
+        self._all_left.clear()
+        log.info("rank %d on %s has joined", first.rank, first.host)
         if self._leave is not None:
             member.orders.put_nowait(self._leave)
         reading = asyncio.create_task(self._read(member, reports))
@@ -117,27 +123,27 @@ class Membership:
                 order = await member.orders.get()
                 yield order
                 if order.WhichOneof("order") == "leave":
-                    await asyncio.wait({reading})  # until the rank closes its side: it is gone then
+                    await asyncio.wait({reading})  # until the rank closes its side, which it does last
                     return
         finally:
             reading.cancel()
-            if self._attending.get(first.rank) is member:
-                del self._attending[first.rank]
-                log.info("rank %d on %s has gone", first.rank, first.host)
+            if self._members.get(first.rank) is member:
+                del self._members[first.rank]
+                log.info("rank %d on %s has left", first.rank, first.host)
                 self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} is gone")
-            if not self._attending:
-                self._everybody_gone.set()
+            if not self._members:
+                self._all_left.set()
 
-    async def dismiss(self, failure: str, deadline: float) -> None:
-        """Order every rank, also those yet to come, to leave; return when all are gone or after `deadline` seconds."""
+    async def end(self, failure: str, deadline: float) -> None:
+        """Order every rank, also a later one, to leave; return when all have left or after `deadline` seconds."""
         self._leave = pb.RankOrder(leave=pb.Leave(failure=failure))
-        for member in self._attending.values():
+        for member in self._members.values():
             member.orders.put_nowait(self._leave)
-        if self._attending:
+        if self._members:
             try:
-                await asyncio.wait_for(self._everybody_gone.wait(), deadline)
+                await asyncio.wait_for(self._all_left.wait(), deadline)
             except TimeoutError:
-                log.warning("ranks %s have not left in time", sorted(self._attending))
+                log.warning("ranks %s have not left in time", sorted(self._members))
 
     def lose(self, index: int, epoch: int, reason: str) -> None:
         """Take a replica out whose connection broke, unless that was noticed already, and form it again."""
@@ -153,16 +159,16 @@ class Membership:
                 self._break(replica, f"not ready after {deadline:.0f} s")
                 self._advance(replica)
 
-    async def _read(self, member: Attendance, reports: AsyncIterator[pb.RankReport]) -> None:
+    async def _read(self, member: Member, reports: AsyncIterator[pb.RankReport]) -> None:
         async for report in reports:
             member.report = report
-            if self._attending.get(report.rank) is member:
+            if self._members.get(report.rank) is member:
                 self._on_report(member)
 
     def _replica_of(self, rank: int) -> Replica:
         return self.replicas[rank // self._tensor_parallel]
 
-    def _on_report(self, member: Attendance) -> None:
+    def _on_report(self, member: Member) -> None:
         report = member.report
         replica = self._replica_of(report.rank)
         if report.leaving:
@@ -178,9 +184,9 @@ class Membership:
 
     def _advance(self, replica: Replica) -> None:
         """Take the next step towards a ready replica, if its ranks' reports allow one."""
-        if self._leave is not None or any(rank not in self._attending for rank in replica.ranks):
+        if self._leave is not None or any(rank not in self._members for rank in replica.ranks):
             return
-        members = [self._attending[rank] for rank in replica.ranks]
+        members = [self._members[rank] for rank in replica.ranks]
         leader = members[0].report
         current = [member.report for member in members if member.report.epoch == replica.epoch]
         complete = len(current) == len(members)
@@ -190,7 +196,7 @@ class Membership:
             elif replica.task is None:
                 replica.task = asyncio.create_task(self._form(replica))
         elif replica.state == "forming" and leader.epoch == replica.epoch and leader.engine != pb.DOWN:
-            replica.enter("loading")
+            self._enter(replica, "loading")
             start = pb.StartEngine(epoch=replica.epoch, store_address=leader.store_address)
             for member in members[1:]:
                 member.orders.put_nowait(pb.RankOrder(start=start))
@@ -204,48 +210,51 @@ class Membership:
 
     def _adopt(self, replica: Replica) -> bool:
         """Take over engines that already run together: this balancer was started in place of one that died."""
-        reports = [self._attending[rank].report for rank in replica.ranks]
+        reports = [self._members[rank].report for rank in replica.ranks]
         epoch = reports[0].epoch
         if epoch <= replica.epoch or any(r.epoch != epoch or r.engine != pb.READY for r in reports):
             return False
-        replica.epoch = epoch
-        replica.enter("loading")
+        replica.epoch, replica.host = epoch, reports[0].host
+        self._enter(replica, "loading")
         return True
 
     async def _form(self, replica: Replica) -> None:
         wait = REFORM_BACKOFF_SECONDS[min(replica.failures, len(REFORM_BACKOFF_SECONDS) - 1)]
         await asyncio.sleep(wait)
         replica.task = None
-        if any(rank not in self._attending for rank in replica.ranks) or self._leave is not None:
+        if any(rank not in self._members for rank in replica.ranks) or self._leave is not None:
             return
-        members = [self._attending[rank] for rank in replica.ranks]
+        members = [self._members[rank] for rank in replica.ranks]
         replica.epoch = max(replica.epoch, *(member.report.epoch for member in members)) + 1
         replica.host = members[0].report.host
-        replica.enter("forming")
+        self._enter(replica, "forming")
         for member in members[1:]:
             member.orders.put_nowait(pb.RankOrder(stop_engine=pb.StopEngine()))
         members[0].orders.put_nowait(pb.RankOrder(start=pb.StartEngine(epoch=replica.epoch)))
-        log.info("replica %d: forming for the %d. time", replica.index, replica.epoch)
+        log.info("replica %d: forming, epoch %d", replica.index, replica.epoch)
 
     async def _try(self, replica: Replica, address: str) -> None:
         began = time.monotonic()
         try:
-            await self._on_ready(replica.index, address)
+            await self._admit(replica, address)
         except MIIError as error:
             replica.task = None
             leader = pb.RankReport()
-            leader.CopyFrom(self._attending[replica.ranks[0]].report)
+            leader.CopyFrom(self._members[replica.ranks[0]].report)
             leader.detail = f"its first generation failed: {error}"
             self._on_death(EngineDeath(leader, replica.index, replica.was_ready))
             self._break(replica, leader.detail)
             self._advance(replica)
             return
         replica.task = None
-        replica.enter("ready")
-        replica.address, replica.detail = address, ""
-        replica.host = self._attending[replica.ranks[0]].report.host
+        self._enter(replica, "ready")
+        replica.detail = ""
         replica.was_ready, replica.failures = True, 0
         log.info("replica %d is ready; its first generation took %.1f s", replica.index, time.monotonic() - began)
+
+    def _enter(self, replica: Replica, state: State) -> None:
+        replica.state, replica.since = state, time.monotonic()
+        self.changed.set()
 
     def _break(self, replica: Replica, reason: str) -> None:
         """Take a replica out at once, and stop what still runs of it: its engines cannot go on without each other."""
@@ -253,14 +262,14 @@ class Membership:
             replica.task.cancel()
             replica.task = None
         if replica.state == "ready":
-            self._on_lost(replica.index)
+            self._dismiss(replica.index)
         if replica.state != "waiting":
             replica.failures += 1
             for rank in replica.ranks:
-                member = self._attending.get(rank)
+                member = self._members.get(rank)
                 if member is not None and member.report.engine != pb.DOWN and self._leave is None:
                     member.orders.put_nowait(pb.RankOrder(stop_engine=pb.StopEngine()))
-        replica.enter("waiting")
-        replica.address, replica.detail = "", reason
+        self._enter(replica, "waiting")
+        replica.detail = reason
         if self._leave is None:
             log.warning("replica %d is out: %s", replica.index, reason)

@@ -1,0 +1,72 @@
+"""The balancer of one deployment: its parts, and how they hang together."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+
+from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
+from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.credentials import ServerCredentials
+from mii_hpc.deployments.registry import Entry
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.job.balancer.access import Access
+from mii_hpc.job.balancer.connection import ReplicaConnection
+from mii_hpc.job.balancer.lifetime import Ending, Lifetime
+from mii_hpc.job.balancer.membership import Membership, Replica
+from mii_hpc.job.balancer.relay import Relay
+from mii_hpc.job.balancer.router import Router
+from mii_hpc.job.balancer.service import DeploymentService, MembershipService
+from mii_hpc.rpc import transport
+
+STOP_SECONDS = 0.5
+"""How long calls that are still open at the end may go on."""
+
+
+class Balancer:
+    """The balancer of one deployment. Belongs to the event loop that it is made in."""
+
+    def __init__(self, run: RunDir, config: MIIConfig, keys: ServerCredentials) -> None:
+        model = config.model_conf
+        self._keys = keys
+        self.ending = Ending(run)
+        self.access = Access(run, config)
+        self.router = Router()
+        self.membership = Membership(
+            model.tensor_parallel,
+            model.replica_num,
+            admit=self._admit,
+            dismiss=self._dismiss,
+            on_death=self.ending.on_death,
+            on_leaving=self.ending.begin,
+        )
+        self.relay = Relay(config.deployment_name, self.router, self.ending, on_broken=self.membership.lose)
+        self.lifetime = Lifetime(config, self.ending, self.membership, self.router)
+        deployment = DeploymentService(
+            config.deployment_name, self.membership, self.router, self.access, self.ending, self.lifetime
+        )
+        self.server = transport.create_server(self.access.admits)
+        transport.add_inference(self.server, grpc.stream_stream_rpc_method_handler(self.relay.generate))
+        pb_grpc.add_DeploymentServicer_to_server(deployment, self.server)
+        pb_grpc.add_MembershipServicer_to_server(MembershipService(self.membership), self.server)
+
+    async def listen(self, address: str) -> int:
+        """Answer at "host:port" from now on; return the port. Raises OSError when it cannot be bound."""
+        port = transport.listen(self.server, address, self._keys)
+        await self.server.start()
+        return port
+
+    async def serve(self, entry: Entry) -> None:
+        """Serve under a registry entry until the deployment has ended, and the entry is gone."""
+        await self.lifetime.run(entry)
+        await self.server.stop(STOP_SECONDS)
+
+    async def _admit(self, replica: Replica, address: str) -> None:
+        self.router.add(await ReplicaConnection.open(replica, address, self._keys.as_client))
+
+    def _dismiss(self, index: int) -> None:
+        connection = self.router.remove(index)
+        if connection is not None:
+            connection.cancel_requests()
+            asyncio.ensure_future(connection.close())  # noqa: RUF006 (nothing depends on it)

@@ -1,0 +1,91 @@
+"""One request, on its way through the balancer: its bytes pass unread to a replica, and the answer's come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+
+from mii_hpc.errors import DeploymentStoppingError, MIIError, ReplicaLostError, RequestError, RequestTimeoutError
+from mii_hpc.job.balancer.connection import ReplicaConnection
+from mii_hpc.job.balancer.lifetime import Ending
+from mii_hpc.job.balancer.router import Router
+from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.wire import BatchPosition, Context
+
+
+class Relay:
+    """Passes requests to replicas.
+
+    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
+    """
+
+    def __init__(
+        self, deployment_name: str, router: Router, ending: Ending, on_broken: Callable[[int, int, str], None]
+    ) -> None:
+        self._deployment_name = deployment_name
+        self._router, self._ending, self._on_broken = router, ending, on_broken
+
+    async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """Pass one request to the next replica and its answer back.
+
+        It takes the requests as a stream, of one, because such a handler runs as soon as a call arrives: so requests
+        take their turns in the order of the client's calls, however long their messages are.
+        """
+        try:
+            if self._ending.has_begun:
+                raise DeploymentStoppingError(self._says(f"is ending ({self._ending.reason})"))
+            replica = self._router.next(_position(context))
+        except MIIError as error:
+            await wire.abort(context, self._located(error))
+        payload = await anext(requests)
+        try:
+            with replica.request(payload, context.time_remaining()) as call:
+                await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
+                async for chunk in call:
+                    yield chunk
+        except grpc.aio.AioRpcError as failure:
+            await wire.abort(context, self._error_of(failure, replica))
+        except grpc.aio.UsageError:  # lost, and its connection closed, since it was chosen
+            await wire.abort(context, self._interrupted(replica))
+        except asyncio.CancelledError:
+            # Cancelled by us, because the replica is lost or the time to drain is over; or by the client.
+            if transport.is_being_cancelled():
+                raise
+            await wire.abort(context, self._interrupted(replica))
+
+    def _error_of(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> MIIError:
+        if wire.is_ours(failure):
+            return self._located(wire.error_of(failure), replica)
+        if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
+            return self._located(error, replica)
+        # The connection broke before the rank's supervisor could say that its engine is gone.
+        self._on_broken(replica.index, replica.epoch, "its connection broke")
+        return self._interrupted(replica)
+
+    def _interrupted(self, replica: ReplicaConnection) -> MIIError:
+        if self._ending.has_begun:
+            return self._located(DeploymentStoppingError(self._says(f"has ended ({self._ending.reason})")), replica)
+        message = f"lost replica {replica.index} on {replica.host} with the request in flight"
+        return self._located(ReplicaLostError(self._says(message)), replica)
+
+    def _located(self, error: MIIError, replica: ReplicaConnection | None = None) -> MIIError:
+        """Return a request's error, with the deployment and the replica that it concerns."""
+        if isinstance(error, RequestError):
+            error.deployment_name = self._deployment_name
+            if replica is not None:
+                error.replica, error.host = replica.index, replica.host
+        return error
+
+    def _says(self, predicate: str) -> str:
+        return f"deployment '{self._deployment_name}' {predicate}"
+
+
+def _position(
+    context: Context,
+) -> BatchPosition | None:
+    named = next((value for key, value in context.invocation_metadata() or () if key == wire.POSITION_KEY), None)
+    return BatchPosition.parse(named) if isinstance(named, str) else None

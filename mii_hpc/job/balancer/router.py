@@ -1,0 +1,60 @@
+"""Which replica a request goes to: strict round robin."""
+
+from __future__ import annotations
+
+from mii_hpc.errors import UnavailableError
+from mii_hpc.job.balancer.connection import ReplicaConnection
+from mii_hpc.rpc import wire
+
+BATCHES_REMEMBERED = 4096
+"""Calls with several prompts whose turns are kept in mind."""
+
+
+class Router:
+    """Strict round robin over the live replicas. Belongs to one event loop, where no two requests interleave."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, ReplicaConnection] = {}
+        self._count = 0
+        self._batches: dict[str, int] = {}
+        """For each of the latest calls with several prompts: the turn of its first one."""
+        self.served: dict[int, int] = {}
+        """How many requests each replica was given, by index."""
+
+    def add(self, replica: ReplicaConnection) -> None:
+        """Let a replica take requests from now on."""
+        self._live[replica.index] = replica
+
+    def remove(self, index: int) -> ReplicaConnection | None:
+        """Let a replica take no more requests, and return it; None when it took none before."""
+        return self._live.pop(index, None)
+
+    def next(self, position: wire.BatchPosition | None = None) -> ReplicaConnection:
+        """Return the replica for the next request, or for the one at that position of a batch.
+
+        The prompts of a batch take consecutive turns, in whatever order they arrive. Raises UnavailableError when
+        no replica is live.
+        """
+        if not self._live:
+            raise UnavailableError("no replica of the deployment is able to serve at the moment")
+        order = sorted(self._live)
+        chosen = self._live[order[self._turn(position) % len(order)]]
+        self.served[chosen.index] = self.served.get(chosen.index, 0) + 1
+        return chosen
+
+    @property
+    def live(self) -> list[ReplicaConnection]:
+        """The live replicas, by index."""
+        return [self._live[index] for index in sorted(self._live)]
+
+    def _turn(self, position: wire.BatchPosition | None) -> int:
+        if position is not None and position.batch in self._batches:
+            return self._batches[position.batch] + position.index
+        first = self._count
+        self._count += 1 if position is None else position.size
+        if position is None:
+            return first
+        self._batches[position.batch] = first
+        if len(self._batches) > BATCHES_REMEMBERED:
+            del self._batches[next(iter(self._batches))]
+        return first + position.index

@@ -1,0 +1,116 @@
+"""One rank's engine process: it loads its shard of the model, and generates together with its replica's other ranks.
+
+`python -m mii_hpc.job.engine_process RUN_DIR SPEC LISTEN_HOST` is started by the rank's supervisor; SIGINT ends it. On
+the leader it also answers requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.engine import create_engine
+from mii_hpc.engine.base import Engine, EngineSpec
+from mii_hpc.job.inference import InferenceService
+from mii_hpc.job.logs import log_to_stderr
+from mii_hpc.job.process import die_with_parent, tell
+from mii_hpc.rpc import transport
+
+log = logging.getLogger(__name__)
+
+
+class Tell(Protocol):
+    """Tells the supervisor something: `progress`, a sentence; or `ready`, the address of a leader, "" of the others."""
+
+    def __call__(self, **note: str) -> None: ...
+
+
+async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell: Tell) -> None:
+    """Load the engine and, on the leader, answer requests at `listen_host` until the task is cancelled.
+
+    Raises whatever the engine raises when it cannot load or go on.
+    """
+    loop = asyncio.get_running_loop()
+    loaded = asyncio.Event()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def end(error: Exception | None) -> None:
+        if not ended.done():  # else nobody waits for it any more
+            ended.set_exception(error) if error else ended.set_result(None)
+
+    def work() -> None:
+        try:
+            engine.load(lambda sentence: tell(progress=sentence))
+            loop.call_soon_threadsafe(loaded.set)
+            engine.run()
+        except Exception as error:  # noqa: BLE001 (the thread's boundary: whatever it is ends the process)
+            loop.call_soon_threadsafe(end, error)
+        else:
+            loop.call_soon_threadsafe(end, None)
+
+    threading.Thread(target=work, name="engine", daemon=True).start()
+    loading = asyncio.ensure_future(loaded.wait())
+    await asyncio.wait((loading, ended), return_when=asyncio.FIRST_COMPLETED)
+    loading.cancel()
+    if ended.done():
+        return ended.result()
+    if not leads:
+        tell(ready="")
+        return await ended
+    keys = credentials.load_server(run)
+    server = transport.create_server(lambda _method, token: transport.same_token(token, keys.rank_token))
+    InferenceService(engine).add_to(server)
+    port = transport.listen(server, f"{listen_host}:0", keys)
+    await server.start()
+    tell(ready=f"{listen_host}:{port}")
+    log.info("answering on %s:%d", listen_host, port)
+    try:
+        await ended
+    finally:
+        engine.close()
+        await server.stop(0)
+
+
+async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
+    """Serve until SIGINT."""
+    serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, tell))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, serving.cancel)
+    await asyncio.wait({serving})
+    if not serving.cancelled():
+        serving.result()
+
+
+def main(run_path: str, spec: str, listen_host: str) -> None:
+    """Run one engine process; `spec` is its EngineSpec as JSON, without the model.
+
+    Its exit status is 0 when it was told to end, 1 when it failed.
+    """
+    die_with_parent()
+    log_to_stderr()
+    run = RunDir(Path(run_path))
+    status = 0
+    try:
+        model = run.load_config().model_conf
+        asyncio.run(run_engine(run, EngineSpec(model=model, **json.loads(spec)), listen_host))
+    except Exception as error:
+        log.exception("the engine has failed")
+        tell(failed=f"{type(error).__name__}: {error}")
+        status = 1
+    # The engine's thread may be inside a collective that will never return; nothing is left to save.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

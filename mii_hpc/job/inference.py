@@ -1,0 +1,83 @@
+"""The gRPC face of a replica's engine, on its leader."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import grpc
+import grpc.aio
+
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
+from mii_hpc.engine.base import Engine
+from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.wire import Context
+
+
+class InferenceService(pb_grpc.EngineServicer):
+    """Answers requests with an engine. Belongs to one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._numbers = itertools.count()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Let a server answer with this service."""
+        transport.add_inference(server, grpc.unary_stream_rpc_method_handler(self.generate))
+        pb_grpc.add_EngineServicer_to_server(self, server)
+
+    async def generate(self, payload: bytes, context: Context) -> AsyncIterator[bytes]:
+        """Yield the pieces of one answer. When the caller goes away, the engine forgets the request.
+
+        The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
+        """
+        try:
+            async with aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
+                async for piece in pieces:
+                    yield wire.pack_response(piece).SerializeToString()
+        except MIIError as error:
+            await wire.abort(context, error)
+
+    async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
+        """Return what the engine has in hand."""
+        return wire.pack_load(self._engine.stats())
+
+    async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Response | Exception] = asyncio.Queue()
+
+        def deliver(item: Response | Exception) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        unfinished = set(range(request.params.num_return_sequences))
+        # Clients choose their ids without knowing of each other; the engine needs them unique.
+        request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
+        self._engine.submit(request, deliver)
+        try:
+            while unfinished:
+                item = await arrived.get()
+                # Pieces that gathered while the receiver was slow travel as one.
+                while isinstance(item, Response) and not arrived.empty():
+                    following = arrived.get_nowait()
+                    if isinstance(following, Exception):
+                        item = following
+                    elif not item.ended and following.index == item.index:
+                        (item,) = joined((item, following))
+                    else:
+                        yield item
+                        unfinished -= {item.index} if item.ended else set()
+                        item = following
+                if isinstance(item, MIIError):
+                    raise item
+                if isinstance(item, Exception):
+                    raise RequestError(f"the engine failed on this request: {item!r}") from item
+                yield item
+                unfinished -= {item.index} if item.ended else set()
+        finally:
+            self._engine.cancel(request.id)

@@ -1,0 +1,94 @@
+import asyncio
+
+import grpc
+import grpc.aio
+import pytest
+
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.errors import AuthenticationError
+from mii_hpc.job.balancer.access import Access
+from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.wire import Method
+from tests.waiting import until
+
+
+async def answer_to(address, path, token, certificate, *, plaintext=False):
+    """Make a call and return its status code."""
+    if plaintext:
+        channel = grpc.aio.insecure_channel(address)
+    else:
+        channel = transport.open_channel(address, ClientCredentials(certificate, token or ""))
+    metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
+    async with channel:
+        call = channel.unary_stream(path)(b"", metadata=metadata, timeout=5)
+        try:
+            await call.read()
+            return await call.code()
+        except grpc.aio.AioRpcError as failure:
+            return failure.code()
+        finally:
+            call.cancel()
+
+
+@pytest.mark.parametrize("token", [None, "", "wrong", "Bearer wrong"])
+async def test_strangers_are_refused_on_every_method(deploy, token):
+    deployment = await deploy()
+    replica = deployment.ranks[0].report.address
+    for address in (deployment.address, replica):
+        for path in (*(method for method in Method), "/no.such/Method"):
+            code = await answer_to(address, path, token, deployment.keys.certificate)
+            assert code is grpc.StatusCode.UNAUTHENTICATED, (address, path)
+    assert deployment.state() == "ready"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_each_token_is_for_its_own_methods(deploy, shared):
+    deployment = await deploy()
+    config = deployment.config.model_copy(update={"share": "group:users"}) if shared else deployment.config
+    run, access = deployment.run, Access(deployment.run, config)
+
+    def open_to(file):
+        token = credentials.read_token(file)
+        return {method.name for method in Method if access.admits(method, token)}
+
+    assert open_to(run.owner_token) == {"GENERATE", "STATUS", "TERMINATE", "ROTATE_TOKEN"}
+    assert open_to(run.guest_token) == ({"GENERATE", "STATUS"} if shared else set())
+    assert open_to(run.rank_token) == {"JOIN"}
+
+
+async def test_a_replica_answers_only_the_jobs_own_processes(deploy):
+    deployment = await deploy()
+    replica = deployment.ranks[0].report.address
+    for file, expected in (
+        (deployment.run.rank_token, grpc.StatusCode.OK),
+        (deployment.run.owner_token, grpc.StatusCode.UNAUTHENTICATED),
+        (deployment.run.guest_token, grpc.StatusCode.UNAUTHENTICATED),
+    ):
+        token = credentials.read_token(file)
+        assert (await answer_to(replica, Method.LOAD, token, deployment.keys.certificate)) is expected
+
+
+async def test_without_tls_or_with_another_certificate_there_is_no_connection(deploy):
+    deployment, other = await deploy(), await deploy(name="other")
+    token = credentials.read_token(deployment.run.owner_token)
+    for method in Method:
+        code = await answer_to(deployment.address, method, token, b"", plaintext=True)
+        assert code is grpc.StatusCode.UNAVAILABLE
+    code = await answer_to(deployment.address, Method.STATUS, token, other.keys.certificate)
+    assert code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_rotated_token_opens_nothing(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    old = credentials.load_owner(deployment.run)
+    running = asyncio.create_task(deployment.client().generate("a", max_new_tokens=50))
+    await until(lambda: not deployment.is_idle())
+    assert (await answer_to(deployment.address, Method.ROTATE_TOKEN, old.token, old.certificate)) is (
+        grpc.StatusCode.OK
+    )
+    code = await answer_to(deployment.address, Method.STATUS, old.token, old.certificate)
+    assert type(wire.error_of(grpc.aio.AioRpcError(code, None, None))) is AuthenticationError
+    assert (await running)[0].generated_length == 50, "what was admitted goes on"
+    assert credentials.load_owner(deployment.run).token != old.token
+    await deployment.client().generate("x")

@@ -1,0 +1,65 @@
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mii_hpc.errors import UnavailableError
+from mii_hpc.job.net import reserve_port
+from mii_hpc.schedulers.local import JOB_ID
+from tests.live import Deployment
+from tests.waiting import until
+
+
+class OwnProcess(Deployment):
+    """A deployment whose balancer is the real process."""
+
+    async def start_balancer(self):
+        self.reserved = reserve_port("127.0.0.1")
+        self.address = f"127.0.0.1:{self.reserved.getsockname()[1]}"
+        self.start_process()
+        return self.address
+
+    def start_process(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mii_hpc.job.balancer", str(self.run.path), self.address, "0"],
+            env={**os.environ, JOB_ID: str(self.job.pid)},
+            stderr=subprocess.DEVNULL,
+        )
+
+    async def stop_balancer(self):
+        self.process.kill()
+        self.process.wait()
+        self.reserved.close()
+
+
+async def test_a_new_balancer_adopts_the_running_engines(deploy):
+    deployment = await deploy(OwnProcess, tensor_parallel=2, echo_delay=0.005)
+    client = deployment.client()
+    await client.generate("before")
+    running = asyncio.create_task(client.generate(["a"] * 6, max_new_tokens=10**6))
+    await until(lambda: [stats.running for stats in deployment.stats()[:2]] == [3, 3])
+    heartbeat = deployment.registry.get("chat").heartbeat
+    deployment.process.kill()
+    deployment.process.wait()
+    with pytest.raises(UnavailableError) as failure:
+        await running
+    assert [type(error) for error in failure.value.responses] == [UnavailableError] * 6
+    await until(deployment.is_idle)
+    deployment.start_process()
+    await until(lambda: (entry := deployment.registry.get("chat")).heartbeat > heartbeat and entry.state == "ready")
+    assert sorted(r.replica for r in await client.generate(["a", "b"])) == [0, 1]
+    status = await client.status()
+    assert [(replica.state, replica.epoch) for replica in status.replicas] == [("ready", 1), ("ready", 1)]
+    assert [rank.epochs for rank in deployment.ranks] == [[1]] * 4
+    assert status.started == deployment.registry.get("chat").started < time.time()
+
+
+async def test_a_balancer_without_a_claim_does_not_serve(tmp_path):
+    deployment = OwnProcess(tmp_path)
+    deployment.registry.withdraw(deployment.entry)
+    await deployment.start_balancer()
+    assert await asyncio.to_thread(deployment.process.wait, 20) == 1
+    await deployment.stop()
