@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := $(VENV)/demo-model
-DEBIAN_PACKAGES := g++ iproute2 libpmix-dev munge slurm-wlm
+DEBIAN_PACKAGES := g++ iproute2 libpmix-dev munge openmpi-bin slurm-wlm
 
 .PHONY: setup system demo bench test lint proto cluster clean
 
@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml
 
 # What pip cannot bring: a compiler for DeepSpeed's CPU operator, and Slurm for its tests.
 system:
-	@if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v ip >/dev/null \
+	@if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v mpiexec >/dev/null && command -v ip >/dev/null \
 	    && command -v g++ >/dev/null && dpkg -s libpmix-dev >/dev/null 2>&1; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing $(DEBIAN_PACKAGES)"; \
