@@ -19,11 +19,10 @@ from mii_hpc.job.replica import InferenceService
 from mii_hpc.placement import role_of
 from mii_hpc.rpc import transport, wire
 from mii_hpc.submission import submit as submission
+from tests.waiting import PATIENCE
 
-DEADLINE_SECONDS = 20.0
 
-
-async def until(condition, seconds=DEADLINE_SECONDS):
+async def until(condition, seconds=PATIENCE):
     """Return what `condition` gives once it is true; fail when it is not in time."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):

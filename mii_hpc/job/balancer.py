@@ -41,7 +41,7 @@ from mii_hpc.generation import GenerationRequest
 from mii_hpc.heap import give_memory_back
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.membership import EngineDeath, Membership
-from mii_hpc.job.process import die_with_parent
+from mii_hpc.job.process import end_with_rank
 from mii_hpc.rpc import transport, wire
 from mii_hpc.submission.submit import SlurmJob, free_name
 
@@ -496,7 +496,7 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
 
 def main(run_path: str, address: str, spans_hosts: str) -> None:
     """Run the balancer process."""
-    die_with_parent()
+    end_with_rank()
     log_to_stderr()
     # A stranger's idle connections, each closed after a moment, must not take the place of anybody's.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

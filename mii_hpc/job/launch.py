@@ -31,6 +31,8 @@ def main(run_path: str, cuda_visible_devices: str | None) -> None:
     command = [sys.executable, "-m", "mii_hpc.job.launch", run_path, str(config.model_conf.world_size)]
     if config.slurm.setup:
         command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
+    # Whoever called serve() may have had them blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR2})
     ranks = subprocess.Popen(
         command,
         env=environment,

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,6 +29,7 @@ from mii_hpc.errors import (
 from mii_hpc.job import balancer
 from mii_hpc.job.replica import InferenceService
 from tests.live import Deployment, until
+from tests.waiting import PATIENCE, next_line
 
 FOREVER = {"max_new_tokens": 10**6}
 
@@ -132,10 +132,8 @@ async def test_a_client_needs_a_name():
 @pytest.mark.parametrize("prompts", ["one", ["one", "two", "three"]], ids=["one", "several"])
 async def test_a_timeout_ends_the_requests_everywhere(deploy, prompts):
     deployment = await deploy(echo_delay=0.01)
-    began = time.monotonic()
     with pytest.raises(RequestTimeoutError):
         await deployment.client().generate(prompts, timeout=0.2, **FOREVER)
-    assert 0.2 <= time.monotonic() - began < 5
     await until(deployment.is_idle)
 
 
@@ -435,7 +433,7 @@ for _ in range(2):
 
 def test_after_a_fork_while_idle(deploy_in_thread):
     script = in_a_process(FORKED_WHILE_IDLE, deploy_in_thread())
-    output, errors = script.communicate(timeout=60)
+    output, errors = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, errors
     assert sorted(output.splitlines()) == ["[before ]", "[child ]", "[child ]", "[parent ]", "[parent ]"]
 
@@ -462,7 +460,7 @@ say(done[0][0].generated_length, client("parent"))
 
 def test_after_a_fork_while_busy(deploy_in_thread):
     script = in_a_process(FORKED_WHILE_BUSY, deploy_in_thread(echo_delay=0.01))
-    output, errors = script.communicate(timeout=60)
+    output, errors = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, errors
     child, parent = output.splitlines()
     assert child.startswith("this process was forked while requests of its parent were running")
@@ -483,9 +481,9 @@ def test_ctrl_c_ends_the_requests(deploy_in_thread):
     script = in_a_process(INTERRUPTED, threaded, stdin=subprocess.PIPE)
     threaded.until(lambda: [stats.running for stats in threaded.deployment.stats()] == [1, 1])
     script.send_signal(signal.SIGINT)
-    assert script.stdout.readline() == "[still works ]\n"
+    assert next_line(script.stdout) == "[still works ]\n"
     threaded.until(threaded.deployment.is_idle)
-    script.communicate("\n", timeout=30)
+    script.communicate("\n", timeout=PATIENCE)
 
 
 LOADED = """
@@ -497,7 +495,7 @@ client.close()
 
 def test_a_client_loads_neither_torch_nor_mpi(deploy_in_thread):
     script = in_a_process(LOADED, deploy_in_thread(), env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    output, errors = script.communicate(timeout=60)
+    output, errors = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, errors
     loaded = set(json.loads(output))
     assert "grpc" in loaded

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import submitit
 
+from tests.waiting import next_line
+
 from .cluster import Cluster, ClusterError
 
 pytestmark = pytest.mark.slurm
@@ -244,7 +246,7 @@ def test_starting_clears_what_a_killed_run_left(cluster: Cluster):
             env = os.environ | {"TMPDIR": folder}
             with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=root, env=env) as player:
                 assert player.stdout
-                assert b"Four nodes" in player.stdout.readline()
+                assert b"Four nodes" in next_line(player.stdout)
                 player.kill()
             assert namespaces() == 5
     finally:

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine.base import EngineSpec, create_engine
 from mii_hpc.generation import GenerationRequest
-
-PATIENCE = 60
+from tests.waiting import PATIENCE
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import EngineSpec, create_engine
-from tests.engine.collect import PATIENCE, submit
+from tests.engine.collect import submit
+from tests.waiting import PATIENCE
 
 
 class Replica:
