@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mii_hpc.config import ModelConfig
+from mii_hpc.engine import processor
 from mii_hpc.engine.attention.gather import PagedAttention
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
@@ -90,7 +91,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     """
     model = spec.model
     config = _load_config(model)
-    dtype = _dtype(model, config)
+    dtype = _dtype(model, config, device)
     progress(f"loading {model.model_name_or_path} in {str(dtype).removeprefix('torch.')} on {device}")
     if spec.world_size == 1:
         module = _shard(_load_whole(model, dtype), 1, dtype)
@@ -100,8 +101,8 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         progress("DeepSpeed shards this architecture right")
         module = _load_shard(model, config, dtype, spec, device, progress)
     module.eval().requires_grad_(False)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     pack_linears(module)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     attention = PagedAttention()
     layers = _measure(module, attention, device)
     tokenizer = _load_tokenizer(model)
@@ -135,11 +136,28 @@ def _load_tokenizer(model: ModelConfig) -> Any:
         raise ConfigError(f"tokenizer='{name}': {error}") from error
 
 
-def _dtype(model: ModelConfig, config: Any) -> torch.dtype:
-    if model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, model.dtype)
-        return dtype
-    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+def _dtype(model: ModelConfig, config: Any, device: torch.device) -> torch.dtype:
+    """Return the dtype to serve in, and say so where the processor makes it another than one would expect."""
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    asked: torch.dtype = stored if model.dtype == "auto" else getattr(torch, model.dtype)
+    if device.type == "cuda" or processor.serving_dtype(asked) is asked:
+        return asked
+    name = str(asked).removeprefix("torch.")
+    if model.dtype == "auto":
+        _log.warning(
+            "dtype='auto': this processor has no instructions for the checkpoint's %s, so the model is served in "
+            "float32, which takes %d bytes per weight",
+            name,
+            torch.float32.itemsize,
+        )
+        return processor.serving_dtype(asked)
+    _log.warning(
+        "dtype='%s': this processor has no instructions for it, so linear layers hold and compute float32; the KV "
+        "cache and all else are %s",
+        name,
+        name,
+    )
+    return asked
 
 
 def _context(model: ModelConfig, config: Any) -> int:
@@ -185,14 +203,26 @@ def _refuse_missing(model: ModelConfig, missing: list[str]) -> None:
 
 
 def _shard(module: nn.Module, ranks: int, dtype: torch.dtype) -> nn.Module:
-    """Let DeepSpeed replace the layers of a module by those of this rank, on the current device."""
-    import deepspeed
+    """Let DeepSpeed replace the layers of a module by those of this rank, with parameters in `dtype`.
 
+    They are on the current device. Buffers stay as they are: their content is computed and not read, and rotary
+    frequencies, for one, must stay float32 for positions to be told apart.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    # DeepSpeed refuses what the processor has no instructions for, and converts and makes anew the buffers as well.
+    accepted = dtype if dtype in accelerator.supported_dtypes() else torch.float32
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with quiet():
         engine = deepspeed.init_inference(
-            module, tensor_parallel={"tp_size": ranks}, dtype=dtype, replace_with_kernel_inject=False
+            module, tensor_parallel={"tp_size": ranks}, dtype=accepted, replace_with_kernel_inject=False
         )
-    sharded: nn.Module = engine.module
+    sharded: nn.Module = engine.module.to(dtype)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        sharded.get_submodule(owner)._buffers[leaf] = buffer.to(accelerator.current_device_name())
     return sharded
 
 
@@ -297,12 +327,7 @@ def _load_shard(
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sources = checkpoint.names(module)
-    # DeepSpeed makes these anew too, and their content is computed, not read.
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module = _shard(module, spec.world_size, dtype)
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
     _refuse_missing(model, [name for name in shapes if name not in sources])
     modules = [(name, part) for name, part in module.named_modules() if part._parameters]
     for done, (name, part) in enumerate(modules, start=1):
