@@ -182,7 +182,7 @@ class ModelConfig(_Model):
     max_length: int | None = Field(None, ge=1)
     """Bound on prompt plus answer for all requests, in tokens; None takes the model's context."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)] = "auto"
-    """"auto" takes the checkpoint's."""
+    """"auto" takes the checkpoint's; on a processor without instructions for that, float32, and says so."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """"auto" is CUDA where it is, else CPU."""
     inference_engine_config: EngineConfig = EngineConfig()
