@@ -271,7 +271,7 @@ def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, s
     with pytest.raises(mii.DeploymentFailedError, match="Traceback") as caught:
         mii.serve(str(broken), cluster="slurm", home=home, startup_timeout=400)
     assert caught.value.job_id and "rank 0" in str(caught.value)
-    assert "engine/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
+    assert "engine/model/loading.py" in caught.value.log  # the traceback is that of the rank that could not load
     assert Registry(home).get("broken") is None
     eventually(lambda: not job_processes(cluster), PATIENCE, "the job is gone")
 
