@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from mii_hpc.config import MIIConfig as MIIConfig
     from mii_hpc.config import ModelConfig as ModelConfig
     from mii_hpc.config import SlurmConfig as SlurmConfig
+    from mii_hpc.constants import DeploymentType as DeploymentType
+    from mii_hpc.constants import GenerationFinishReason as GenerationFinishReason
+    from mii_hpc.constants import TaskType as TaskType
     from mii_hpc.errors import *  # noqa: F403
-    from mii_hpc.generation import GenerationFinishReason as GenerationFinishReason
     from mii_hpc.generation import Response as Response
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
+    from mii_hpc.pipelines import async_pipeline as async_pipeline
     from mii_hpc.pipelines import pipeline as pipeline
 
 __version__ = "0.1.0"
@@ -43,6 +46,7 @@ _HOMES = {
     "api": ("client", "serve"),
     "clients.asynchronous": ("AsyncMIIClient", "MIIClient"),
     "config": ("GenerateParamsConfig", "MIIConfig", "ModelConfig", "SlurmConfig"),
+    "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
     "errors": (
         "AuthenticationError",
         "ConfigError",
@@ -62,9 +66,10 @@ _HOMES = {
         "RequestTimeoutError",
         "SubmissionError",
         "UnavailableError",
+        "UnknownArgument",
     ),
-    "generation": ("GenerationFinishReason", "Response"),
-    "pipelines": ("MIIPipeline", "pipeline"),
+    "generation": ("Response",),
+    "pipelines": ("MIIPipeline", "async_pipeline", "pipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,8 +37,6 @@ from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
 from mii_hpc.generation import Deliver, GenerationRequest, Load
 
 _log = logging.getLogger(__name__)
-
-DEFAULT_MAX_LENGTH = 1024
 
 
 class BatchingEngine:
@@ -114,6 +113,11 @@ class BatchingEngine:
             entry = self._requests.get(request_id)
             if entry is not None:
                 self._forget(entry)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._model.tokenizer
 
     def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
@@ -247,7 +251,7 @@ class BatchingEngine:
             raise InvalidRequestError("the prompt is empty")
         if max(token_ids) >= model.vocabulary:
             raise InvalidRequestError(f"the model does not know the prompt's token {max(token_ids)}")
-        limit = answer_limit(params, len(token_ids), self._context, DEFAULT_MAX_LENGTH)
+        limit = answer_limit(params, len(token_ids), self._context)
         return [
             _Sequence(
                 request=entry,
@@ -255,7 +259,7 @@ class BatchingEngine:
                 sampler=Sampler(params, token_ids, model.vocabulary, model.eos_token_ids, index),
                 answer=Answer(
                     params,
-                    Detokenizer(self._decode, self._byte_tokens),
+                    Detokenizer(self._decode, self._byte_tokens, token_ids if params.return_full_text else ()),
                     prompt=request.prompt,
                     prompt_length=len(token_ids),
                     limit=limit,

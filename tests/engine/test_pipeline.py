@@ -69,10 +69,8 @@ def test_closing_ends_calls_and_refuses_later_ones():
 
 
 def test_an_engine_that_fails_ends_every_call(monkeypatch):
+    monkeypatch.setattr("mii_hpc.engine.echo.EchoEngine.run", lambda engine: 1 / 0)
     pipe = mii.pipeline(**ECHO)
-    pipe.close()
-    monkeypatch.setattr(pipe._engine, "run", lambda: 1 / 0)
-    pipe._run()
     with pytest.raises(mii.UnavailableError, match="has failed: ZeroDivisionError"):
         pipe("a")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ class PagedAttention:
         self._measured: dict[int, LayerShape] = {}
         # cuDNN comes first by default and takes some 50 ms to plan each new shape; here most steps have one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        AttentionInterface.register(self.name, self._attend)
+        # Weakly: transformers keeps what is registered for ever, and this keeps a cache.
+        attend = weakref.WeakMethod(self._attend)
+        AttentionInterface.register(self.name, lambda *args, **options: attend()(*args, **options))  # type: ignore[misc]
 
     @contextmanager
     def measure(self) -> Iterator[dict[int, LayerShape]]:
