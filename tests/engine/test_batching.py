@@ -11,7 +11,7 @@ from mii_hpc.errors import ConfigError, InvalidRequestError, QueueFullError
 from tests.engine.collect import make, running, submit
 from tests.engine.reference import PROMPTS, Reference, option_sets
 from tests.live import until
-from tests.models import CONTEXT, tiny_model
+from tests.models import CONTEXT, replace_tokenizer_by_sentencepiece, tiny_model
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.engine
@@ -131,6 +131,26 @@ def test_full_text_and_logprobs(engine):
     assert answer.text().startswith("Full 🙂")
     assert len(answer.logprobs()) == len(answer.token_ids())
     assert all(value <= 0 for value in answer.logprobs())
+
+
+def test_full_text_keeps_the_space_that_a_sentencepiece_tokenizer_drops_before_a_text(tmp_path):
+    folder = tiny_model(tmp_path)
+    replace_tokenizer_by_sentencepiece(folder)
+    prompts = ["the value of", "x", "Für €5 🚀"]  # the last ends in tokens of single bytes
+    with running(make(model_name_or_path=str(folder), inference_engine_config=SMALL)) as engine:
+        tokenizer = engine.tokenizer
+        answers = [
+            (prompt, submit(engine, prompt, seed=seed, max_new_tokens=6, return_full_text=True, stream=stream).wait())
+            for prompt in prompts
+            for seed in range(20)
+            for stream in (True, False)
+        ]
+    first_tokens = [tokenizer.convert_ids_to_tokens(answer.token_ids()[0]) for _, answer in answers]
+    assert any(token.startswith("▁") for token in first_tokens)
+    for (prompt, answer), first in zip(answers, first_tokens, strict=True):
+        if not first.startswith("<0x"):  # bytes after the bytes of an emoji make all of them replacement characters
+            whole = [*tokenizer(prompt)["input_ids"], *answer.token_ids()]
+            assert answer.text() == tokenizer.decode(whole, skip_special_tokens=True)
 
 
 POISON = [
