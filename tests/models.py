@@ -39,7 +39,7 @@ def save_tokenizer(folder):
 
 
 def replace_tokenizer_by_sentencepiece(folder):
-    """Leave a model of tiny_model() with nothing but a `tokenizer.model`, as the first Llamas have it."""
+    """Give a model of tiny_model() nothing but a `tokenizer.model` and its class, as the first Llamas have it."""
     import io
     from pydoc_data.topics import topics
 
@@ -58,6 +58,7 @@ def replace_tokenizer_by_sentencepiece(folder):
     for path in Path(folder).glob("*token*"):
         path.unlink()
     (Path(folder) / "tokenizer.model").write_bytes(trained.getvalue())
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
 
 
 def tiny_config(architecture, **changes):

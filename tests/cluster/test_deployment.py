@@ -170,7 +170,7 @@ def test_poison_fails_alone(cluster, deployment, home):
         "a megabyte": request("word " * 200_000),
         "longer than the cache": request("word " * 20_000),
         "ten thousand stop strings": request(stop=["s"] * 10_000),
-        "temperature 0": request(temperature=0),
+        "temperature -1": request(temperature=-1),
         "temperature NaN": request(temperature=float("nan")),
         "negative length": request(max_new_tokens=-1),
     }

@@ -112,10 +112,27 @@ def test_lengths_and_reasons(engine):
     bounded = submit(engine, "a", do_sample=False, max_new_tokens=5, ignore_eos=True).wait()
     assert bounded.finish_reason() == "length"
     assert bounded.pieces[-1].generated_length == 5
-    to_the_end = submit(engine, "a", do_sample=False, max_new_tokens=10**6, ignore_eos=True).wait()
-    last = to_the_end.pieces[-1]
-    assert last.prompt_length + last.generated_length == CONTEXT
-    assert last.finish_reason == "length"
+    for options in ({"max_new_tokens": 10**6}, {"max_length": 10**6}, {}):
+        last = submit(engine, "a", do_sample=False, ignore_eos=True, **options).wait().pieces[-1]
+        assert last.prompt_length + last.generated_length == CONTEXT
+        assert last.finish_reason == "length"
+
+
+def test_the_models_max_length_is_every_requests(folder):
+    with running(make(model_name_or_path=folder, max_length=40, inference_engine_config=SMALL)) as engine:
+        for options in ({}, {"max_length": 200}, {"max_new_tokens": 200}):
+            last = submit(engine, "a", ignore_eos=True, **options).wait().pieces[-1]
+            assert last.prompt_length + last.generated_length == 40
+        shorter = submit(engine, "a", max_length=20, ignore_eos=True).wait().pieces[-1]
+        assert shorter.prompt_length + shorter.generated_length == 20
+        with pytest.raises(InvalidRequestError, match="the bound on prompt plus answer is 40"):
+            submit(engine, LONG).wait()
+
+
+def test_temperature_0_is_greedy(engine, reference):
+    for prompt in PROMPTS:
+        answer = submit(engine, prompt, temperature=0, max_new_tokens=20).wait()
+        assert answer.token_ids() == reference.greedy(prompt, max_new_tokens=20)
 
 
 def test_several_sequences_each_have_a_seed(engine):
@@ -157,13 +174,13 @@ POISON = [
     ("x" * 1_000_000, {}, "tokens, the"),
     (LONG * 20, {"max_new_tokens": 1}, f"the bound on prompt plus answer is {CONTEXT}"),
     ("\ud800 lone surrogate", {}, "cannot be tokenised"),
-    ("a", {"max_length": CONTEXT + 1}, "context of"),
     ("a b c d", {"max_length": 2}, "max_length is 2"),
 ]
 HARMLESS = [
     ("", {}),
     ("\x00\n\u202e", {"top_k": 2**31 - 1}),
     ("a", {"temperature": 1e-30}),
+    ("a", {"max_length": 2**31 - 1}),
     ("a", {"temperature": 100.0, "top_p": 1.0}),
     ("a", {"top_p": 1e-30}),
     ("a", {"repetition_penalty": 1e-30}),
