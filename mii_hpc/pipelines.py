@@ -53,7 +53,12 @@ def pipeline(
 
 
 def async_pipeline(model_config: Mapping[str, Any] | ModelConfig) -> MIIAsyncPipeline:
-    """Load a model into this process, to be given prompts now and asked for answers later. See pipeline()."""
+    """Load a model into this process, to be given prompts now and asked for answers later. See pipeline().
+
+    Raises ConfigError in a launcher's ranks: use serve() for several.
+    """
+    if launched_world_size() > 1:
+        raise ConfigError(f"WORLD_SIZE={launched_world_size()}: an async pipeline is a single rank; use serve()")
     return MIIAsyncPipeline(MIIPipeline(_model("", model_config, {})))
 
 
@@ -250,20 +255,23 @@ class MIIPipeline:
                 for request_id in under_way.values():
                     engine.cancel(request_id)
 
-    def submit(
-        self, number: int, prompt: str, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]
-    ) -> Callable[[], None]:
-        """Queue a request, whose pieces or error go to `arrived` with the number; return what cancels it.
+    def submit(self, number: int, prompt: str, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]) -> None:
+        """Queue a request, whose pieces or error go to `arrived` with its number.
 
         When the engine ends, `arrived` gets an error with a negative number.
         """
         (prompt,) = as_prompts([prompt])
-        params = validate(GenerateParamsConfig, options)
+        request = GenerationRequest(f"async-{number}", prompt, validate(GenerateParamsConfig, options))
         with self._lock:
             engine = self._open_engine()
             self._calls.add(arrived)
-        request_id = self._submit(engine, number, prompt, params, arrived)
-        return lambda: engine.cancel(request_id)
+        engine.submit(request, lambda item: arrived.put((number, item)))
+
+    def cancel(self, number: int) -> None:
+        """Forget a request that submit() has queued; nothing happens when it has ended."""
+        with self._lock:
+            engine = self._open_engine()
+        engine.cancel(f"async-{number}")
 
     def _submit(
         self,
@@ -322,7 +330,6 @@ class MIIAsyncPipeline:
     def __init__(self, pipeline: MIIPipeline) -> None:
         self._pipeline = pipeline
         self._numbers = itertools.count(1)
-        self._cancel: dict[int, Callable[[], None]] = {}
         self._thread = threading.local()
 
     def put_request(self, prompt: str, kwargs: Mapping[str, Any]) -> int:
@@ -333,7 +340,7 @@ class MIIAsyncPipeline:
         if not hasattr(self._thread, "arrived"):
             self._thread.arrived = queue.SimpleQueue()
         number = next(self._numbers)
-        self._cancel[number] = self._pipeline.submit(number, prompt, kwargs, self._thread.arrived)
+        self._pipeline.submit(number, prompt, kwargs, self._thread.arrived)
         return number
 
     def get_response(self) -> tuple[int, Response]:
@@ -343,13 +350,12 @@ class MIIAsyncPipeline:
         """
         number, item = self._thread.arrived.get()
         if isinstance(item, Exception):
-            self._cancel.pop(number, None)
             raise item if number < 0 else type(item)(f"request {number}: {item}")
         return number, item
 
     def flush_uid(self, uid: int) -> None:
         """Forget a request, ended or not."""
-        self._cancel.pop(uid)()
+        self._pipeline.cancel(uid)
 
     def start(self) -> None:
         """Do nothing: it works from the beginning."""
