@@ -77,6 +77,8 @@ __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("config", "constants", "errors"):  # as `mii.config.MIIConfig` after `import mii`
+        return importlib.import_module(f"mii_hpc.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'mii_hpc' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"mii_hpc.{_MODULE_OF[name]}"), name)

@@ -101,6 +101,18 @@ def _canonical_dtype(value: Any) -> Any:
     return short.get(name, name)
 
 
+def _as_tokenizer(value: Any) -> Any:
+    # DeepSpeed-MII's wrapper has the tokenizer inside.
+    tokenizer = value if callable(value) else getattr(value, "tokenizer", value)
+    if tokenizer is None or isinstance(tokenizer, str):
+        return tokenizer
+    if isinstance(tokenizer, Path):
+        return str(tokenizer)
+    if not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
+        raise ValueError("must be a folder, a name on the Hugging Face hub, or a tokenizer of transformers")
+    return tokenizer
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -237,8 +249,8 @@ class ModelConfig(_Model):
 
     model_name_or_path: str = ""
     """A local folder, or a name on the Hugging Face hub."""
-    tokenizer: str | None = None
-    """Folder or hub name of the tokenizer; None takes the model's own."""
+    tokenizer: Annotated[Any, AfterValidator(_as_tokenizer)] = None
+    """Folder or hub name of the tokenizer, or a tokenizer of transformers; None takes the model's own."""
     task: TaskType = TaskType.TEXT_GENERATION
     tensor_parallel: int = Field(1, ge=1, le=1024)
     """Ranks, and so devices, per replica."""

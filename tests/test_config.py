@@ -35,6 +35,10 @@ NAME_RULE = "a name has 1 to 100 characters, a letter or digit among them"
         ({"max_length": 0}, "max_length=0: Input should be greater than or equal to 1"),
         ({"dtype": "int8"}, "dtype='int8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"task": "fill-mask"}, "task='fill-mask': Input should be 'text-generation'"),
+        (
+            {"tokenizer": 7},
+            "tokenizer=7: must be a folder, a name on the Hugging Face hub, or a tokenizer of transformers",
+        ),
         ({"device": "tpu"}, "device='tpu': Input should be 'auto', 'cuda' or 'cpu'"),
         ({"cluster": "pbs"}, "cluster='pbs': Input should be 'auto', 'slurm' or 'local'"),
         ({"port_number": 70000}, "port_number=70000: Input should be less than or equal to 65535"),

@@ -45,7 +45,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {path} is unreadable: {error}") from error
     _check_shape(model, described)
-    if model.tokenizer is not None:
+    if isinstance(model.tokenizer, str):
         model = model.model_copy(update={"tokenizer": _checked_tokenizer(model.tokenizer)})
     return model
 

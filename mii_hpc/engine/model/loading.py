@@ -130,6 +130,8 @@ def _load_config(model: ModelConfig) -> Any:
 
 def _load_tokenizer(model: ModelConfig) -> Any:
     name = model.tokenizer or model.model_name_or_path
+    if not isinstance(name, str):
+        return name
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
