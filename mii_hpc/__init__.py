@@ -37,10 +37,13 @@ if TYPE_CHECKING:
     from mii_hpc.config import MIIWarning as MIIWarning
     from mii_hpc.config import ModelConfig as ModelConfig
     from mii_hpc.config import SlurmConfig as SlurmConfig
-    from mii_hpc.generation import GenerationFinishReason as GenerationFinishReason
+    from mii_hpc.constants import DeploymentType as DeploymentType
+    from mii_hpc.constants import GenerationFinishReason as GenerationFinishReason
+    from mii_hpc.constants import TaskType as TaskType
     from mii_hpc.generation import Load as Load
     from mii_hpc.generation import Response as Response
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
+    from mii_hpc.pipelines import async_pipeline as async_pipeline
     from mii_hpc.pipelines import pipeline as pipeline
 
 __version__ = "0.1.0"
@@ -51,8 +54,9 @@ _HOMES = {
     "clients.blocking": ("MIIClient",),
     "clients.status": ("DeploymentStatus", "ReplicaStatus"),
     "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
-    "generation": ("GenerationFinishReason", "Load", "Response"),
-    "pipelines": ("MIIPipeline", "pipeline"),
+    "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
+    "generation": ("Load", "Response"),
+    "pipelines": ("MIIPipeline", "async_pipeline", "pipeline"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -60,6 +64,8 @@ __all__ = sorted([*_MODULE_OF, *(name for name in globals() if name.endswith("Er
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("config", "constants", "errors"):  # as `mii.config.MIIConfig` after `import mii`
+        return importlib.import_module(f"mii_hpc.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'mii_hpc' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"mii_hpc.{_MODULE_OF[name]}"), name)

@@ -26,10 +26,13 @@ from pydantic import (
     model_validator,
 )
 
-from mii_hpc.errors import ConfigError, InvalidRequestError
+from mii_hpc.constants import TaskType
+from mii_hpc.errors import ConfigError, InvalidRequestError, UnknownArgument
+
+NAME_LENGTH = 100
+"""Characters in a deployment's name, at most."""
 
 SUPERSEDED_MODEL_FIELDS: dict[str, str] = {
-    "all_rank_output": "the answer comes from the replica's first rank",
     "device_map": "Slurm places the ranks; use slurm.gpus_per_node and slurm.tasks_per_node",
     "profile_model_time": "the engine logs its own step times",
     "quantization_mode": "weights are served in `dtype`",
@@ -44,11 +47,42 @@ SUPERSEDED_MII_FIELDS: dict[str, str] = {
     "hf_auth_token": "set HF_TOKEN in the environment; no secret is stored in a configuration",
     "hostfile": "Slurm chooses the hosts; use slurm.nodelist or slurm.constraint",
     "instance_type": "Slurm chooses the machines; use slurm.partition and slurm.constraint",
+    "restful_api_host": "there is no REST gateway yet; use the client",
     "restful_api_port": "there is no REST gateway yet; use the client",
     "restful_processes": "there is no REST gateway yet; use the client",
     "version": "deployments are not versioned; use another deployment_name",
 }
 """Fields of DeepSpeed-MII that are accepted with a warning, and what happens instead."""
+SILENT: dict[str, Any] = {
+    "deployment_type": "local",
+    "device_map": "auto",
+    "enable_restful_api": False,
+    "hostfile": "/job/hostfile",
+    "instance_type": "Standard_NC12s_v3",
+    "profile_model_time": False,
+    "quantization_mode": None,
+    "replica_configs": [],
+    "restful_api_host": "localhost",
+    "restful_api_port": 51080,
+    "restful_processes": 32,
+    "sync_debug": False,
+    "torch_dist_port": 29500,
+    "version": 1,
+    "zmq_port_number": 25555,
+}
+"""DeepSpeed-MII's defaults of these. Who gives them asks for nothing, and needs no warning."""
+STATE_MANAGER: dict[str, str] = {
+    "max_ragged_batch_size": "max_batch_tokens",
+    "max_ragged_sequence_count": "max_batch_size",
+}
+"""Fields of DeepSpeed's `inference_engine_config.state_manager`, and those of EngineConfig that mean the same."""
+SUPERSEDED_ENGINE_FIELDS: dict[str, str] = {
+    "max_context": "`max_length` bounds a sequence",
+    "max_tracked_sequences": "`queue_bound` bounds the requests that wait",
+    "memory_config": "`memory_fraction` or `num_blocks` sizes the KV cache",
+    "offload": "the KV cache stays on the device",
+    "quantization": "weights are served in `dtype`",
+}
 
 
 class MIIWarning(UserWarning):
@@ -65,6 +99,18 @@ def _canonical_dtype(value: Any) -> Any:
     short = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "float": "float32"}
     name = str(value).removeprefix("torch.")
     return short.get(name, name)
+
+
+def _as_tokenizer(value: Any) -> Any:
+    # DeepSpeed-MII's wrapper has the tokenizer inside.
+    tokenizer = value if callable(value) else getattr(value, "tokenizer", value)
+    if tokenizer is None or isinstance(tokenizer, str):
+        return tokenizer
+    if isinstance(tokenizer, Path):
+        return str(tokenizer)
+    if not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
+        raise ValueError("must be a folder, a name on the Hugging Face hub, or a tokenizer of transformers")
+    return tokenizer
 
 
 def _as_tuple(value: Any) -> Any:
@@ -92,15 +138,15 @@ class GenerateParamsConfig(_Model):
     """
 
     max_length: int | None = Field(None, ge=1, le=2**31 - 1)
-    """Bound on prompt plus answer. None means 1024, or the model's context where that is shorter."""
+    """Bound on prompt plus answer. None means the deployment's; more than that is cut to it."""
     max_new_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     """Bound on the answer. None leaves it to `max_length`."""
     min_new_tokens: int = Field(0, ge=0, le=2**31 - 1)
     """The answer does not end before this many tokens, neither by end-of-sequence nor by a stop string."""
     do_sample: bool = True
     """False takes the most likely token at every step."""
-    temperature: float | None = Field(None, gt=0, le=100)
-    """Divides the logits before sampling. None is 1."""
+    temperature: float | None = Field(None, ge=0, le=100)
+    """Divides the logits before sampling. None is 1; 0 takes the most likely token at every step."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Sample from the smallest set of tokens whose probabilities add up to this."""
     top_k: int | None = Field(None, ge=1, le=2**31 - 1)
@@ -135,13 +181,23 @@ class GenerateParamsConfig(_Model):
         bound = self.max_new_tokens
         if bound is not None and self.min_new_tokens > bound:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={bound}")
-        if self.num_return_sequences > 1 and not self.do_sample:
-            raise ValueError("num_return_sequences above 1 needs do_sample=True: greedy answers are all alike")
+        if self.num_return_sequences > 1 and self.greedy:
+            raise ValueError(
+                "num_return_sequences above 1 needs do_sample=True and a temperature: greedy answers are all alike"
+            )
         return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken at every step."""
+        return not self.do_sample or self.temperature == 0
 
 
 class EngineConfig(_Model):
-    """How a replica's engine spends its memory and time. None means: chosen from what is there, and logged."""
+    """How a replica's engine spends its memory and time. None means: chosen from what is there, and logged.
+
+    DeepSpeed's RaggedInferenceEngineConfig is accepted as well, as an object or a dictionary.
+    """
 
     engine: Literal["deepspeed", "echo"] = "deepspeed"
     """"echo" answers with the prompt's own words and needs neither torch nor a model: for trying things out."""
@@ -170,22 +226,42 @@ class EngineConfig(_Model):
     echo_delay: float = Field(0.0, ge=0)
     """Seconds that the echo engine takes for a token."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_deepspeeds(cls, values: Any) -> Any:
+        if isinstance(values, cls):
+            return values
+        if isinstance(values, BaseModel):
+            values = values.model_dump(exclude_unset=True)
+        if not isinstance(values, Mapping):
+            return values
+        # What DeepSpeed-MII overwrites with its own `tensor_parallel` has no meaning here either.
+        own = {name: value for name, value in values.items() if name not in ("tensor_parallel", "tp")}
+        theirs = {**(own.pop("manager", None) or {}), **(own.pop("state_manager", None) or {})}
+        quantization = own.pop("quantization", None) or {}
+        theirs |= {"quantization": mode} if (mode := quantization.get("quantization_mode")) else {}
+        renamed = {new: theirs.pop(old) for old, new in STATE_MANAGER.items() if old in theirs}
+        for name in [name for name, value in theirs.items() if value]:
+            instead = SUPERSEDED_ENGINE_FIELDS.get(name, "EngineConfig lists what has")
+            warnings.warn(f"'inference_engine_config.{name}' has no effect here: {instead}", MIIWarning, stacklevel=2)
+        return {**renamed, **own}
+
 
 class ModelConfig(_Model):
     """What is served, and in what shape."""
 
     model_name_or_path: str = ""
     """A local folder, or a name on the Hugging Face hub."""
-    tokenizer: str | None = None
-    """Folder or hub name of the tokenizer; None takes the model's own."""
-    task: Literal["text-generation"] = "text-generation"
+    tokenizer: Annotated[Any, AfterValidator(_as_tokenizer)] = None
+    """Folder or hub name of the tokenizer, or a tokenizer of transformers; None takes the model's own."""
+    task: TaskType = TaskType.TEXT_GENERATION
     tensor_parallel: int = Field(1, ge=1, le=1024)
     """Ranks, and so devices, per replica."""
     replica_num: int = Field(1, ge=1, le=1024)
     max_length: int | None = Field(None, ge=1)
-    """Bound on prompt plus answer for all requests, in tokens; None takes the model's context."""
+    """Bound on prompt plus answer, in tokens, of all requests, and the default of each; None: the model's context."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)] = "auto"
-    """"auto" takes the checkpoint's."""
+    """"auto" takes the checkpoint's; on a processor without instructions for that, float32, and says so."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """"auto" is CUDA where it is, else CPU."""
     inference_engine_config: EngineConfig = EngineConfig()
@@ -250,7 +326,8 @@ class MIIConfig(_Model):
     """A deployment: its model, its name, and where it runs."""
 
     deployment_name: str = ""
-    """The name it has in the registry. Empty: made from the model's name."""
+    """The name it has in the registry, with dashes for what is no letter, digit, dot or underscore. Empty: made from
+    the model's name."""
     model_conf: ModelConfig = Field(
         default_factory=ModelConfig, validation_alias=AliasChoices("model_config", "model_conf")
     )
@@ -288,11 +365,9 @@ class MIIConfig(_Model):
     @field_validator("deployment_name")
     @classmethod
     def _safe_name(cls, name: str) -> str:
-        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise ValueError(
-                "a name has 1 to 100 letters, digits, dots, dashes and underscores, and begins with a letter or digit"
-            )
-        return name
+        if name and (len(name) > NAME_LENGTH or not plain_name(name)):
+            raise ValueError(f"a name has 1 to {NAME_LENGTH} characters, a letter or digit among them")
+        return plain_name(name)
 
 
 def default_home() -> Path:
@@ -306,13 +381,18 @@ Config = TypeVar("Config", bound=_Model)
 def validate(model: type[Config], values: Mapping[str, Any]) -> Config:
     """Make a configuration of the given class.
 
-    Raises ConfigError, or InvalidRequestError for the options of a request, with a sentence for each
-    mistake: field, value, and what is allowed. Unknown names are answered with the closest valid ones.
+    Raises ConfigError (UnknownArgument where all mistakes are names), or InvalidRequestError for the options of a
+    request, with a sentence for each mistake: field, value, and what is allowed. Unknown names are answered with the
+    closest valid ones.
     """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        kind = InvalidRequestError if model is GenerateParamsConfig else ConfigError
+        kind: type[ConfigError | InvalidRequestError] = ConfigError
+        if model is GenerateParamsConfig:
+            kind = InvalidRequestError
+        elif all(mistake["type"] == "extra_forbidden" for mistake in error.errors()):
+            kind = UnknownArgument
         raise kind("; ".join(_sentence(model, mistake) for mistake in error.errors())) from None
 
 
@@ -324,25 +404,27 @@ def resolve(
 ) -> MIIConfig:
     """Bring the arguments of serve() together into one configuration.
 
-    A keyword is any field of ModelConfig or MIIConfig; keywords win over the dictionaries, and
-    `model_config` wins over the one inside `mii_config`. A string or path for `mii_config` is a YAML file.
-    Raises ConfigError for unknown names, wrong values, or a missing model.
+    A keyword is any field of ModelConfig or MIIConfig. A string or path for `mii_config` is a YAML file; whatever it
+    says, an argument may say otherwise, but no two arguments may contradict each other.
+    Raises UnknownArgument for unknown names, ConfigError for wrong or contradictory values, or a missing model.
     """
-    deployment = _as_mapping(_read(mii_config) if isinstance(mii_config, str | Path) else mii_config, "mii_config")
-    nested = [name for name in ("model_config", "model_conf") if name in deployment]
-    model = _as_mapping(deployment.pop(nested[0]), "model_config") if nested else {}
-    model |= _as_mapping(model_config, "model_config")
+    file, deployment = {}, {}
+    if isinstance(mii_config, str | Path):
+        file = _read(mii_config)
+    else:
+        deployment = _as_mapping(mii_config, "mii_config")
+    file_model = _model_in(file)
+    model = _model_in(deployment)
+    _add(model, _as_mapping(model_config, "model_config"))
     if model_name_or_path:
-        model["model_name_or_path"] = str(model_name_or_path)
+        _add(model, {"model_name_or_path": str(model_name_or_path)})
     model_fields = {*ModelConfig.model_fields, *SUPERSEDED_MODEL_FIELDS}
     mii_fields = {*MIIConfig.model_fields, *SUPERSEDED_MII_FIELDS} - {"model_conf"}
     for name, value in kwargs.items():
-        if name in model_fields:
-            model[name] = value
-        elif name in mii_fields:
-            deployment[name] = value
-        else:
-            raise ConfigError(unknown_name("keyword", name, model_fields | mii_fields))
+        if name not in model_fields | mii_fields:
+            raise UnknownArgument(unknown_name("keyword", name, model_fields | mii_fields))
+        _add(model if name in model_fields else deployment, {name: value})
+    deployment, model = {**file, **deployment}, {**file_model, **model}
     if isinstance(deployment.get("slurm"), SlurmConfig):
         deployment["slurm"] = deployment["slurm"].model_dump()
     config = validate(MIIConfig, {**deployment, "model_config": model})
@@ -356,7 +438,12 @@ def resolve(
 def default_name(model: ModelConfig) -> str:
     """Return the deployment name made from the model's: its last part, with unsafe characters as dashes."""
     last = model.model_name_or_path.rstrip("/").rsplit("/", 1)[-1] or model.inference_engine_config.engine
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:100] or "model"
+    return plain_name(last)[:NAME_LENGTH] or "model"
+
+
+def plain_name(name: str) -> str:
+    """Return a name with dashes for what file names, Slurm or a shell might take for something else."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
 
 
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> str:
@@ -378,6 +465,20 @@ def _as_mapping(config: Mapping[str, Any] | _Model | None, name: str) -> dict[st
     raise ConfigError(f"{name}={config!r}: must be a dictionary or a configuration object")
 
 
+def _model_in(deployment: dict[str, Any]) -> dict[str, Any]:
+    """Take the model's part out of the fields of MIIConfig, and return it."""
+    nested = [deployment.pop(name) for name in ("model_config", "model_conf") if name in deployment]
+    return _as_mapping(nested[0], "model_config") if nested else {}
+
+
+def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add fields to others. Raises ConfigError when one is there already with another value."""
+    for name, value in more.items():
+        if name in fields and fields[name] != value:
+            raise ConfigError(f"{name}={value!r}: another argument says {name}={fields[name]!r}; give one of them")
+        fields[name] = value
+
+
 def _read(file: str | Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(file).read_text())
@@ -392,6 +493,8 @@ def _without_superseded(values: Any, superseded: Mapping[str, str]) -> Any:
     if not isinstance(values, dict):
         return values
     for name in superseded.keys() & values.keys():
+        if name in SILENT and values[name] == SILENT[name]:
+            continue
         warnings.warn(f"'{name}' has no effect here: {superseded[name]}", MIIWarning, stacklevel=2)
     return {name: value for name, value in values.items() if name not in superseded}
 

@@ -2,6 +2,7 @@
 
     MIIError
     ├── ConfigError (ValueError)          a configuration is wrong; raised before anything is submitted
+    │   └── UnknownArgument               a keyword or field of that name does not exist
     ├── RegistryError                     the registry folder cannot be used or trusted
     ├── SubmissionError                   Slurm refused the job; the message is Slurm's own
     ├── DeploymentError
@@ -35,6 +36,10 @@ class MIIError(Exception):
 
 class ConfigError(MIIError, ValueError):
     """A configuration value is wrong. The message names the field, the value, and what is allowed."""
+
+
+class UnknownArgument(ConfigError):
+    """There is no keyword or field of that name; the message names the closest ones."""
 
 
 class RegistryError(MIIError):

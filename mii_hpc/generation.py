@@ -6,21 +6,13 @@ The engine, the wire, the clients and the pipeline all speak of these. Imports n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 from mii_hpc.config import GenerateParamsConfig
-
-
-class GenerationFinishReason(StrEnum):
-    """Why an answer has ended; NONE while it goes on. Each equals its string, as in DeepSpeed-MII."""
-
-    STOP = "stop"
-    """At the end-of-sequence token or a stop string."""
-    LENGTH = "length"
-    """At a bound on its length."""
-    NONE = "none"
+from mii_hpc.constants import GenerationFinishReason
+from mii_hpc.errors import InvalidRequestError
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,15 @@ class Response:
         """Whether the answer is complete with this piece."""
         return self.finish_reason is not GenerationFinishReason.NONE
 
+    @classmethod
+    def from_msg_dict(cls, msg: Mapping[str, Any]) -> Self:
+        """Return the answer that to_msg_dict() has given."""
+        return cls(**{**msg, "finish_reason": GenerationFinishReason(msg["finish_reason"])})
+
+    def to_msg_dict(self) -> dict[str, str | int]:
+        """Return the fields that DeepSpeed-MII has, fit for JSON."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+
     def __str__(self) -> str:
         return self.generated_text
 
@@ -85,6 +86,19 @@ class Load:
 Deliver = Callable[[Response | Exception], None]
 """Takes each piece of a request's answers, or the one error that ends it. Called on the engine's own thread,
 so it must be quick and must not raise. Nothing is called after a request's last piece or its error."""
+
+
+def as_prompts(prompts: str | Iterable[str]) -> list[str]:
+    """Return one or more prompts as a list. Raises InvalidRequestError when they are neither a string nor strings."""
+    if isinstance(prompts, Mapping):
+        raise InvalidRequestError(
+            f"prompts={prompts!r}: must be a string or a list of strings; of a query in a dictionary, "
+            "as DeepSpeed-MII once had it, give its list"
+        )
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [None]
+    if isinstance(prompts, Set) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequestError("prompts: must be a string or a list of strings")
+    return texts
 
 
 def joined(pieces: Iterable[Response]) -> list[Response]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 import queue
@@ -15,11 +16,20 @@ from typing import Any, Self
 from mii_hpc.config import SUPERSEDED_MODEL_FIELDS, GenerateParamsConfig, ModelConfig, resolve, unknown_name, validate
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
-from mii_hpc.errors import ConfigError, InvalidRequestError, RequestError, RequestTimeoutError, UnavailableError
-from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.engine.launched import LaunchedRanks, end_at_exit, environment_kept, launched_world_size
+from mii_hpc.errors import (
+    ConfigError,
+    InvalidRequestError,
+    RequestError,
+    RequestTimeoutError,
+    UnavailableError,
+    UnknownArgument,
+)
+from mii_hpc.generation import GenerationRequest, Response, as_prompts, joined
 
 log = logging.getLogger(__name__)
 
+CLOSED = "the pipeline is closed"
 IN_FLIGHT = 256
 """Requests of one call that the engine has in hand at once."""
 Arrived = tuple[int, Response | Exception]
@@ -27,41 +37,87 @@ Arrived = tuple[int, Response | Exception]
 
 
 def pipeline(
-    model_name_or_path: str = "", model_config: Mapping[str, Any] | ModelConfig | None = None, **kwargs: Any
+    model_name_or_path: str = "",
+    model_config: Mapping[str, Any] | ModelConfig | None = None,
+    all_rank_output: bool = False,
+    **kwargs: Any,
 ) -> MIIPipeline:
     """Load a model into this process and return what generates with it.
 
-    Keywords are any field of ModelConfig. Raises ConfigError for a wrong one, for a model that cannot be served, and
-    for more than one rank: those take a deployment, made by serve().
+    Keywords are any field of ModelConfig. In a script that torchrun or DeepSpeed's launcher has started, all its
+    ranks load one model together, each a shard; rank 0 answers, and the others too with `all_rank_output`.
+
+    Raises ConfigError for a wrong keyword, for a model that cannot be served, and for another number of ranks than
+    were started.
     """
+    return MIIPipeline(_model(model_name_or_path, model_config, kwargs), all_rank_output)
+
+
+def async_pipeline(model_config: Mapping[str, Any] | ModelConfig) -> MIIAsyncPipeline:
+    """Load a model into this process, to be given prompts now and asked for answers later. See pipeline().
+
+    Raises ConfigError in a launcher's ranks: use serve() for several.
+    """
+    if launched_world_size() > 1:
+        raise ConfigError(f"WORLD_SIZE={launched_world_size()}: an async pipeline is a single rank; use serve()")
+    return MIIAsyncPipeline(MIIPipeline(_model("", model_config, {})))
+
+
+def _model(name: str, config: Mapping[str, Any] | ModelConfig | None, keywords: dict[str, Any]) -> ModelConfig:
     fields = {*ModelConfig.model_fields, *SUPERSEDED_MODEL_FIELDS}
-    for name in kwargs.keys() - fields:
-        raise ConfigError(unknown_name("keyword", name, fields))
-    model = resolve(model_name_or_path, model_config, **kwargs).model_conf
-    for name in ("tensor_parallel", "replica_num"):
-        if getattr(model, name) > 1:
-            raise ConfigError(f"{name}={getattr(model, name)}: a pipeline is a single process; use serve() for more")
-    return MIIPipeline(model)
+    for unknown in keywords.keys() - fields:
+        raise UnknownArgument(unknown_name("keyword", unknown, fields))
+    model = resolve(name, config, **keywords).model_conf
+    if model.replica_num > 1:
+        raise ConfigError(f"replica_num={model.replica_num}: a pipeline is a single replica; use serve() for more")
+    ranks = launched_world_size()
+    if "tensor_parallel" not in model.model_fields_set:
+        return model.model_copy(update={"tensor_parallel": ranks})
+    if model.tensor_parallel != ranks:
+        raise ConfigError(
+            f"tensor_parallel={model.tensor_parallel}: a pipeline takes all ranks of its launcher, and here is "
+            f"{ranks}; start the script with `torchrun --nproc-per-node {model.tensor_parallel}` or `deepspeed "
+            f"--num_gpus {model.tensor_parallel}`, or use serve()"
+        )
+    return model
 
 
 class MIIPipeline:
-    """A model in this process. It is called like a client, from any thread; `replica` of its answers is 0."""
+    """A model in this process. It is called like a client, from any thread; `replica` of its answers is 0.
 
-    def __init__(self, model: ModelConfig) -> None:
+    In a launcher's ranks, every rank makes the same calls in the same order, from one thread.
+    """
+
+    def __init__(self, model: ModelConfig, all_rank_output: bool = False) -> None:
         self.model_config = model
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._calls: set[queue.SimpleQueue[Arrived]] = set()
         self._end: str | None = None
-        self._engine: Engine = create_engine(EngineSpec.alone(model))
+        self._ranks: LaunchedRanks | None = None
+        environment: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        spec = EngineSpec.alone(model)
+        if model.tensor_parallel > 1:
+            self._ranks, environment = LaunchedRanks(all_rank_output), environment_kept()
+            spec = self._ranks.spec(model)
+        self.is_rank_0 = spec.rank == 0
+        """Whether this rank answers."""
+        self._engine: Engine | None = create_engine(spec)
         loaded: Future[None] = Future()
-        self._thread = threading.Thread(target=self._work, args=(loaded,), name="mii-pipeline", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(self._engine, loaded), name="mii-pipeline", daemon=True
+        )
         self._thread.start()
         try:
-            loaded.result()
+            with environment:
+                loaded.result()
         except BaseException:  # Ctrl-C too: the thread would go on and keep the model
             self._engine.close()
             raise
+        self.tokenizer = self._engine.tokenizer
+        """The model's tokenizer, as transformers has it."""
+        if self._ranks is not None:
+            end_at_exit(self.close)
 
     def generate(
         self,
@@ -72,7 +128,25 @@ class MIIPipeline:
         **options: Any,
     ) -> list[Response]:
         """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self._ranks is not None and not self.is_rank_0:
+            return self._ranks.follow(lambda: self._end)
+        with self._leading() as answers:
+            answers += self._generate(prompts, streaming_fn, timeout, options)
+        return answers
+
+    __call__ = generate
+
+    def _leading(self) -> contextlib.AbstractContextManager[list[Response]]:
+        return self._ranks.lead() if self._ranks is not None else contextlib.nullcontext([])
+
+    def _generate(
+        self,
+        prompts: str | Sequence[str],
+        streaming_fn: Callable[[list[Response]], object] | None,
+        timeout: float | None,
+        options: dict[str, Any],
+    ) -> list[Response]:
+        texts = as_prompts(prompts)
         if streaming_fn is not None and len(texts) != 1:
             raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
         if streaming_fn is not None:
@@ -94,20 +168,48 @@ class MIIPipeline:
             raise first
         return [answer for outcome in outcomes if isinstance(outcome, list) for answer in outcome]
 
-    __call__ = generate
-
     def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
-        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
-        with contextlib.closing(self._pieces([prompt], timeout, {**options, "stream": True})) as arriving:
+        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request.
+
+        On other ranks than 0 they come, if at all, when rank 0 has had the last.
+        """
+        if self._ranks is not None and not self.is_rank_0:
+            yield from self._ranks.follow(lambda: self._end)
+            return
+        with (
+            self._leading() as answers,
+            contextlib.closing(self._pieces(as_prompts([prompt]), timeout, {**options, "stream": True})) as arriving,
+        ):
             for _, item in arriving:
                 if isinstance(item, RequestError):
                     raise item
+                answers.append(item)
                 yield item
 
     def close(self) -> None:
-        """End the engine. Calls that are under way, and later ones, raise UnavailableError."""
-        self._engine.close()
+        """End the engine and free its memory. Calls that are under way, and later ones, raise UnavailableError.
+
+        On other ranks than 0 this waits for rank 0 to do the same. Nothing happens the second time.
+        """
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        engine.close()
         self._thread.join()
+        del engine
+        gc.collect()
+        if self.model_config.inference_engine_config.engine == "deepspeed":
+            from mii_hpc.engine.memory import free_cached
+
+            free_cached()
+
+    destroy = close
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether close() was called."""
+        return self._engine is None
 
     def __enter__(self) -> Self:
         return self
@@ -119,8 +221,6 @@ class MIIPipeline:
         self, prompts: list[str], timeout: float | None, options: dict[str, Any]
     ) -> Generator[tuple[int, Response | RequestError]]:
         """Yield what comes for each prompt, by its number. Closing the iterator cancels what is under way."""
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise InvalidRequestError("prompts: must be a string or strings")
         params = validate(GenerateParamsConfig, options)
         deadline = None if timeout is None else time.monotonic() + timeout
         arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
@@ -128,12 +228,12 @@ class MIIPipeline:
         under_way: dict[int, str] = {}
         unfinished = [params.num_return_sequences] * len(prompts)
         room = min(IN_FLIGHT, self.model_config.inference_engine_config.queue_bound)
-        with self._call(arrived):
+        with self._call(arrived) as engine:
             try:
                 while waiting or under_way:
                     while waiting and len(under_way) < room:
                         number, prompt = waiting.pop()
-                        under_way[number] = self._submit(number, prompt, params, arrived)
+                        under_way[number] = self._submit(engine, number, prompt, params, arrived)
                     try:
                         number, item = arrived.get(
                             timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -154,41 +254,68 @@ class MIIPipeline:
                     yield number, item
             finally:
                 for request_id in under_way.values():
-                    self._engine.cancel(request_id)
+                    engine.cancel(request_id)
+
+    def submit(self, number: int, prompt: str, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]) -> None:
+        """Queue a request, whose pieces or error go to `arrived` with its number.
+
+        When the engine ends, `arrived` gets an error with a negative number.
+        """
+        (prompt,) = as_prompts([prompt])
+        request = GenerationRequest(f"async-{number}", prompt, validate(GenerateParamsConfig, options))
+        with self._lock:
+            engine = self._open_engine()
+            self._calls.add(arrived)
+        engine.submit(request, lambda item: arrived.put((number, item)))
+
+    def cancel(self, number: int) -> None:
+        """Forget a request that submit() has queued; nothing happens when it has ended."""
+        with self._lock:
+            engine = self._open_engine()
+        engine.cancel(f"async-{number}")
 
     def _submit(
-        self, number: int, prompt: str, params: GenerateParamsConfig, arrived: queue.SimpleQueue[Arrived]
+        self,
+        engine: Engine,
+        number: int,
+        prompt: str,
+        params: GenerateParamsConfig,
+        arrived: queue.SimpleQueue[Arrived],
     ) -> str:
         request = GenerationRequest(str(next(self._numbers)), prompt, params)
-        self._engine.submit(request, lambda item: arrived.put((number, item)))
+        engine.submit(request, lambda item: arrived.put((number, item)))
         return request.id
 
     @contextlib.contextmanager
-    def _call(self, arrived: queue.SimpleQueue[Arrived]) -> Iterator[None]:
-        """Within this context the queue is told when the engine ends."""
+    def _call(self, arrived: queue.SimpleQueue[Arrived]) -> Iterator[Engine]:
+        """Yield the engine; within this context the queue is told when it ends."""
         with self._lock:
-            if self._end is not None:
-                raise UnavailableError(self._end)
+            engine = self._open_engine()
             self._calls.add(arrived)
         try:
-            yield
+            yield engine
         finally:
             with self._lock:
                 self._calls.discard(arrived)
 
-    def _work(self, loaded: Future[None]) -> None:
+    def _open_engine(self) -> Engine:
+        if self._end is not None or self._engine is None:
+            raise UnavailableError(self._end or CLOSED)
+        return self._engine
+
+    def _work(self, engine: Engine, loaded: Future[None]) -> None:
         try:
-            self._engine.load(log.info)
+            engine.load(log.info)
         except BaseException as error:  # noqa: BLE001 (the thread's boundary: the constructor raises it, an exit too)
             loaded.set_exception(error)
         else:
             loaded.set_result(None)
-            self._run()
+            self._run(engine)
 
-    def _run(self) -> None:
-        end = "the pipeline is closed"
+    def _run(self, engine: Engine) -> None:
+        end = CLOSED
         try:
-            self._engine.run()
+            engine.run()
         except Exception as error:  # the thread's boundary: every call is to hear of it
             log.exception("the engine has failed")
             end = f"the engine has failed: {error!r}"
@@ -196,3 +323,48 @@ class MIIPipeline:
             self._end = end
             for arrived in self._calls:
                 arrived.put((-1, UnavailableError(end)))
+
+
+class MIIAsyncPipeline:
+    """A pipeline that is given prompts now and asked for their answers later, by the same thread."""
+
+    def __init__(self, pipeline: MIIPipeline) -> None:
+        self._pipeline = pipeline
+        self._numbers = itertools.count(1)
+        self._thread = threading.local()
+
+    def put_request(self, prompt: str, kwargs: Mapping[str, Any]) -> int:
+        """Queue a prompt with its options, without waiting, and return the request's number.
+
+        Raises what MIIPipeline.generate() raises before it waits.
+        """
+        if not hasattr(self._thread, "arrived"):
+            self._thread.arrived = queue.SimpleQueue()
+        number = next(self._numbers)
+        self._pipeline.submit(number, prompt, kwargs, self._thread.arrived)
+        return number
+
+    def get_response(self) -> tuple[int, Response]:
+        """Wait for the next answer to a request of this thread, or a stream's next piece; return it with the number.
+
+        Raises the error that has ended a request; its message begins with the number.
+        """
+        number, item = self._thread.arrived.get()
+        if isinstance(item, Exception):
+            raise item if number < 0 else type(item)(f"request {number}: {item}")
+        return number, item
+
+    def flush_uid(self, uid: int) -> None:
+        """Forget a request, ended or not."""
+        self._pipeline.cancel(uid)
+
+    def start(self) -> None:
+        """Do nothing: it works from the beginning."""
+
+    def shutdown(self) -> None:
+        """End the engine and free its memory."""
+        self._pipeline.close()
+
+    def is_shutdown(self) -> bool:
+        """Whether shutdown() was called."""
+        return self._pipeline.is_closed

@@ -1,10 +1,18 @@
 import os
+import signal
 
 import pytest
 
 from mii_hpc.config import resolve
 from mii_hpc.job.balancer import membership
 from tests.live import Deployment, InThread
+
+# As from a terminal, also where a shell, nohup, cron or a batch script has started the tests: those have SIGINT
+# ignored, which every process that a test starts would inherit. SIGHUP stays as it is, for nohup to mean something.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+    signal.signal(_signum, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture

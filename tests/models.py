@@ -38,6 +38,29 @@ def save_tokenizer(folder):
     tokenizer.save_pretrained(folder)
 
 
+def replace_tokenizer_by_sentencepiece(folder):
+    """Give a model of tiny_model() nothing but a `tokenizer.model` and its class, as the first Llamas have it."""
+    import io
+    from pydoc_data.topics import topics
+
+    import sentencepiece
+
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(list(topics.values())[:40]).splitlines()),
+        model_writer=trained,
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    for path in Path(folder).glob("*token*"):
+        path.unlink()
+    (Path(folder) / "tokenizer.model").write_bytes(trained.getvalue())
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+
+
 def tiny_config(architecture, **changes):
     from transformers import AutoConfig
 

@@ -66,6 +66,12 @@ def test_what_is_not_there():
         assert not hasattr(mii_hpc.MIIClient, hidden)
 
 
+def test_the_modules_that_scripts_reach_through_the_package():
+    for name in ("config.MIIConfig", "constants.TaskType", "errors.UnknownArgument"):
+        command = f"import mii_hpc as mii; mii.{name}"
+        subprocess.run([sys.executable, "-c", command], check=True, timeout=60)
+
+
 def test_no_module_hides_a_name():
     for module in ("clients", "api", "config", "errors", "pipelines"):
         importlib.import_module(f"mii_hpc.{module}")

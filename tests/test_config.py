@@ -1,11 +1,16 @@
 import json
+import re
 import warnings
 
 import pytest
+from pydantic import BaseModel
 
+import mii_hpc
 from mii_hpc.config import (
+    SILENT,
     SUPERSEDED_MII_FIELDS,
     SUPERSEDED_MODEL_FIELDS,
+    EngineConfig,
     GenerateParamsConfig,
     MIIConfig,
     MIIWarning,
@@ -17,7 +22,7 @@ from mii_hpc.config import (
 )
 from mii_hpc.errors import ConfigError, InvalidRequestError
 
-NAME_RULE = "a name has 1 to 100 letters, digits, dots, dashes and underscores, and begins with a letter or digit"
+NAME_RULE = "a name has 1 to 100 characters, a letter or digit among them"
 
 
 @pytest.mark.parametrize(
@@ -30,16 +35,17 @@ NAME_RULE = "a name has 1 to 100 letters, digits, dots, dashes and underscores, 
         ({"max_length": 0}, "max_length=0: Input should be greater than or equal to 1"),
         ({"dtype": "int8"}, "dtype='int8': Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"task": "fill-mask"}, "task='fill-mask': Input should be 'text-generation'"),
+        (
+            {"tokenizer": 7},
+            "tokenizer=7: must be a folder, a name on the Hugging Face hub, or a tokenizer of transformers",
+        ),
         ({"device": "tpu"}, "device='tpu': Input should be 'auto', 'cuda' or 'cpu'"),
         ({"cluster": "pbs"}, "cluster='pbs': Input should be 'auto', 'slurm' or 'local'"),
         ({"port_number": 70000}, "port_number=70000: Input should be less than or equal to 65535"),
         ({"startup_timeout": 0}, "startup_timeout=0: Input should be greater than 0"),
         ({"queue_timeout": float("nan")}, "queue_timeout=nan: Input should be a finite number"),
         ({"wait": "perhaps"}, "wait='perhaps': Input should be a valid boolean"),
-        ({"deployment_name": "a/b"}, f"deployment_name='a/b': {NAME_RULE}"),
-        ({"deployment_name": "../up"}, f"deployment_name='../up': {NAME_RULE}"),
-        ({"deployment_name": ".hidden"}, f"deployment_name='.hidden': {NAME_RULE}"),
-        ({"deployment_name": "a\n"}, f"deployment_name='a\\n': {NAME_RULE}"),
+        ({"deployment_name": "../."}, f"deployment_name='../.': {NAME_RULE}"),
         ({"deployment_name": "a" * 101}, NAME_RULE),
         ({"slurm": "gpu"}, "slurm='gpu': Input should be a valid dictionary"),
         ({"slurm": {"gpus_per_node": -1}}, "slurm.gpus_per_node=-1: Input should be greater than or equal to 0"),
@@ -113,6 +119,61 @@ def test_nothing_warns_without_cause():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolve("model", tensor_parallel=2, slurm={"partition": "gpu"})
+        resolve("model", **SILENT)
+    assert SILENT.keys() <= SUPERSEDED_MODEL_FIELDS.keys() | SUPERSEDED_MII_FIELDS.keys()
+
+
+def test_deepspeeds_engine_configuration_is_read():
+    theirs = {
+        "tensor_parallel": {"tp_size": 4},
+        "state_manager": {
+            "max_ragged_batch_size": 700,
+            "max_ragged_sequence_count": 50,
+            "max_context": 4096,
+            "memory_config": {"mode": "allocate", "size": 100},
+            "offload": False,
+        },
+        "quantization": {"quantization_mode": "wf6af16"},
+        "page_size": 16,
+    }
+    with pytest.warns(MIIWarning) as caught:
+        engine = resolve("m", inference_engine_config=theirs).model_conf.inference_engine_config
+    assert engine == EngineConfig(max_batch_tokens=700, max_batch_size=50, page_size=16)
+    warned = sorted(str(warning.message) for warning in caught)
+    assert [text.partition(" has ")[0] for text in warned] == [
+        "'inference_engine_config.max_context'",
+        "'inference_engine_config.memory_config'",
+        "'inference_engine_config.quantization'",
+    ]
+    assert "num_blocks" in warned[1]
+
+
+def test_deepspeeds_engine_configuration_may_be_an_object():
+    class Manager(BaseModel):
+        max_ragged_batch_size: int = 768
+        max_tracked_sequences: int = 2048
+
+    class Theirs(BaseModel):  # as RaggedInferenceEngineConfig, which loads torch
+        tensor_parallel: dict[str, int] = {}
+        state_manager: Manager = Manager()
+
+    made = resolve("m", inference_engine_config=Theirs(state_manager=Manager(max_ragged_batch_size=256)))
+    assert made.model_conf.inference_engine_config == EngineConfig(max_batch_tokens=256)
+    assert resolve("m", inference_engine_config=Theirs()) == resolve("m")
+
+
+def test_what_deepspeed_mii_calls_things():
+    assert mii_hpc.MIIConfig is mii_hpc.config.MIIConfig
+    made = resolve("m", task=mii_hpc.TaskType.TEXT_GENERATION, deployment_type=mii_hpc.DeploymentType.LOCAL)
+    assert made == resolve("m", task="text-generation")
+    assert made.model_conf.task == "text-generation" and made.model_conf.task.value == "text-generation"
+    with pytest.raises(mii_hpc.errors.UnknownArgument):
+        resolve("m", unknown_kwarg=True)
+    with pytest.raises(mii_hpc.UnknownArgument):
+        resolve("m", model_config={"unknown": True})
+    with pytest.raises(ConfigError) as caught:
+        resolve("m", model_config={"unknown": True, "tensor_parallel": 0})
+    assert not isinstance(caught.value, mii_hpc.UnknownArgument)
 
 
 @pytest.mark.parametrize("spelling", ["bf16", "torch.bfloat16", "bfloat16"])
@@ -155,21 +216,50 @@ def test_an_argument_of_another_kind_is_refused(argument):
         resolve("model", **{argument: 3})
 
 
-def test_keywords_win_over_model_config_which_wins_over_mii_config():
-    config = resolve(
-        mii_config={
-            "deployment_name": "from-mii",
-            "port_number": 1234,
-            "model_config": {"model_name_or_path": "a", "tensor_parallel": 2, "replica_num": 2, "dtype": "float16"},
-        },
-        model_config={"tensor_parallel": 4, "replica_num": 4},
-        replica_num=8,
-        deployment_name="from-keyword",
+def test_arguments_win_over_a_file(tmp_path):
+    file = tmp_path / "deployment.yaml"
+    file.write_text(
+        "deployment_name: from-file\nport_number: 1234\n"
+        "model_config: {model_name_or_path: a, tensor_parallel: 2, replica_num: 2, dtype: float16}\n"
     )
+    config = resolve("b", {"tensor_parallel": 4}, file, replica_num=8, deployment_name="from-keyword")
     model = config.model_conf
-    assert (model.dtype, model.tensor_parallel, model.replica_num) == ("float16", 4, 8)
+    assert (model.model_name_or_path, model.dtype, model.tensor_parallel, model.replica_num) == ("b", "float16", 4, 8)
     assert (config.deployment_name, config.port_number) == ("from-keyword", 1234)
-    assert resolve("b", mii_config=config).model_conf == model.model_copy(update={"model_name_or_path": "b"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"model_config": {"model_name_or_path": "other"}}, "model_name_or_path='model': another argument says "),
+        ({"mii_config": {"model_config": {"model_name_or_path": "other"}}}, "model_name_or_path='model': another "),
+        ({"mii_config": MIIConfig(model_config={"model_name_or_path": "other"})}, "says model_name_or_path='other'; "),
+        ({"model_config": {"tensor_parallel": 2}, "tensor_parallel": 4}, "tensor_parallel=4: another argument says "),
+        ({"mii_config": {"port_number": 1}, "port_number": 2}, "port_number=2: another argument says port_number=1"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        resolve("model", **arguments)
+
+
+def test_arguments_may_say_the_same_twice():
+    said = resolve("m", {"model_name_or_path": "m"}, {"port_number": 1}, port_number=1)
+    assert said == resolve("m", port_number=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("facebook/opt-125m-mii-deployment", "facebook-opt-125m-mii-deployment"),
+        ("my model (new)", "my-model-new-"),
+        ("../up", "up"),
+        (".hidden", "hidden"),
+        ("a\n", "a-"),
+    ],
+)
+def test_a_name_that_is_no_file_name_gets_dashes(given, name):
+    assert resolve("model", deployment_name=given).deployment_name == name
 
 
 def test_objects_are_as_good_as_dictionaries():
@@ -230,7 +320,7 @@ def test_configurations_are_frozen():
         ({"max_length": 2**31}, "max_length=2147483648: "),
         ({"max_new_tokens": 0}, "max_new_tokens=0: "),
         ({"min_new_tokens": -1}, "min_new_tokens=-1: "),
-        ({"temperature": 0.0}, "temperature=0.0: Input should be greater than 0"),
+        ({"temperature": -0.1}, "temperature=-0.1: Input should be greater than or equal to 0"),
         ({"temperature": float("inf")}, "temperature=inf: "),
         ({"top_p": 0}, "top_p=0: "),
         ({"top_p": 1.01}, "top_p=1.01: "),
@@ -245,6 +335,7 @@ def test_configurations_are_frozen():
         ({"stop": [1]}, "stop.0=1: "),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens=5 exceeds max_new_tokens=4"),
         ({"num_return_sequences": 2, "do_sample": False}, "needs do_sample=True"),
+        ({"num_return_sequences": 2, "temperature": 0}, "needs do_sample=True and a temperature"),
         ({"max_tokens": 5}, "unknown field 'max_tokens': did you mean 'max_new_tokens'"),
     ],
 )

@@ -24,7 +24,7 @@ def drawn_tree():
     """Return {class: its bases} as the module's docstring draws it."""
     bases, above = {}, {}
     for line in errors.__doc__.splitlines():
-        found = re.match(r"^([\s│├└─]*)(\w+Error)(?: \((\w+)\))?(?:\s|$)", line)
+        found = re.match(r"^([\s│├└─]*)(\w+Error|UnknownArgument)(?: \((\w+)\))?(?:\s|$)", line)
         if found:
             depth = len(found[1])
             above = {level: name for level, name in above.items() if level < depth}

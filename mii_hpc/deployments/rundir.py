@@ -48,13 +48,27 @@ class RunDir:
         run = cls(runs / f"{config.deployment_name}-{stamp}-{secrets.token_hex(3)}")
         for folder in (run.path, run.credentials, run.submitit, run.logs, run.failures):
             private_folder(folder)
-        write_atomically(run.config, config.model_dump_json(indent=2))
+        write_atomically(run.config, run._with_tokenizer(config).model_dump_json(indent=2))
         return run
+
+    def _with_tokenizer(self, config: MIIConfig) -> MIIConfig:
+        """Return the configuration with the path of its tokenizer, where serve() was given a tokenizer itself."""
+        model = config.model_conf
+        if model.tokenizer is None or isinstance(model.tokenizer, str):
+            return config
+        model.tokenizer.save_pretrained(private_folder(self.tokenizer))
+        model = model.model_copy(update={"tokenizer": str(self.tokenizer)})
+        return config.model_copy(update={"model_conf": model})
 
     @property
     def config(self) -> Path:
         """The resolved configuration, as JSON."""
         return self.path / "config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, where serve() was given one and not its name."""
+        return self.path / "tokenizer"
 
     @property
     def credentials(self) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mii_hpc.config import GenerateParamsConfig
+from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.text import StopStrings, TextSource
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import GenerationFinishReason, Response
+from mii_hpc.generation import Response
 
 
 class Answer:
@@ -86,20 +87,14 @@ class Answer:
         return piece
 
 
-def answer_limit(params: GenerateParamsConfig, prompt_length: int, context: int, default: int) -> int:
-    """Return how many tokens the answer may have at most, given the model's context.
+def answer_limit(params: GenerateParamsConfig, prompt_length: int, context: int) -> int:
+    """Return how many tokens the answer may have at most, when prompt plus answer may have `context`.
 
-    `default` bounds prompt plus answer when the request has no `max_length`. Where `max_new_tokens` reaches
-    beyond the context, the context is the bound.
-    Raises InvalidRequestError when the prompt leaves no room, or `max_length` exceeds the context.
+    A bound of the request's that reaches beyond is cut. Raises InvalidRequestError when the prompt leaves no room.
     """
-    if params.max_length is not None and params.max_length > context:
-        raise InvalidRequestError(f"max_length={params.max_length} exceeds the model's context of {context}")
-    bound = params.max_length
-    if bound is None:
-        bound = context if params.max_new_tokens is not None else min(default, context)
+    bound = min(params.max_length or context, context)
     if prompt_length >= bound:
-        what = "max_length" if params.max_length is not None else "bound on prompt plus answer"
+        what = "max_length" if bound == params.max_length else "bound on prompt plus answer"
         raise InvalidRequestError(f"the prompt has {prompt_length} tokens, the {what} is {bound}")
     room = bound - prompt_length
     return room if params.max_new_tokens is None else min(room, params.max_new_tokens)

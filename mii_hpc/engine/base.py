@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.generation import Deliver, GenerationRequest, Load
@@ -88,6 +88,10 @@ class Engine(Protocol):
 
         Unknown and finished ids are ignored.
         """
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers has it; None where there is none. Known once `load` has returned."""
 
     def stats(self) -> Load:
         """Return the load at this moment."""

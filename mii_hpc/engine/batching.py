@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,8 +33,6 @@ from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
 from mii_hpc.generation import Deliver, GenerationRequest, Load
 
 _log = logging.getLogger(__name__)
-
-DEFAULT_MAX_LENGTH = 1024
 
 
 class BatchingEngine:
@@ -97,6 +96,11 @@ class BatchingEngine:
             entry = self._requests.get(request_id)
             if entry is not None:
                 self._remove(entry)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._tokenizer.pretrained
 
     def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
@@ -203,7 +207,7 @@ class BatchingEngine:
         """Return a request's answers to be. Raises InvalidRequestError when it cannot have any."""
         request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
         token_ids = tokenizer.encode(request.prompt)
-        limit = answer_limit(params, len(token_ids), self._context, DEFAULT_MAX_LENGTH)
+        limit = answer_limit(params, len(token_ids), self._context)
         return [
             _Sequence(
                 request=entry,
@@ -211,7 +215,7 @@ class BatchingEngine:
                 sampler=Sampler(params, token_ids, tokenizer.vocabulary, tokenizer.eos_token_ids, index),
                 answer=Answer(
                     params,
-                    tokenizer.detokenizer(),
+                    tokenizer.detokenizer(token_ids if params.return_full_text else ()),
                     prompt=request.prompt,
                     prompt_length=len(token_ids),
                     limit=limit,

@@ -37,13 +37,14 @@ class Ranks:
         self._store = _store(spec, host, int(port))
         _set_environment(spec, host, port, device)
         use_shared_memory = self._all_agree(spec, _shared_memory_works(spec, device))
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=PrefixStore("replica", self._store),
-            rank=spec.rank,
-            world_size=spec.world_size,
-            timeout=MEETING_TIMEOUT,
-        )
+        if not dist.is_initialized():  # else by an earlier pipeline of the same script, or by the script
+            dist.init_process_group(
+                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("replica", self._store),
+                rank=spec.rank,
+                world_size=spec.world_size,
+                timeout=MEETING_TIMEOUT,
+            )
         self._plans = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
         import deepspeed
 

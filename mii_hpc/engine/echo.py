@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import InvalidRequestError, QueueFullError
-from mii_hpc.generation import Deliver, GenerationFinishReason, GenerationRequest, Load, Response
+from mii_hpc.generation import Deliver, GenerationRequest, Load, Response
 
 MAX_BATCH_SIZE = 256
 CONTEXT = 2**31 - 1
@@ -67,6 +68,11 @@ class EchoEngine:
             self._running.pop(request_id, None)
             self._waiting = deque(echo for echo in self._waiting if echo.request.id != request_id)
             self._changed.notify_all()
+
+    @property
+    def tokenizer(self) -> None:
+        """None: a token is a word."""
+        return None
 
     def stats(self) -> Load:
         """Return the load; there are no blocks."""
@@ -143,7 +149,8 @@ class _Echo:
             raise InvalidRequestError("the prompt is empty")
         once = max(count, params.min_new_tokens)
         repeats = params.max_new_tokens is not None or params.max_length is not None
-        limit = answer_limit(params, count, context, default=count + once)
+        limit = answer_limit(params, count, context)
+        limit = limit if repeats else min(limit, once)
         self.answers = tuple(
             Answer(
                 params,

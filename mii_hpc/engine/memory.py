@@ -92,6 +92,14 @@ def ranks_per_device(ranks: int, visible: int, environment: Mapping[str, str]) -
     return -(-ranks // max(visible, int(allocated) if allocated.isdecimal() else 0))
 
 
+def free_cached() -> None:
+    """Return to the device what torch keeps of memory that is not in use anymore."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def free_host_memory() -> int:
     """Return the bytes that this process can still take: the host's, or its control group's if less."""
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

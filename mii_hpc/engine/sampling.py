@@ -31,7 +31,7 @@ class Sampler:
         index: int,
     ) -> None:
         """Sample for the `index`-th answer to a prompt."""
-        self.greedy = not params.do_sample
+        self.greedy = params.greedy
         self.temperature = params.temperature or 1.0
         self.top_p = params.top_p
         self.top_k = min(params.top_k or vocabulary, vocabulary)

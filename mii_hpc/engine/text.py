@@ -25,8 +25,17 @@ class Detokenizer:
     whose tokens have not all come are held back.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], byte_tokens: frozenset[int] = frozenset()) -> None:
-        """Use `decode` for any run of tokens; `byte_tokens` are those of a byte-fallback vocabulary."""
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        byte_tokens: frozenset[int] = frozenset(),
+        after: Sequence[int] = (),
+    ) -> None:
+        """Use `decode` for any run of tokens; `byte_tokens` are those of a byte-fallback vocabulary.
+
+        With `after`, the tokens of a text, the pieces are what comes after it: a decoder that drops the space before
+        a text's first word leaves it before these.
+        """
         self._decode = decode
         self._byte_tokens = byte_tokens
         # Only the tokens from the last certain pieces on: a decoder may treat the first token of a text
@@ -34,6 +43,12 @@ class Detokenizer:
         self._window: list[int] = []
         self._context = 0
         self._sent = 0
+        for token_id in reversed(after):
+            text = decode([token_id])
+            # A special token is silent, and a part of a character would be taken for one with what follows.
+            if text and token_id not in byte_tokens and REPLACEMENT not in text:
+                self._window, self._context, self._sent = [token_id], 1, len(text)
+                break
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is now certain; it may be empty."""

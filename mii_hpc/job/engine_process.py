@@ -22,7 +22,7 @@ from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import die_with_parent, tell
+from mii_hpc.job.process import end_with_rank, tell
 from mii_hpc.rpc import transport
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def main(run_path: str, spec: str, listen_host: str) -> None:
 
     Its exit status is 0 when it was told to end, 1 when it failed.
     """
-    die_with_parent()
+    end_with_rank()
     log_to_stderr()
     run = RunDir(Path(run_path))
     status = 0

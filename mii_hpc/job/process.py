@@ -122,8 +122,14 @@ async def _end_notes(
         transport.close()
 
 
-def die_with_parent() -> None:
-    """Make the kernel kill this process when its parent ends, however it ends. Linux."""
+def end_with_rank() -> None:
+    """Make this process, which a rank has started, end when the rank tells it to and when the rank ends. Linux.
+
+    Whatever disposition of SIGINT it has inherited: shells and nohup have what runs in the background ignore it. When
+    the rank ends, however it ends, the kernel kills this process.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or parent == 1:  # it ended before the kernel was told

@@ -70,11 +70,13 @@ def main(run_path: str) -> None:
     os.umask(0o077)
     # A core dump would hold the deployment's secrets.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # submitit ignores SIGTERM and SIGCONT; until the supervisor listens to them, a signal shall simply end the rank.
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT):
+    # Whatever was inherited: submitit ignores SIGTERM and SIGCONT, a shell has what runs in the background ignore
+    # SIGINT, and serve() blocks SIGINT and SIGHUP so that a closed terminal does not reach a local deployment. Until
+    # the supervisor listens to them, a signal shall simply end the rank.
+    inherited = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT, signal.SIGHUP, signal.SIGCHLD}
+    for signum in inherited:
         signal.signal(signum, signal.SIG_DFL)
-    # serve() blocked these so that a closed terminal does not reach a local deployment.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, inherited)
     log_to_stderr()
     run = RunDir(Path(run_path))
     try:

@@ -14,8 +14,9 @@ from google.protobuf.message import DecodeError
 from mii_hpc import errors
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, validate
+from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
-from mii_hpc.generation import GenerationFinishReason, GenerationRequest, Load, Response
+from mii_hpc.generation import GenerationRequest, Load, Response
 
 ERROR_KEY = "mii-error"
 """Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""

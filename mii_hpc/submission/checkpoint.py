@@ -47,7 +47,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
             f"max_length={model.max_length}: the model's context is {architecture.context} tokens, and no more is "
             "allowed"
         )
-    if model.tokenizer is not None:
+    if isinstance(model.tokenizer, str):
         model = model.model_copy(update={"tokenizer": _checked_tokenizer(model.tokenizer)})
     return model
 

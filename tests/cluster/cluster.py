@@ -10,7 +10,7 @@ It shares the files and the process table with the machine, so /tmp is the clust
 The controller and munge live in a namespace too ("ctl"). So whatever a cluster starts is in a namespace
 named mii-*, and whatever a killed run left behind is found by that name.
 
-Needs root, and the Debian packages in PACKAGES.
+Needs root, and the Debian packages in debian-packages.txt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ LOCK = Path("/run/mii-cluster.lock")
 START_DEADLINE = 30.0
 COMMAND_DEADLINE = 60.0
 PROGRAMS = ["slurmctld", "slurmd", "srun", "munged", "mpiexec", "ip", "ss", "nsenter", "unshare", "setpriv"]
-PACKAGES = "slurm-wlm munge openmpi-bin libpmix-dev iproute2"
 
 # Makes a process a node: run as `sh -c SETUP sh HOSTNAME HOSTS COMMAND...` in fresh namespaces.
 SETUP = """
@@ -95,10 +94,10 @@ def missing() -> str:
         return "The Slurm test cluster builds network namespaces, which takes root."
     absent = [program for program in PROGRAMS if not shutil.which(program, path=_path())]
     if absent:
-        return f"The Slurm test cluster needs {', '.join(absent)}; on Debian: apt-get install {PACKAGES}."
+        return f"The Slurm test cluster needs {', '.join(absent)}; on Debian, as root: make setup."
     # Slurm's plugin opens libpmix.so by this name, which only the -dev package has.
     if not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")):
-        return "Slurm's PMIx plugin finds no libpmix.so; on Debian: apt-get install libpmix-dev."
+        return "Slurm's PMIx plugin finds no libpmix.so; on Debian, as root: make setup."
     return ""
 
 

@@ -170,7 +170,7 @@ def test_a_second_user_runs_commands_and_jobs(cluster: Cluster, second_user: str
     assert cluster.run_on("n3", ["id", "-un"], user=second_user).stdout == f"{second_user}\n"
     done = cluster.run_on("n3", ["srun", "--nodes=1", "--ntasks=1", "id", "-un"], user=second_user)
     assert done.stdout == f"{second_user}\n", done.stderr
-    assert cluster.squeue(f"--user={second_user}")[0].state == "COMPLETED"
+    eventually(lambda: cluster.squeue(f"--user={second_user}")[0].state == "COMPLETED")
 
 
 def test_listening_sockets_and_processes_of_a_node(cluster: Cluster):

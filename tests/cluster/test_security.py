@@ -26,7 +26,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from tests.models import tiny_model
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 from .cluster import Cluster
 from .test_deployment import job_processes
@@ -192,7 +192,7 @@ def test_secrets_are_in_no_file_but_theirs_and_in_no_process(cluster, echo, home
     processes = list(shown_by_processes())
     assert len(job_processes(cluster)) > 5 and any(b"mii_hpc.job.engine_process" in text for _, text in processes)
     echo.terminate_server()
-    eventually(lambda: not processes_of(cluster, run), 15, "the job is gone, and its files are written")
+    eventually(lambda: not processes_of(cluster, run), PATIENCE, "the job is gone, and its files are written")
     files = list(shown_by_files())
     assert any("submitted.pkl" in name for name, _ in files) and any("rank-0.log" in name for name, _ in files)
     for name, text in [*processes, *files, ("scontrol show job", shown)]:
@@ -240,7 +240,7 @@ def test_false_server_on_the_port_gets_nothing(cluster, echo, home, tmp_path, mo
     entry, path = registry.get("echo"), registry.folder / "echo.json"
     text = path.read_text()
     echo.terminate_server()
-    eventually(lambda: not processes_of(cluster, RunDir(entry.run_dir)), 15, "the job is gone")
+    eventually(lambda: not processes_of(cluster, RunDir(entry.run_dir)), PATIENCE, "the job is gone")
     path.write_text(text)  # as if it had died without a word
     heard = tmp_path / "heard"
     certificate = credentials.create(RunDir.create(echo.mii_config.model_copy(update={"home": tmp_path / "his"})))
@@ -250,7 +250,7 @@ def test_false_server_on_the_port_gets_nothing(cluster, echo, home, tmp_path, mo
         entry.host, [sys.executable, "-c", FALSE_SERVER, host, port, his / "tls.crt", his / "tls.key", heard]
     )
     try:
-        eventually(heard.exists, 15, "he listens")
+        eventually(heard.exists, PATIENCE, "he listens")
         with mii.MIIClient(echo.mii_config) as client, pytest.raises(mii.UnavailableError):
             client(PROMPT)
     finally:
@@ -276,8 +276,8 @@ def test_thousand_idle_connections(cluster, echo):
         assert [str(future.result()[0]).strip() for future in asked] == [words] * 16
         crowd.join()
     assert crowd.most_at_once >= 900 and crowd.closed_by_server > 1000
-    eventually(lambda: resources(balancer)["files"] <= before["files"] + 8, 15, "its open files are back")
-    eventually(lambda: resources(balancer)["memory"] < before["memory"] * 1.25, 15, "its memory is back")
+    eventually(lambda: resources(balancer)["files"] <= before["files"] + 8, PATIENCE, "its open files are back")
+    eventually(lambda: resources(balancer)["memory"] < before["memory"] * 1.25, PATIENCE, "its memory is back")
 
 
 @pytest.mark.parametrize("way", ["silent", "rubbish", "tls"])

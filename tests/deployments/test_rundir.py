@@ -40,6 +40,22 @@ def test_the_configuration_is_kept(config, run):
     assert run.load_config() == config
 
 
+def test_a_tokenizer_is_kept_and_found_by_its_path(tmp_path):
+    class Tokenizer:
+        def __call__(self, text): ...
+
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    class Wrapper:  # as DeepSpeed-MII's HFTokenizer
+        tokenizer = Tokenizer()
+
+    for given in (Tokenizer(), Wrapper()):
+        run = RunDir.create(resolve("m", tokenizer=given, home=tmp_path / "home"))
+        assert run.load_config().model_conf.tokenizer == str(run.path / "tokenizer")
+        assert (run.path / "tokenizer" / "tokenizer.json").read_text() == "{}"
+
+
 def test_a_directory_open_to_others_is_not_trusted(run):
     run.path.chmod(0o750)
     with pytest.raises(RegistryError, match=f"mode 0750 lets others in; mend it with: chmod 700 {run.path}"):

@@ -7,8 +7,7 @@ from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.generation import GenerationRequest
-
-PATIENCE = 60
+from tests.waiting import PATIENCE
 
 attention = "auto"
 """What EngineConfig.attention is where a test does not say it; set by pytest's --attention."""

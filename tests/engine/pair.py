@@ -12,7 +12,8 @@ from pathlib import Path
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
-from tests.engine.collect import PATIENCE, submit, with_attention
+from tests.engine.collect import submit, with_attention
+from tests.waiting import PATIENCE
 
 
 class Replica:
@@ -108,6 +109,7 @@ def _rank(model, rank, ranks, address, listener, connection, grown):
     engine = create_engine(spec)
     try:
         engine.load(progress)
+        _have_deepspeed_see_torchs_processor()
     except Exception as error:
         if connection:
             connection.send(repr(error))
@@ -127,6 +129,15 @@ def _rank(model, rank, ranks, address, listener, connection, grown):
         engine.close()
         thread.join()
         grown[rank] = _resident("VmHWM") - before
+
+
+def _have_deepspeed_see_torchs_processor():
+    """DeepSpeed asks the processor itself what it knows, whatever ATEN_CPU_CAPABILITY says."""
+    import deepspeed
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() == "AVX2" and deepspeed.comm.comm.cdb.shm_comm_op is not None:
+        deepspeed.comm.comm.cdb.shm_vector_kernel_level = 1
 
 
 def _resident(field):

@@ -46,6 +46,18 @@ class Reference:
             self._model.generation_config = GenerationConfig(eos_token_id=ends)
         return answer[0, ids.shape[1] :].tolist()
 
+    def buffers(self):
+        return self._model.named_buffers()
+
+    def logprobs(self, prompt, token_ids):
+        """What the model gives each of the tokens after the prompt and those before it."""
+        import torch
+
+        ids = self._tokenizer(prompt).input_ids + token_ids
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([ids], device=self._model.device)).logits[0, -len(token_ids) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None].to(logits.device))[:, 0].tolist()
+
     def decode(self, token_ids):
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 

@@ -1,8 +1,10 @@
 import threading
+import weakref
 
 import pytest
 
 import mii_hpc as mii
+from tests.waiting import PATIENCE
 
 ECHO = {"inference_engine_config": {"engine": "echo", "echo_delay": 0.01}}
 
@@ -52,8 +54,58 @@ def test_what_needs_more_processes_is_refused():
     for name in ("tensor_parallel", "replica_num"):
         with pytest.raises(mii.ConfigError, match=rf"{name}=2: .* serve\(\)"):
             mii.pipeline("model", **{name: 2})
-    with pytest.raises(mii.ConfigError, match="unknown keyword 'deployment_name'"):
+    with pytest.raises(mii.UnknownArgument, match="unknown keyword 'deployment_name'"):
         mii.pipeline("model", deployment_name="x")
+
+
+def test_a_query_in_a_dictionary_is_refused():
+    with mii.pipeline(**ECHO) as pipe, pytest.raises(mii.InvalidRequestError, match=r"'query': .* give its list"):
+        pipe({"query": ["DeepSpeed is"]})
+
+
+def test_it_is_destroyed_once_and_for_all():
+    pipe = mii.pipeline("", None, False, **ECHO)
+    assert pipe.is_rank_0
+    pipe.destroy()
+    pipe.destroy()
+    with pytest.raises(mii.UnavailableError, match="the pipeline is closed"):
+        pipe("a")
+
+
+def test_an_async_pipeline_answers_the_thread_that_asked():
+    pipe = mii.async_pipeline({"inference_engine_config": {"engine": "echo", "echo_delay": 0.001}})
+    pipe.start()
+    first = pipe.put_request("a b", {"stream": True})
+    assert [(number, str(piece)) for number, piece in (pipe.get_response(), pipe.get_response())] == [
+        (first, "a "),
+        (first, "b "),
+    ]
+
+    def ask(name, answers):
+        numbers = [pipe.put_request(f"{name}{turn}", {}) for turn in range(5)]
+        answers[name] = sorted(
+            (numbers.index(number), str(answer)) for number, answer in (pipe.get_response() for _ in numbers)
+        )
+
+    answers = {}
+    threads = [threading.Thread(target=ask, args=(name, answers)) for name in "xyz"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert answers == {name: [(turn, f"{name}{turn} ") for turn in range(5)] for name in "xyz"}
+    with pytest.raises(mii.InvalidRequestError, match="top_p"):
+        pipe.put_request("a", {"top_p": 2})
+    bad = pipe.put_request("", {})
+    with pytest.raises(mii.InvalidRequestError, match=f"request {bad}: the prompt is empty"):
+        pipe.get_response()
+    endless = pipe.put_request("a", {"max_new_tokens": 10**6})
+    pipe.flush_uid(endless)
+    assert not pipe.is_shutdown()
+    pipe.shutdown()
+    assert pipe.is_shutdown()
+    with pytest.raises(mii.UnavailableError):
+        pipe.put_request("a", {})
 
 
 def test_closing_ends_calls_and_refuses_later_ones():
@@ -69,10 +121,8 @@ def test_closing_ends_calls_and_refuses_later_ones():
 
 
 def test_an_engine_that_fails_ends_every_call(monkeypatch):
+    monkeypatch.setattr("mii_hpc.engine.echo.EchoEngine.run", lambda engine: 1 / 0)
     pipe = mii.pipeline(**ECHO)
-    pipe.close()
-    monkeypatch.setattr(pipe._engine, "run", lambda: 1 / 0)
-    pipe._run()
     with pytest.raises(mii.UnavailableError, match="has failed: ZeroDivisionError"):
         pipe("a")
 
@@ -88,6 +138,14 @@ def test_a_model_answers_as_transformers_does(tmp_path):
     with mii.pipeline(folder) as pipe:
         for prompt, answer in zip(PROMPTS, pipe(PROMPTS, do_sample=False, max_new_tokens=12), strict=True):
             assert list(answer.token_ids) == reference.greedy(prompt, max_new_tokens=12)
+        assert pipe.tokenizer.decode(pipe.tokenizer("a b")["input_ids"]) == "a b"
+        tokenizer = pipe.tokenizer
+        module = weakref.ref(pipe._engine._model.module)
+        cache = weakref.ref(pipe._engine._model.attention._cache)
+    assert module() is None and cache() is None, "its memory is free again"
+    with mii.pipeline(folder, tokenizer=tokenizer) as pipe:
+        assert pipe.tokenizer is tokenizer
+        assert len(pipe("a", max_new_tokens=2, ignore_eos=True)[0].token_ids) == 2
 
 
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])

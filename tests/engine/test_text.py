@@ -105,15 +105,17 @@ def test_an_answer_stops_across_three_tokens_with_and_without_a_stream():
 
 def test_lengths_are_bounded_by_request_and_context():
     def limit(prompt_length, context, **options):
-        return answer_limit(GenerateParamsConfig(**options), prompt_length, context, default=1024)
+        return answer_limit(GenerateParamsConfig(**options), prompt_length, context)
 
-    assert limit(10, 4096) == 1014
+    assert limit(10, 4096) == 4086
+    assert limit(2000, 4096) == 2096
     assert limit(10, 100) == 90
     assert limit(10, 4096, max_length=30) == 20
     assert limit(10, 4096, max_length=30, max_new_tokens=5) == 5
     assert limit(10, 4096, max_new_tokens=2000) == 2000
     assert limit(10, 100, max_new_tokens=2000) == 90
+    assert limit(10, 100, max_length=2000) == 90
     with pytest.raises(InvalidRequestError, match=r"30 tokens.* is 20"):
         limit(30, 4096, max_length=20)
-    with pytest.raises(InvalidRequestError, match="exceeds the model's context of 100"):
-        limit(30, 100, max_length=200)
+    with pytest.raises(InvalidRequestError, match=r"100 tokens, the bound on prompt plus answer is 100"):
+        limit(100, 100, max_length=200)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mii_hpc.job.process import Child, tell
-from tests.waiting import until
+from tests.waiting import PATIENCE, next_line, until
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def child(tmp_path, monkeypatch):
     async def start(lines, *arguments, **options):
         module = f"child_{len(started)}"
         (tmp_path / "modules" / f"{module}.py").write_text(
-            "import os, signal, sys, time\nfrom mii_hpc.job.process import die_with_parent, tell\n" + lines
+            "import os, signal, sys, time\nfrom mii_hpc.job.process import end_with_rank, tell\n" + lines
         )
         started.append(await Child.start(module, *arguments, log=tmp_path / "log", **options))
         return started[-1]
@@ -29,6 +29,16 @@ def child(tmp_path, monkeypatch):
     for each in started:
         if each.process.returncode is None:
             each.process.kill()
+
+
+async def said(child):
+    """Return the child's next note."""
+    return await asyncio.wait_for(child.next_note(), PATIENCE)
+
+
+async def ended(child):
+    """Return the child's exit status."""
+    return await asyncio.wait_for(child.process.wait(), PATIENCE)
 
 
 def alive(pid):
@@ -41,15 +51,15 @@ def alive(pid):
 
 async def test_notes(child):
     talker = await child("tell(progress='half', of='it ü')\ntell(ready='here')\n")
-    assert await talker.next_note() == {"progress": "half", "of": "it ü"}
-    assert await talker.next_note() == {"ready": "here"}
-    assert await talker.next_note() is None
-    assert await talker.process.wait() == 0
+    assert await said(talker) == {"progress": "half", "of": "it ü"}
+    assert await said(talker) == {"ready": "here"}
+    assert await said(talker) is None
+    assert await ended(talker) == 0
 
 
 async def test_a_note_cut_short_is_none(child):
     talker = await child("os.write(int(os.environ['MII_HPC_NOTES_FD']), b'{\"progress\":')\n")
-    assert await talker.next_note() is None
+    assert await said(talker) is None
 
 
 async def test_the_end_is_noticed_while_a_grandchild_lives_on_without_the_pipe(child):
@@ -57,8 +67,8 @@ async def test_the_end_is_noticed_while_a_grandchild_lives_on_without_the_pipe(c
         "import subprocess\n"
         "p = subprocess.Popen(['sleep', '60'])\ntell(pid=p.pid)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    pid = (await talker.next_note())["pid"]
-    assert await asyncio.wait_for(talker.next_note(), 10) is None
+    pid = (await said(talker))["pid"]
+    assert await said(talker) is None
     os.kill(pid, signal.SIGKILL)
 
 
@@ -67,9 +77,9 @@ async def test_the_end_is_noticed_while_a_grandchild_lives_on_with_the_pipe(chil
         "pid = os.fork()\nif not pid:\n    time.sleep(60)\n"
         "tell(pid=pid)\ntell(last='word')\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    pid = (await talker.next_note())["pid"]
-    assert await talker.next_note() == {"last": "word"}
-    assert await asyncio.wait_for(talker.next_note(), 10) is None
+    pid = (await said(talker))["pid"]
+    assert await said(talker) == {"last": "word"}
+    assert await said(talker) is None
     assert alive(pid)
     os.kill(pid, signal.SIGKILL)
 
@@ -89,11 +99,11 @@ async def test_arguments_output_environment_and_descriptors(child, tmp_path, mon
         "two",
         pass_fds=(writing,),
     )
-    assert await writer.process.wait() == 0
+    assert await ended(writer) == 0
     assert (tmp_path / "log").read_text() == f"before\nout {writing} two extra\nerr\n"
+    os.close(writing)
     assert os.read(reading, 10) == b"passed"
     os.close(reading)
-    os.close(writing)
 
 
 async def test_a_child_is_ended_in_order(child):
@@ -107,24 +117,37 @@ async def test_a_child_is_ended_in_order(child):
         "asyncio.run(main())\n"
         "sys.exit(3)\n"
     )
-    await patient.next_note()
-    assert await patient.end(30) == 3
-    assert await patient.end(30) == 3, "again does no harm"
+    await said(patient)
+    assert await patient.end(PATIENCE) == 3
+    assert await patient.end(PATIENCE) == 3, "again does no harm"
+
+
+async def test_what_its_parent_ignores_and_blocks_ends_a_child_all_the_same(child):
+    """A shell has what runs in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        heeding = await child("end_with_rank()\ntell(up=1)\ntime.sleep(60)\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    await said(heeding)
+    assert await heeding.end(PATIENCE) == -signal.SIGINT
 
 
 async def test_a_child_that_will_not_end_is_killed(child):
     stubborn = await child("signal.signal(signal.SIGINT, signal.SIG_IGN)\ntell(up=1)\ntime.sleep(60)\n")
-    await stubborn.next_note()
+    await said(stubborn)
     assert await stubborn.end(0.1) == -signal.SIGKILL
 
 
 async def test_what_slurm_signals_to_everybody_does_not_reach_a_child(child):
-    shielded = await child("tell(up=1)\ntime.sleep(60)\n")
-    await shielded.next_note()
+    shielded = await child("end_with_rank()\ntell(up=1)\ntime.sleep(60)\n")
+    await said(shielded)
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         shielded.process.send_signal(signum)
     assert os.getsid(shielded.process.pid) != os.getsid(0)
-    assert await shielded.end(10) == -signal.SIGINT
+    assert await shielded.end(PATIENCE) == -signal.SIGINT
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR2}
 
 
@@ -144,15 +167,15 @@ asyncio.run(main())
 
 async def test_a_child_dies_with_its_parent(tmp_path):
     (tmp_path / "mortal.py").write_text(
-        "import os, time\nfrom mii_hpc.job.process import die_with_parent, tell\n"
-        "die_with_parent()\ntell(pid=os.getpid())\ntime.sleep(60)\n"
+        "import os, time\nfrom mii_hpc.job.process import end_with_rank, tell\n"
+        "end_with_rank()\ntell(pid=os.getpid())\ntime.sleep(60)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path / "log")],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
-    pid = int(await asyncio.to_thread(parent.stdout.readline))
+    pid = int(next_line(parent.stdout))
     assert alive(pid)
     parent.kill()
     parent.wait()

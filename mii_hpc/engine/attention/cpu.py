@@ -18,11 +18,12 @@ import torch
 from mii_hpc.engine.attention.gather import DecodeGroup, GatherAttention
 from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.extensions import extensions_folder
+from mii_hpc.engine.processor import compiler_flag
 
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
 COMPILE_SECONDS = 120
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 
@@ -157,7 +158,7 @@ def _compile(compiler: str, runtime: str, library: Path) -> None:
     # Made aside and renamed, so that processes that compile it at the same time all find a whole one.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         compiled, linked = Path(folder, "decode.o"), Path(folder, "decode.so")
-        _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled))
+        _run(compiler, *FLAGS, compiler_flag(), "-c", str(SOURCE), "-o", str(compiled))
         # With torch's own OpenMP, so that both share their threads.
         _run(compiler, "-shared", str(compiled), runtime, "-o", str(linked))
         linked.replace(library)
@@ -167,7 +168,7 @@ def _fingerprint(compiler: str, runtime: str) -> str:
     """Return what tells libraries apart that are made from other sources, with other tools, for other processors."""
     about = ("model name", "flags", "CPU implementer", "CPU part", "Features")
     processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(about)}
-    made_of = "\0".join([SOURCE.read_text(), *FLAGS, compiler, runtime, *sorted(processor)])
+    made_of = "\0".join([SOURCE.read_text(), *FLAGS, compiler_flag(), compiler, runtime, *sorted(processor)])
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 

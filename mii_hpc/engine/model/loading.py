@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
+from mii_hpc.engine import processor
 from mii_hpc.engine.attention.interface import measure_layers
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
@@ -20,6 +22,8 @@ from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.sharding import check_sharding, load_shard, shard
 from mii_hpc.engine.model.weights import refuse_missing
 from mii_hpc.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
@@ -66,7 +70,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     """
     model = spec.model
     config = _load_config(model)
-    dtype = _dtype(model, config)
+    dtype = _dtype(model, config, device)
     progress(f"loading {model.model_name_or_path} in {str(dtype).removeprefix('torch.')} on {device}")
     if spec.world_size == 1:
         module = shard(_load_whole(model, dtype), 1, dtype)
@@ -76,8 +80,8 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         progress("DeepSpeed shards this architecture right")
         module = load_shard(model, config, dtype, spec.world_size, device, progress)
     module.eval().requires_grad_(False)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     pack_linears(module)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
     layers = measure_layers(module, device)
     progress(f"loaded: {weights / 2**30:.2f} GiB of weights on rank {spec.rank}")
     text_config = config.get_text_config()
@@ -98,11 +102,28 @@ def _load_config(model: ModelConfig) -> Any:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {error}") from error
 
 
-def _dtype(model: ModelConfig, config: Any) -> torch.dtype:
-    if model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, model.dtype)
-        return dtype
-    return getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+def _dtype(model: ModelConfig, config: Any, device: torch.device) -> torch.dtype:
+    """Return the dtype to serve in, and say so where the processor makes it another than one would expect."""
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    asked: torch.dtype = stored if model.dtype == "auto" else getattr(torch, model.dtype)
+    if device.type == "cuda" or processor.serving_dtype(asked) is asked:
+        return asked
+    name = str(asked).removeprefix("torch.")
+    if model.dtype == "auto":
+        _log.warning(
+            "dtype='auto': this processor has no instructions for the checkpoint's %s, so the model is served in "
+            "float32, which takes %d bytes per weight",
+            name,
+            torch.float32.itemsize,
+        )
+        return processor.serving_dtype(asked)
+    _log.warning(
+        "dtype='%s': this processor has no instructions for it, so linear layers hold and compute float32; the KV "
+        "cache and all else are %s",
+        name,
+        name,
+    )
+    return asked
 
 
 def _architecture(config: Any) -> Architecture:

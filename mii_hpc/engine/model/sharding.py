@@ -18,14 +18,26 @@ from mii_hpc.errors import ConfigError
 
 
 def shard(module: nn.Module, ranks: int, dtype: torch.dtype) -> nn.Module:
-    """Let DeepSpeed replace the layers of a module by this rank's, on the current device."""
-    import deepspeed
+    """Let DeepSpeed replace the layers of a module by this rank's, with parameters in `dtype`.
 
+    They are on the current device. Buffers stay as they are: their content is computed and not read, and rotary
+    frequencies, for one, must stay float32 for positions to be told apart.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    # DeepSpeed refuses what the processor has no instructions for, and converts and makes anew the buffers as well.
+    accepted = dtype if dtype in accelerator.supported_dtypes() else torch.float32
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with quiet():
         engine = deepspeed.init_inference(
-            module, tensor_parallel={"tp_size": ranks}, dtype=dtype, replace_with_kernel_inject=False
+            module, tensor_parallel={"tp_size": ranks}, dtype=accepted, replace_with_kernel_inject=False
         )
-    sharded: nn.Module = engine.module
+    sharded: nn.Module = engine.module.to(dtype)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        sharded.get_submodule(owner)._buffers[leaf] = buffer.to(accelerator.current_device_name())
     return sharded
 
 
@@ -107,12 +119,7 @@ def load_shard(
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sources = checkpoint.names(module)
-    # DeepSpeed makes these anew too, and their content is computed, not read.
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module = shard(module, ranks, dtype)
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
     refuse_missing(model, [name for name in shapes if name not in sources])
     modules = [(name, part) for name, part in module.named_modules() if part._parameters]
     for done, (name, part) in enumerate(modules, start=1):

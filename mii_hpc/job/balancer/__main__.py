@@ -17,7 +17,7 @@ from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import die_with_parent
+from mii_hpc.job.process import end_with_rank
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
 
 def main(run_path: str, address: str, spans_hosts: str) -> None:
     """Run the balancer process."""
-    die_with_parent()
+    end_with_rank()
     log_to_stderr()
     # A stranger's idle connections, each closed after a moment, must not take the place of anybody's.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
