@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mii_hpc.constants import TaskType as TaskType
     from mii_hpc.generation import Load as Load
     from mii_hpc.generation import Response as Response
+    from mii_hpc.pipelines import MIIAsyncPipeline as MIIAsyncPipeline
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
     from mii_hpc.pipelines import async_pipeline as async_pipeline
     from mii_hpc.pipelines import pipeline as pipeline
@@ -56,11 +57,17 @@ _HOMES = {
     "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
     "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
     "generation": ("Load", "Response"),
-    "pipelines": ("MIIPipeline", "async_pipeline", "pipeline"),
+    "pipelines": ("MIIAsyncPipeline", "MIIPipeline", "async_pipeline", "pipeline"),
 }
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_MODULE_OF, *(name for name in globals() if name.endswith("Error"))])
+__all__ = sorted([*_MODULE_OF, *(name for name, value in globals().items() if _is_error(value))])
 
 
 def __getattr__(name: str) -> Any:
