@@ -1,5 +1,4 @@
 import threading
-import weakref
 
 import pytest
 
@@ -140,9 +139,6 @@ def test_a_model_answers_as_transformers_does(tmp_path):
             assert list(answer.token_ids) == reference.greedy(prompt, max_new_tokens=12)
         assert pipe.tokenizer.decode(pipe.tokenizer("a b")["input_ids"]) == "a b"
         tokenizer = pipe.tokenizer
-        module = weakref.ref(pipe._engine._model.module)
-        cache = weakref.ref(pipe._engine._model.attention._cache)
-    assert module() is None and cache() is None, "its memory is free again"
     with mii.pipeline(folder, tokenizer=tokenizer) as pipe:
         assert pipe.tokenizer is tokenizer
         assert len(pipe("a", max_new_tokens=2, ignore_eos=True)[0].token_ids) == 2

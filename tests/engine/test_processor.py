@@ -34,50 +34,50 @@ def without(monkeypatch):
     monkeypatch.setattr(processor, "multiplies", lambda dtype: dtype is torch.float32)
 
 
-def linear_dtypes(engine):
-    layers = engine._model.module.model.layers
+def linear_dtypes(model):
+    layers = model.module.model.layers
     return {parameter.dtype for layer in layers for name, parameter in layer.named_parameters() if "proj" in name}
 
 
-def kv_dtypes(engine):
-    return {layer.dtype for layer in engine._model.layers}
+def kv_dtypes(model):
+    return {layer.dtype for layer in model.layers}
 
 
-def test_auto_is_float32_and_says_so(without, folder, stored, caplog):
+def test_auto_is_float32_and_says_so(without, models, folder, stored, caplog):
     reference = Reference(folder)
     with caplog.at_level(logging.WARNING), running(make(model_name_or_path=folder, **ON_CPU)) as engine:
-        assert linear_dtypes(engine) == kv_dtypes(engine) == {torch.float32}
-        parameters = engine._model.module.parameters()
-        assert engine._model.weights == 4 * sum(parameter.numel() for parameter in parameters)
+        assert linear_dtypes(models[0]) == kv_dtypes(models[0]) == {torch.float32}
+        parameters = models[0].module.parameters()
+        assert models[0].weights == 4 * sum(parameter.numel() for parameter in parameters)
         for prompt in PROMPTS:
             answer = submit(engine, prompt, do_sample=False, max_new_tokens=20).wait()
             assert answer.token_ids() == reference.greedy(prompt, max_new_tokens=20)
     assert f"no instructions for the checkpoint's {stored}, so the model is served in float32" in caplog.text
 
 
-def test_what_is_asked_for_by_name_works(without, folder, stored, caplog):
+def test_what_is_asked_for_by_name_works(without, models, folder, stored, caplog):
     with caplog.at_level(logging.WARNING), running(make(model_name_or_path=folder, dtype=stored, **ON_CPU)) as engine:
-        assert linear_dtypes(engine) == {torch.float32}
-        assert kv_dtypes(engine) == {getattr(torch, stored)}
-        _assert_near_the_reference(engine, folder)
+        assert linear_dtypes(models[0]) == {torch.float32}
+        assert kv_dtypes(models[0]) == {getattr(torch, stored)}
+        _assert_near_the_reference(engine, models[0], folder)
     assert f"dtype='{stored}': this processor has no instructions for it" in caplog.text
 
 
-def test_what_the_processor_multiplies_is_served_as_it_is(monkeypatch, folder, stored):
+def test_what_the_processor_multiplies_is_served_as_it_is(monkeypatch, models, folder, stored):
     dtype = getattr(torch, stored)
     if not processor.multiplies(dtype):  # which oneDNN refuses to pack then
         monkeypatch.setattr(processor, "multiplies", lambda asked: asked in (torch.float32, dtype))
         monkeypatch.setattr("mii_hpc.engine.model.packing.packed_dtype", lambda dtype: None)
     with running(make(model_name_or_path=folder, **ON_CPU)) as engine:
-        assert linear_dtypes(engine) == kv_dtypes(engine) == {dtype}
-        _assert_near_the_reference(engine, folder)
+        assert linear_dtypes(models[0]) == kv_dtypes(models[0]) == {dtype}
+        _assert_near_the_reference(engine, models[0], folder)
 
 
-def _assert_near_the_reference(engine, folder):
+def _assert_near_the_reference(engine, model, folder):
     reference = Reference(folder)
     # Rounded, rotary frequencies would tell positions apart ever worse.
     for name, buffer in reference.buffers():
-        assert torch.equal(engine._model.module.get_buffer(name), buffer)
+        assert torch.equal(model.module.get_buffer(name), buffer)
     for prompt in PROMPTS:
         answer = submit(engine, prompt, do_sample=False, max_new_tokens=4, logprobs=True, ignore_eos=True).wait()
         expected = reference.logprobs(prompt, answer.token_ids())
