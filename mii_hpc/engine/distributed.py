@@ -33,7 +33,6 @@ class Ranks:
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
         """Wait for all ranks and hand their group to DeepSpeed."""
         host, _, port = spec.store_address.rpartition(":")
-        self._leads = spec.rank == 0
         self._store = _store(spec, host, int(port))
         _set_environment(spec, host, port, device)
         use_shared_memory = self._all_agree(spec, _shared_memory_works(spec, device))
