@@ -9,7 +9,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from mii_hpc.clients.asynchronous import AsyncMIIClient
@@ -90,9 +89,7 @@ class MIIClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
