@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any, Self
 from mii_hpc.config import SUPERSEDED_MODEL_FIELDS, GenerateParamsConfig, ModelConfig, resolve, unknown_name, validate
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
-from mii_hpc.engine.launched import LaunchedRanks, end_at_exit, environment_kept, launched_world_size
+from mii_hpc.engine.launched import LaunchedRanks, end_at_exit, launched_world_size
 from mii_hpc.errors import (
     ConfigError,
     InvalidRequestError,
@@ -95,10 +96,9 @@ class MIIPipeline:
         self._calls: set[queue.SimpleQueue[Arrived]] = set()
         self._end: str | None = None
         self._ranks: LaunchedRanks | None = None
-        environment: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         spec = EngineSpec.alone(model)
         if model.tensor_parallel > 1:
-            self._ranks, environment = LaunchedRanks(all_rank_output), environment_kept()
+            self._ranks = LaunchedRanks(all_rank_output)
             spec = self._ranks.spec(model)
         self.is_rank_0 = spec.rank == 0
         """Whether this rank answers."""
@@ -109,8 +109,7 @@ class MIIPipeline:
         )
         self._thread.start()
         try:
-            with environment:
-                loaded.result()
+            loaded.result()
         except BaseException:  # Ctrl-C too: the thread would go on and keep the model
             self._engine.close()
             raise
@@ -305,7 +304,8 @@ class MIIPipeline:
 
     def _work(self, engine: Engine, loaded: Future[None]) -> None:
         try:
-            engine.load(log.info)
+            with _environment_kept():
+                engine.load(log.info)
         except BaseException as error:  # noqa: BLE001 (the thread's boundary: the constructor raises it, an exit too)
             loaded.set_exception(error)
         else:
@@ -323,6 +323,20 @@ class MIIPipeline:
             self._end = end
             for arrived in self._calls:
                 arrived.put((-1, UnavailableError(end)))
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Restore the variables of the process on leaving: an engine, and what it imports, set some for what they load."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name, value in set(os.environ.items()) ^ set(before.items()):
+            if name not in before:
+                del os.environ[name]
+            elif before[name] == value:
+                os.environ[name] = value
 
 
 class MIIAsyncPipeline:

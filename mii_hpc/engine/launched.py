@@ -130,16 +130,6 @@ class LaunchedRanks:
         self._store.set(f"call/{number}", json.dumps(told))
 
 
-@contextlib.contextmanager
-def environment_kept() -> Iterator[None]:
-    """Restore on leaving what a launcher has told this rank; an engine changes it while it loads."""
-    before = {name: os.environ[name] for name in VARIABLES}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-
-
 def end_at_exit(close: Callable[[], None]) -> None:
     """Close a pipeline and leave the other ranks when the interpreter ends: scripts end without a word."""
     import torch.distributed as dist

@@ -12,7 +12,7 @@ from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
-from mii_hpc.engine.memory import plan_budget, threads
+from mii_hpc.engine.memory import compute_with, plan_budget, threads
 from mii_hpc.engine.model.loading import choose_device, load_model
 from mii_hpc.engine.step import Step
 from mii_hpc.heap import give_memory_back
@@ -60,7 +60,7 @@ class ModelRunner:
 
     def bind_thread(self) -> None:
         """Give the calling thread, which is to execute steps, the device and the CPU threads of this rank."""
-        torch.set_num_threads(threads(self._spec))
+        compute_with(threads(self._spec))
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 

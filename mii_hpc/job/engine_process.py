@@ -96,6 +96,10 @@ def main(run_path: str, spec: str, listen_host: str) -> None:
     """
     end_with_rank()
     log_to_stderr()
+    # A waiting thread spins for about a millisecond, then sleeps; OpenMP reads this when torch is first imported.
+    # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads
+    # were hardly faster than one); for longer, as is the default, they would take the cores from those who serve.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     run = RunDir(Path(run_path))
     status = 0
     try:
