@@ -62,7 +62,8 @@ def client(
     # A cluster may hide the jobs of other users.
     if not (schedulers.is_live(entry) if home.is_own else heartbeat_is_fresh(entry)):
         raise DeploymentNotFoundError(
-            f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
+            f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice",
+            deployment_name=entry.deployment_name,
         )
     update = {"deployment_name": entry.deployment_name, "home": home.path}
     return MIIClient(config.model_copy(update=update), home=home)

@@ -22,6 +22,7 @@ from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.errors import (
     ConfigError,
+    DeploymentError,
     DeploymentNotFoundError,
     InvalidRequestError,
     MIIError,
@@ -31,7 +32,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.generation import GenerationRequest, Response, as_prompts, joined
 from mii_hpc.rpc import transport, wire
 
 CONNECT_SECONDS = 20.0
@@ -80,13 +81,11 @@ class AsyncMIIClient:
         Raises InvalidRequestError before anything is sent if an option is wrong. If some of the prompts fail, the
         first one's error is raised after all have ended, and its `responses` lists what came of each.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not all(isinstance(text, str) for text in texts):
-            raise InvalidRequestError("prompts: must be a string or strings")
+        texts = as_prompts(prompts)
         params = validate(
             GenerateParamsConfig, {**options, "stream": streaming_fn is not None or options.get("stream", False)}
         )
-        async with _deadline(timeout) as deadline:
+        async with self._deadline(timeout) as deadline:
             if streaming_fn is not None:
                 if len(texts) != 1:
                     raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
@@ -104,6 +103,7 @@ class AsyncMIIClient:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         params = validate(GenerateParamsConfig, {**options, "stream": True})
         deadline = None if timeout is None else time.monotonic() + timeout
+        (prompt,) = as_prompts([prompt])
         async with contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -138,7 +138,9 @@ class AsyncMIIClient:
             if not await asyncio.to_thread(schedulers.is_live, entry):
                 free_name(found.home.path, entry)
             if time.monotonic() > deadline:
-                raise UnavailableError(f"job {entry.job_id} has not ended after {TERMINATE_SECONDS:.0f} s; try scancel")
+                raise self._unavailable(
+                    f"has not ended after {TERMINATE_SECONDS:.0f} s: job {entry.job_id} still runs; try scancel"
+                )
             await asyncio.sleep(0.2)
         await self.close()
 
@@ -205,23 +207,27 @@ class AsyncMIIClient:
             message, timeout=_left(deadline), metadata=(*(self._metadata or ()), *placed)
         )
         unfinished = set(range(params.num_return_sequences))
+        replica: int | None = None
         try:
             served_by = dict(await call.initial_metadata())
-            replica = int(served_by.get(wire.REPLICA_KEY, -1))
+            if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
+                replica = int(served_by[wire.REPLICA_KEY])
             async for chunk in call:
-                piece = wire.unpack_response(chunk, replica)
+                piece = wire.unpack_response(chunk, replica or 0)
                 unfinished -= {piece.index} if piece.ended else set()
                 yield piece
         except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
+            raise self._failed(failure, connection, replica) from None
         except asyncio.CancelledError:
             if transport.is_being_cancelled():
                 raise
-            raise RequestCancelledError("the client was closed before the answer was complete") from None
+            closed = RequestCancelledError("the client was closed before the answer was complete")
+            raise self._located(closed, replica) from None
         finally:
             call.cancel()
         if unfinished:
-            raise RequestError("the answer was cut short: the stream ended before its last piece")
+            cut = RequestError("the answer was cut short: the stream ended before its last piece")
+            raise self._located(cut, replica)
 
     async def _call(
         self,
@@ -234,7 +240,9 @@ class AsyncMIIClient:
         except grpc.aio.AioRpcError as failure:
             raise self._failed(failure, connection) from None
 
-    def _failed(self, failure: grpc.aio.AioRpcError, connection: transport.Connection) -> MIIError:
+    def _failed(
+        self, failure: grpc.aio.AioRpcError, connection: transport.Connection, replica: int | None = None
+    ) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it anew
         if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
@@ -244,9 +252,21 @@ class AsyncMIIClient:
                 self._connection = None
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
                 self._find()
-                return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
-            return UnavailableError(self._says("is gone"))
-        return wire.error_of(failure)
+                return self._unavailable("does not answer: " + (failure.details() or "connection lost"))
+            return self._unavailable("is gone")
+        return self._located(wire.error_of(failure), replica)
+
+    def _located(self, error: MIIError, replica: int | None = None) -> MIIError:
+        """Return an error with the deployment and the replica that it is about, where the server has not said them."""
+        if isinstance(error, DeploymentError | RequestError):
+            error.deployment_name = error.deployment_name or self.mii_config.deployment_name
+        if isinstance(error, RequestError) and error.replica is None:
+            error.replica = replica
+        return error
+
+    def _unavailable(self, predicate: str) -> UnavailableError:
+        name = self.mii_config.deployment_name
+        return UnavailableError(f"deployment '{name}' {predicate}", deployment_name=name)
 
     async def _connected(self) -> transport.Connection:
         """Return the connection to the balancer, once it is there; a request must not overtake another."""
@@ -261,8 +281,8 @@ class AsyncMIIClient:
                 await asyncio.wait_for(self._connection.channel.channel_ready(), CONNECT_SECONDS)
             except TimeoutError:
                 await self.close()
-                raise UnavailableError(
-                    self._says(f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s")
+                raise self._unavailable(
+                    f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s"
                 ) from None
             return self._connection
 
@@ -278,25 +298,22 @@ class AsyncMIIClient:
 
     def _way_to(self, entry: Entry) -> str:
         if not entry.address:
-            raise UnavailableError(self._says(f"is not serving yet: job {entry.job_id} is {entry.state}"))
+            raise self._unavailable(f"is not serving yet: job {entry.job_id} is {entry.state}")
         if self._host == "localhost":
             return entry.address
         return f"{self._host}:{self.mii_config.port_number or entry.address.rpartition(':')[2]}"
 
-    def _says(self, predicate: str) -> str:
-        return f"deployment '{self.mii_config.deployment_name}' {predicate}"
-
-
-@contextlib.asynccontextmanager
-async def _deadline(timeout: float | None) -> AsyncIterator[float | None]:
-    """Yield the time by which all must be done; raise RequestTimeoutError if it is not."""
-    try:
-        async with asyncio.timeout(timeout):
-            yield None if timeout is None else time.monotonic() + timeout
-    except TimeoutError as error:
-        if isinstance(error, MIIError):
-            raise
-        raise RequestTimeoutError(f"timeout={timeout}: it passed before the answer was complete") from None
+    @contextlib.asynccontextmanager
+    async def _deadline(self, timeout: float | None) -> AsyncIterator[float | None]:
+        """Yield the time by which all must be done; raise RequestTimeoutError if it is not."""
+        try:
+            async with asyncio.timeout(timeout):
+                yield None if timeout is None else time.monotonic() + timeout
+        except TimeoutError as error:
+            if isinstance(error, MIIError):
+                raise
+            message = f"timeout={timeout}: it passed before the answer was complete"
+            raise self._located(RequestTimeoutError(message)) from None
 
 
 def _left(deadline: float | None) -> float | None:

@@ -16,7 +16,7 @@ from mii_hpc.clients.status import DeploymentStatus
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
 from mii_hpc.errors import InvalidRequestError, UnavailableError
-from mii_hpc.generation import Response, joined
+from mii_hpc.generation import Response, as_prompts, joined
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class MIIClient:
         """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
         if streaming_fn is None:
             return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = as_prompts(prompts)
         if len(texts) != 1:
             raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
         pieces = []
@@ -105,7 +105,8 @@ class MIIClient:
             elif self._worker.pid != os.getpid():
                 raise UnavailableError(
                     "this process was forked while requests of its parent were running, after which gRPC does not "
-                    "work in it; fork before or between requests, or start processes with 'spawn'"
+                    "work in it; fork before or between requests, or start processes with 'spawn'",
+                    deployment_name=self.mii_config.deployment_name,
                 )
             worker = self._worker
             self._calls += 1

@@ -91,7 +91,10 @@ class OwnHome(Home):
         registry = Registry(self.path)
         entry = registry.get(deployment_name)
         if entry is None:
-            raise DeploymentNotFoundError(f"deployment '{deployment_name}' is not in the registry {registry.folder}")
+            raise DeploymentNotFoundError(
+                f"deployment '{deployment_name}' is not in the registry {registry.folder}",
+                deployment_name=deployment_name,
+            )
         return entry, credentials.load_owner(RunDir(entry.run_dir))
 
 

@@ -98,7 +98,8 @@ class Registry:
                     if is_live(holder):
                         raise DeploymentExistsError(
                             f"deployment_name='{holder.deployment_name}': taken by job {holder.job_id or '(new)'}, "
-                            f"which is {holder.state}; choose another name, or end that one first"
+                            f"which is {holder.state}; choose another name, or end that one first",
+                            deployment_name=holder.deployment_name,
                         )
                     log.info("removing the stale entry of job %s from the registry", holder.job_id)
                     self.withdraw(holder)
@@ -116,9 +117,13 @@ class Registry:
         path = self._path(entry.deployment_name)
         holder = self._read(path)
         if holder is None:
-            raise DeploymentNotFoundError(f"{path}: the entry is no longer there")
+            raise DeploymentNotFoundError(
+                f"{path}: the entry is no longer there", deployment_name=entry.deployment_name
+            )
         if holder.run_dir != entry.run_dir:
-            raise DeploymentExistsError(f"{path}: the name now belongs to job {holder.job_id}")
+            raise DeploymentExistsError(
+                f"{path}: the name now belongs to job {holder.job_id}", deployment_name=entry.deployment_name
+            )
         write_atomically(path, entry.model_dump_json(indent=2))
 
     def withdraw(self, entry: Entry) -> None:

@@ -102,15 +102,20 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         try:
             status = path.lstat()
         except (FileNotFoundError, PermissionError):
-            raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
+            raise _not_shared(home, deployment_name) from None
         if status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(status.st_mode):
             raise RegistryError(f"{path}: others than the owner of {home} could have written it; it is not believed")
     try:
         entry = Entry.model_validate_json((folder / _ENTRY).read_text())
         certificate, token = (folder / _CERTIFICATE).read_bytes(), (folder / _TOKEN).read_text().strip()
     except (FileNotFoundError, PermissionError):
-        raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
+        raise _not_shared(home, deployment_name) from None
     return entry, ClientCredentials(certificate, token)
+
+
+def _not_shared(home: Path, deployment_name: str) -> DeploymentNotFoundError:
+    message = f"{home} shares no deployment '{deployment_name}' with you"
+    return DeploymentNotFoundError(message, deployment_name=deployment_name)
 
 
 def _shares_of(home: Path) -> Path:

@@ -53,6 +53,7 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
         if failure is not None:
             raise DeploymentFailedError(
                 f"job {job.id} of deployment '{entry.deployment_name}' failed while starting: {failure.message}",
+                deployment_name=entry.deployment_name,
                 job_id=job.id,
                 state="FAILED",
                 log=failure.log,
@@ -80,7 +81,8 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
             if config.queue_timeout is not None and now > submitted + config.queue_timeout:
                 raise DeploymentTimeoutError(
                     f"job {job.id} is still in the queue after queue_timeout={config.queue_timeout:.0f} s"
-                    f" ({state.reason or 'no reason given'}); it was cancelled"
+                    f" ({state.reason or 'no reason given'}); it was cancelled",
+                    deployment_name=entry.deployment_name,
                 )
         elif published is None or published.state == "pending":
             show("starting: the ranks are meeting")
@@ -88,7 +90,8 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
             detail = (published.detail if published is not None else "") or "its ranks have not met"
             raise DeploymentTimeoutError(
                 f"job {job.id} is not ready after startup_timeout={config.startup_timeout:.0f} s ({detail}); "
-                "it was cancelled"
+                "it was cancelled",
+                deployment_name=entry.deployment_name,
             )
         time.sleep(POLL_SECONDS)
 
@@ -99,6 +102,7 @@ def _died(run: RunDir, entry: Entry, job: Job, state: JobState) -> DeploymentFai
     return DeploymentFailedError(
         f"job {job.id} of deployment '{entry.deployment_name}' ended before it was ready (state {name}"
         + (f", {state.reason})" if state.reason not in ("", "None") else ")"),
+        deployment_name=entry.deployment_name,
         job_id=job.id,
         state=name,
         log=words,
