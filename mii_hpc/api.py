@@ -30,7 +30,7 @@ def serve(
     on after this process has ended, until `terminate_server()`, scancel, or the walltime.
 
     Raises, before anything is submitted, ConfigError, RegistryError or DeploymentExistsError; SubmissionError with
-    the scheduler's words; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
+    the scheduler's message; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
     deployment does not become ready, after which nothing of it remains but its logs.
     """
     config, placement = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
@@ -59,10 +59,10 @@ def client(
     shared = [SharedHome(Path(path).expanduser()) for path in paths.split(":") if path]
     found = lookup.find(model_or_deployment_name, [OwnHome(config.home), *shared])
     entry, home = found.entry, found.home
-    # A cluster may hide the jobs of other users.
+    # A cluster may hide the jobs of other users, so their heartbeat tells.
     if not (schedulers.is_live(entry) if home.is_own else heartbeat_is_fresh(entry)):
         raise DeploymentNotFoundError(
-            f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice",
+            f"deployment '{entry.deployment_name}' has ended: its job {entry.job_id} no longer runs",
             deployment_name=entry.deployment_name,
         )
     update = {"deployment_name": entry.deployment_name, "home": home.path}

@@ -17,7 +17,7 @@ from mii_hpc.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt with its options. `id` is unique among the requests that an engine has in hand."""
+    """One prompt with its options. `id` is unique among the requests of an engine that have not ended."""
 
     id: str
     prompt: str
@@ -74,7 +74,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has in hand. `running` and `waiting` are requests; blocks are pages of the KV cache."""
+    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache."""
 
     running: int = 0
     waiting: int = 0

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 CLOSED = "the pipeline is closed"
 IN_FLIGHT = 256
-"""Requests of one call that the engine has in hand at once."""
+"""Requests of one call that run or wait in the engine at once."""
 Arrived = tuple[int, Response | Exception]
 """What came for one of a call's prompts, by its number."""
 
@@ -186,7 +186,7 @@ class MIIPipeline:
                 yield item
 
     def close(self) -> None:
-        """End the engine and free its memory. Calls that are under way, and later ones, raise UnavailableError.
+        """End the engine and free its memory. Calls that run, and later ones, raise UnavailableError.
 
         On other ranks than 0 this waits for rank 0 to do the same. Nothing happens the second time.
         """
@@ -219,20 +219,20 @@ class MIIPipeline:
     def _pieces(
         self, prompts: list[str], timeout: float | None, options: dict[str, Any]
     ) -> Generator[tuple[int, Response | RequestError]]:
-        """Yield what comes for each prompt, by its number. Closing the iterator cancels what is under way."""
+        """Yield what comes for each prompt, by its number. Closing the iterator cancels the requests that run."""
         params = validate(GenerateParamsConfig, options)
         deadline = None if timeout is None else time.monotonic() + timeout
         arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         waiting = list(enumerate(prompts))[::-1]
-        under_way: dict[int, str] = {}
+        running: dict[int, str] = {}
         unfinished = [params.num_return_sequences] * len(prompts)
         room = min(IN_FLIGHT, self.model_config.inference_engine_config.queue_bound)
         with self._call(arrived) as engine:
             try:
-                while waiting or under_way:
-                    while waiting and len(under_way) < room:
+                while waiting or running:
+                    while waiting and len(running) < room:
                         number, prompt = waiting.pop()
-                        under_way[number] = self._submit(engine, number, prompt, params, arrived)
+                        running[number] = self._submit(engine, number, prompt, params, arrived)
                     try:
                         number, item = arrived.get(
                             timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -244,15 +244,15 @@ class MIIPipeline:
                     if number < 0:
                         raise UnavailableError(str(item))
                     if isinstance(item, Exception):
-                        del under_way[number]
+                        del running[number]
                         yield number, item if isinstance(item, RequestError) else RequestError(str(item))
                         continue
                     unfinished[number] -= item.ended
                     if not unfinished[number]:
-                        del under_way[number]
+                        del running[number]
                     yield number, item
             finally:
-                for request_id in under_way.values():
+                for request_id in running.values():
                     engine.cancel(request_id)
 
     def submit(self, number: int, prompt: str, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]) -> None:
@@ -287,7 +287,7 @@ class MIIPipeline:
 
     @contextlib.contextmanager
     def _call(self, arrived: queue.SimpleQueue[Arrived]) -> Iterator[Engine]:
-        """Yield the engine; within this context the queue is told when it ends."""
+        """Yield the engine; within this context the queue gets an error when it ends."""
         with self._lock:
             engine = self._open_engine()
             self._calls.add(arrived)
@@ -316,7 +316,7 @@ class MIIPipeline:
         end = CLOSED
         try:
             engine.run()
-        except Exception as error:  # the thread's boundary: every call is to hear of it
+        except Exception as error:  # the thread's boundary: every call gets it
             log.exception("the engine has failed")
             end = f"the engine has failed: {error!r}"
         with self._lock:

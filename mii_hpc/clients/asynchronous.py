@@ -39,7 +39,7 @@ CONNECT_SECONDS = 20.0
 TERMINATE_SECONDS = 60.0
 """How long terminate_server() waits for the job's end."""
 IN_FLIGHT = 256
-"""Requests of one generate() call that are under way at once."""
+"""Requests of one generate() call that run at once."""
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -48,8 +48,8 @@ Answer = TypeVar("Answer")
 class AsyncMIIClient:
     """A client for use inside one event loop; every method belongs to the loop of the first call.
 
-    `mii_config` names the deployment and its home, unless `home` is given: that of somebody else, who shares the
-    deployment with you. The balancer's address is the one in the registry, unless `host` names another way to it,
+    `mii_config` names the deployment and its home, unless `home` is given: that of another user, who shares the
+    deployment. The balancer's address is the one in the registry, unless `host` names another way to it,
     such as the "127.0.0.1" of an SSH tunnel; its port is `port_number` then, where that is set.
     """
 
@@ -125,12 +125,12 @@ class AsyncMIIClient:
         job = schedulers.job_of(found.entry)
         if found.entry.address or not found.home.is_own:
             try:
-                # Refused, in its own words, unless it is ours.
+                # The balancer refuses it unless the deployment is ours.
                 await self._call(lambda deployment: deployment.Terminate, pb.TerminateRequest())
             except UnavailableError:
                 if not found.home.is_own:
                     raise
-                await asyncio.to_thread(job.cancel)  # nobody answers; perhaps the scheduler can help
+                await asyncio.to_thread(job.cancel)  # the balancer does not answer; the scheduler may
         else:
             await asyncio.to_thread(job.cancel)
         deadline = time.monotonic() + TERMINATE_SECONDS
@@ -244,16 +244,16 @@ class AsyncMIIClient:
         self, failure: grpc.aio.AioRpcError, connection: transport.Connection, replica: int | None = None
     ) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
-            self._metadata = None  # the token may have been rotated; the next call reads it anew
+            self._metadata = None  # the token may have been rotated; the next call reads it again
         if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
-            # The balancer may have moved (a requeued job); the next call looks it up anew. Not closed: other calls
-            # may still run on that connection, and shall end as they end.
+            # The balancer may have moved (a requeued job); the next call looks it up again. The connection is not
+            # closed, because other calls may still run on it.
             if self._connection is connection:
                 self._connection = None
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
                 self._find()
                 return self._unavailable("does not answer: " + (failure.details() or "connection lost"))
-            return self._unavailable("is gone")
+            return self._unavailable("has ended")
         return self._located(wire.error_of(failure), replica)
 
     def _located(self, error: MIIError, replica: int | None = None) -> MIIError:

@@ -136,7 +136,7 @@ class MIIClient:
 
 
 class _Forks:
-    """The clients of this process, told of every fork."""
+    """The clients of this process, each of which is called before and after a fork."""
 
     _clients: ClassVar[weakref.WeakSet[MIIClient] | None] = None
     _held: ClassVar[list[MIIClient]] = []

@@ -1,4 +1,4 @@
-"""How a deployment is found: by its name or its model's, in one's own home or in one that somebody shares."""
+"""Finding a deployment by its name or its model's, in the user's own home or in one that another user shares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mii_hpc.errors import DeploymentNotFoundError, RegistryError
 
 @dataclass(frozen=True)
 class Found:
-    """A deployment, as its clients find it: where, what is known of it, and what opens it."""
+    """A deployment that was found: its home, its registry entry, and the credentials of its clients."""
 
     home: Home
     entry: Entry
@@ -79,7 +79,7 @@ class Home(ABC):
 
 
 class OwnHome(Home):
-    """The home of the user himself."""
+    """The user's own home."""
 
     is_own = True
 
@@ -99,7 +99,7 @@ class OwnHome(Home):
 
 
 class SharedHome(Home):
-    """The home of somebody who shares deployments with us, and is trusted in that."""
+    """The home of another user who shares deployments with this one, and whom this one trusts."""
 
     is_own = False
 
@@ -107,7 +107,7 @@ class SharedHome(Home):
         """See Home.entries()."""
         found = []
         for name in sharing.names(self.path):
-            with contextlib.suppress(DeploymentNotFoundError):  # not shared with us, or not serving yet
+            with contextlib.suppress(DeploymentNotFoundError):  # not shared with this user, or not serving yet
                 found.append(self._read(name)[0])
         return found
 
@@ -131,7 +131,7 @@ def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
 
 
 def free_name(home: Path, entry: Entry) -> None:
-    """Withdraw the entry of a run, and what it shares; nothing happens when the name is no longer the run's."""
+    """Withdraw the entry of a run, and what it shares. Nothing happens when the name is no longer the run's."""
     registry = Registry(home)
     holder = registry.get(entry.deployment_name)
     if holder is None or holder.run_dir != entry.run_dir:

@@ -1,7 +1,7 @@
-"""Deployments shared with a Unix group: what its members may read, and how they believe it.
+"""Deployments shared with a Unix group: what its members may read, and how they check who wrote it.
 
 Sharing opens one folder per deployment below the owner's home, `shared/NAME`, of mode 0750: the registry entry, the
-certificate, and the guests' token, which lets its bearer generate and ask for the status, and nothing else.
+certificate, and the guests' token, with which one can generate and ask for the status, and nothing else.
 """
 
 from __future__ import annotations

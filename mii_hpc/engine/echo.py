@@ -21,7 +21,7 @@ CONTEXT = 2**31 - 1
 class EchoEngine:
     """Repeats the prompt, a word per token and `echo_delay` seconds per token.
 
-    A token is a word of the prompt followed by one space; its id is the word's place in the prompt. The
+    A token is a word of the prompt followed by one space; its id is the word's index in the prompt. The
     answer is the prompt's words once and ends with "stop"; with `max_new_tokens` or `max_length` it repeats
     them up to that bound and ends with "length". Requests run concurrently.
     """
@@ -92,8 +92,8 @@ class EchoEngine:
         for echo in running:
             if not echo.due:
                 self._start(echo, now)
-            if echo.due <= now and self._in_hand(echo):
-                self._say_next_words(echo)
+            if echo.due <= now and self._is_running(echo):
+                self._generate(echo)
                 echo.due = max(echo.due + self._config.echo_delay, now)
         with self._changed:
             if self._running and not self._closed:
@@ -108,16 +108,16 @@ class EchoEngine:
         except InvalidRequestError as error:
             self._deliver(echo, error)
 
-    def _say_next_words(self, echo: _Echo) -> None:
+    def _generate(self, echo: _Echo) -> None:
         for answer in echo.answers:
-            place = answer.generated % len(echo.words)
+            token_id = answer.generated % len(echo.words)
             if not answer.ended:
-                piece = answer.add(place, 0.0 if echo.request.params.logprobs else None)
+                piece = answer.add(token_id, 0.0 if echo.request.params.logprobs else None)
                 self._generated += 1
                 if piece:
                     self._deliver(echo, piece)
 
-    def _in_hand(self, echo: _Echo) -> bool:
+    def _is_running(self, echo: _Echo) -> bool:
         with self._changed:
             return self._running.get(echo.request.id) is echo
 
@@ -133,7 +133,7 @@ class EchoEngine:
 
 @dataclass
 class _Echo:
-    """A request in hand; `due` is when its next words are to be said, 0 before its start."""
+    """A request that waits or runs; `due` is when its next tokens are due, 0 before its start."""
 
     request: GenerationRequest
     deliver: Deliver
@@ -169,7 +169,7 @@ class _Echo:
 
 
 class _Words:
-    """The text of a token is the word at its place."""
+    """The text source of an echo: the text of a token is the word of that index."""
 
     def __init__(self, words: tuple[str, ...]) -> None:
         self._words = words

@@ -15,7 +15,7 @@ from mii_hpc.engine.graphs import DecodeGraphs
 from mii_hpc.engine.memory import compute_with, plan_budget, threads
 from mii_hpc.engine.model.loading import choose_device, load_model
 from mii_hpc.engine.step import Step
-from mii_hpc.heap import give_memory_back
+from mii_hpc.heap import trim_heap
 
 
 class ModelRunner:
@@ -112,6 +112,6 @@ class ModelRunner:
         """Free the model and the cache. Nothing can be executed afterwards."""
         self._graphs = None
         del self._module, self._attention, self._cache
-        give_memory_back()
+        trim_heap()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -45,7 +45,7 @@ class InferenceService(pb_grpc.EngineServicer):
             await wire.abort(context, error)
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
-        """Return what the engine has in hand."""
+        """Return the engine's load."""
         return wire.pack_load(self._engine.stats())
 
     async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:

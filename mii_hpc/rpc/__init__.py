@@ -1,4 +1,4 @@
-"""What processes say to each other, and how: messages, errors, and TLS channels."""
+"""How processes talk to each other: messages, errors, and TLS channels."""
 
 import os
 

@@ -143,33 +143,33 @@ def unpack_load(message: pb.LoadResponse) -> Load:
 async def abort(context: Context, error: MIIError) -> NoReturn:
     """End a call with one of our errors: the client raises the same class with the same message and facts."""
     code = next(_CODES[kind] for kind in (*type(error).__mro__, errors.RequestError) if kind in _CODES)
-    told = {"class": type(error).__name__, "facts": {name: getattr(error, name) for name in error.facts}}
-    await context.abort(code, str(error.args[0]), ((ERROR_KEY, json.dumps(told)),))
+    named = {"class": type(error).__name__, "facts": {name: getattr(error, name) for name in error.facts}}
+    await context.abort(code, str(error.args[0]), ((ERROR_KEY, json.dumps(named)),))
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> MIIError:
     """Return our error for a failed call: the one that the server named, else one for its status code."""
     message = failure.details() or failure.code().name
-    told = _told(failure)
-    if told is None:
+    named = _named(failure)
+    if named is None:
         by_code = {code: kind for kind, code in _CODES.items()}
         return by_code.get(failure.code(), errors.RequestError)(f"{message} ({failure.code().name})")
-    kind, facts = told
+    kind, facts = named
     return kind(message, **facts)
 
 
 def is_ours(failure: grpc.aio.AioRpcError) -> bool:
     """Whether one of our servers ended the call with one of our errors; else gRPC itself failed it."""
-    return _told(failure) is not None
+    return _named(failure) is not None
 
 
-def _told(failure: grpc.aio.AioRpcError) -> tuple[type[MIIError], dict[str, Any]] | None:
+def _named(failure: grpc.aio.AioRpcError) -> tuple[type[MIIError], dict[str, Any]] | None:
     text = next((value for key, value in failure.trailing_metadata() or () if key == ERROR_KEY), None)
     try:
-        told = json.loads(text or "")
-        kind = getattr(errors, told["class"])
+        named = json.loads(text or "")
+        kind = getattr(errors, named["class"])
         if not issubclass(kind, MIIError):
             return None
-        return kind, {name: value for name, value in told["facts"].items() if name in kind.facts}
+        return kind, {name: value for name, value in named["facts"].items() if name in kind.facts}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -122,7 +122,7 @@ def own_allocation() -> Allocation:
 
 
 def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, Any]:
-    """Return what submitit's Slurm executor is told: a pure function of the configuration."""
+    """Return the parameters of submitit's Slurm executor: a pure function of the configuration."""
     slurm = config.slurm
     srun_args = [
         f"--mpi={slurm.mpi}",
@@ -162,7 +162,7 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
 
 
 def _run_rank(run_path: str) -> None:
-    """Run one rank: what submitit calls in each task. By name, because nobody imports it but the job itself."""
+    """Run one rank: submitit calls this in each task. It imports the module by name, because only the job needs it."""
     importlib.import_module("mii_hpc.job.rank").main(run_path)
 
 

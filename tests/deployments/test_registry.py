@@ -162,7 +162,7 @@ def test_a_folder_open_to_others_is_refused_with_the_remedy(registry):
     registry.folder.chmod(0o777)
     for act in everything(registry):
         with pytest.raises(
-            RegistryError, match=rf"mode 0777 lets others in; mend it with: chmod 700 {registry.folder}"
+            RegistryError, match=rf"mode 0777 gives others access; correct it with: chmod 700 {registry.folder}"
         ):
             act()
 

@@ -76,7 +76,7 @@ def _sharding_error(config: Any, ranks: int) -> float:
 
 
 def _small(config: Any, ranks: int) -> Any:
-    """Return a configuration of the same architecture with few layers, few heads and few words."""
+    """Return a configuration of the same architecture with few layers, few heads and a small vocabulary."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     heads = text.num_attention_heads

@@ -62,7 +62,7 @@ class Relay:
         if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
             return self._located(error, replica)
-        # The connection broke before the rank's supervisor could say that its engine is gone.
+        # The connection broke before the rank's supervisor could report the end of its engine.
         self._on_broken(replica.index, replica.epoch, "its connection broke")
         return self._interrupted(replica)
 
