@@ -33,7 +33,8 @@ def serve(
     the scheduler's words; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
     deployment does not become ready, after which nothing of it remains but its logs.
     """
-    config, placement = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
+    config = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
+    config, placement = submission.shape(config)
     run, entry = submission.prepare(config)
     entry = submission.submit(run, entry, config, placement)
     if config.wait:

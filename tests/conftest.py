@@ -52,7 +52,7 @@ def slurm(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
         monkeypatch.delenv(name)
 
     def commands(**scripts):
@@ -66,6 +66,7 @@ def slurm(tmp_path, monkeypatch):
         sbatch="echo Submitted batch job 4711",
         squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
         scancel="exit 0",
+        sinfo="true",
     )
     return commands
 

@@ -4,7 +4,7 @@ from mii_hpc.submission import submit as submission
 
 
 def submitted(config):
-    config, placement = submission.check(config)
+    config, placement = submission.shape(submission.check(config))
     run, entry = submission.prepare(config)
     return run, submission.submit(run, entry, config, placement)
 
