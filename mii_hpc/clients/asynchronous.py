@@ -31,7 +31,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.generation import GenerationRequest, Response, as_prompts, joined
 from mii_hpc.rpc import transport, wire
 
 CONNECT_SECONDS = 20.0
@@ -80,9 +80,7 @@ class AsyncMIIClient:
         Raises InvalidRequestError before anything is sent if an option is wrong. If some of the prompts fail, the
         first one's error is raised after all have ended, and its `responses` lists what came of each.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not all(isinstance(text, str) for text in texts):
-            raise InvalidRequestError("prompts: must be a string or strings")
+        texts = as_prompts(prompts)
         params = validate(
             GenerateParamsConfig, {**options, "stream": streaming_fn is not None or options.get("stream", False)}
         )
@@ -102,6 +100,7 @@ class AsyncMIIClient:
 
     async def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
+        (prompt,) = as_prompts([prompt])
         params = validate(GenerateParamsConfig, {**options, "stream": True})
         deadline = None if timeout is None else time.monotonic() + timeout
         async with contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:

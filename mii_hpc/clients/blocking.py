@@ -17,7 +17,7 @@ from mii_hpc.clients.status import DeploymentStatus
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
 from mii_hpc.errors import InvalidRequestError, UnavailableError
-from mii_hpc.generation import Response, joined
+from mii_hpc.generation import Response, as_prompts, joined
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class MIIClient:
         """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
         if streaming_fn is None:
             return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = as_prompts(prompts)
         if len(texts) != 1:
             raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
         pieces = []
