@@ -101,6 +101,7 @@ class AsyncMIIClient:
 
     async def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
+        (prompt,) = as_prompts([prompt])
         params = validate(GenerateParamsConfig, {**options, "stream": True})
         deadline = None if timeout is None else time.monotonic() + timeout
         (prompt,) = as_prompts([prompt])
