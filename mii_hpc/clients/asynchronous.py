@@ -237,7 +237,7 @@ class AsyncMIIClient:
     def _failed(self, failure: grpc.aio.AioRpcError, connection: transport.Connection) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it anew
-        if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
+        if wire.is_lost(failure):
             # The balancer may have moved (a requeued job); the next call looks it up anew. Not closed: other calls
             # may still run on that connection, and shall end as they end.
             if self._connection is connection:
