@@ -246,7 +246,7 @@ class AsyncMIIClient:
     ) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it again
-        if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
+        if wire.is_lost(failure):
             # The balancer may have moved (a requeued job); the next call looks it up again. The connection is not
             # closed, because other calls may still run on it.
             if self._connection is connection:
