@@ -91,7 +91,12 @@ class MIIWarning(UserWarning):
 
 class _Model(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -410,7 +415,7 @@ def resolve(
     """
     file, deployment = {}, {}
     if isinstance(mii_config, str | Path):
-        file = _read(mii_config)
+        file = read(mii_config)
     else:
         deployment = _as_mapping(mii_config, "mii_config")
     file_model = _model_in(file)
@@ -479,7 +484,8 @@ def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
         fields[name] = value
 
 
-def _read(file: str | Path) -> dict[str, Any]:
+def read(file: str | Path) -> dict[str, Any]:
+    """Return the fields in a YAML file, not yet validated. Raises ConfigError when it is no such file."""
     try:
         loaded = yaml.safe_load(Path(file).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

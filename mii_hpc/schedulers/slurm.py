@@ -46,16 +46,19 @@ class Slurm(Scheduler):
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> SlurmJob:
         """See Scheduler.submit()."""
         # Imported here, because only who submits a job needs it.
-        import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor = submitit.SlurmExecutor(folder=run.submitit, python=config.slurm.python)
-        executor.update_parameters(**executor_parameters(config, placement))
+        executor = _executor(run, config, placement)
         try:
             with _outside_of_any_job():
                 return SlurmJob(str(executor.submit(_run_rank, str(run.path)).job_id))
         except (FailedJobError, FailedSubmissionError) as error:
             raise SubmissionError(str(error).strip()) from error
+
+    def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:
+        """See Scheduler.script()."""
+        executor = _executor(run, config, placement)
+        return str(executor._make_submission_file_text(executor._submitit_command_str, "RUN"))
 
     def job(self, entry: Entry) -> SlurmJob:
         """See Scheduler.job()."""
@@ -119,6 +122,14 @@ def own_allocation() -> Allocation:
         raise ConfigError(
             f"{missing.args[0]} is not set: this is for batch scripts; elsewhere use mii_hpc.serve()"
         ) from None
+
+
+def _executor(run: RunDir, config: MIIConfig, placement: Placement) -> Any:
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=run.submitit, python=config.slurm.python)
+    executor.update_parameters(**executor_parameters(config, placement))
+    return executor
 
 
 def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, Any]:
