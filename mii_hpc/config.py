@@ -118,6 +118,15 @@ def _as_tokenizer(value: Any) -> Any:
     return tokenizer
 
 
+def _as_template(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and "{" in value):
+        return value
+    try:
+        return Path(value).expanduser().read_text()
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"must be a Jinja template, or a file with one: {error}") from None
+
+
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -259,6 +268,8 @@ class ModelConfig(_Model):
     """A local folder, or a name on the Hugging Face hub."""
     tokenizer: Annotated[Any, AfterValidator(_as_tokenizer)] = None
     """Folder or hub name of the tokenizer, or a tokenizer of transformers; None takes the model's own."""
+    chat_template: Annotated[str | None, BeforeValidator(_as_template)] = None
+    """Jinja template that makes a prompt of a conversation, or a file with it; None takes the tokenizer's own."""
     task: TaskType = TaskType.TEXT_GENERATION
     tensor_parallel: int = Field(1, ge=1, le=1024)
     """Ranks, and so devices, per replica."""
