@@ -56,7 +56,7 @@ def run_source(run: RunDir, ours: bool, messages: int, told: Connection) -> None
         else:
             server = grpc.aio.server()  # without TLS, token or limits
             port = server.add_insecure_port("127.0.0.1:0")
-        transport.add_inference(server, source(messages))
+        transport.add_inference(server, {Method.GENERATE: source(messages)})
         await server.start()
         told.send(f"127.0.0.1:{port}")
         await server.wait_for_termination()
@@ -83,7 +83,7 @@ def run_proxy(run: RunDir, ours: bool, address: str, told: Connection) -> None:
                     yield piece
 
             server = grpc.aio.server()
-            transport.add_inference(server, grpc.stream_stream_rpc_method_handler(passed_on))
+            transport.add_inference(server, {Method.GENERATE: grpc.stream_stream_rpc_method_handler(passed_on)})
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
         told.send(f"127.0.0.1:{port}")

@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from mii_hpc.constants import DeploymentType as DeploymentType
     from mii_hpc.constants import GenerationFinishReason as GenerationFinishReason
     from mii_hpc.constants import TaskType as TaskType
+    from mii_hpc.generation import Chat as Chat
+    from mii_hpc.generation import Description as Description
     from mii_hpc.generation import Load as Load
     from mii_hpc.generation import Response as Response
+    from mii_hpc.generation import Tokenization as Tokenization
     from mii_hpc.pipelines import MIIAsyncPipeline as MIIAsyncPipeline
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
     from mii_hpc.pipelines import async_pipeline as async_pipeline
@@ -48,7 +51,7 @@ _HOMES = {
     "clients.status": ("DeploymentStatus", "ReplicaStatus"),
     "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
     "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
-    "generation": ("Load", "Response"),
+    "generation": ("Chat", "Description", "Load", "Response", "Tokenization"),
     "pipelines": ("MIIAsyncPipeline", "MIIPipeline", "async_pipeline", "pipeline"),
 }
 

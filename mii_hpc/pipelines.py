@@ -26,7 +26,7 @@ from mii_hpc.errors import (
     UnavailableError,
     UnknownArgument,
 )
-from mii_hpc.generation import GenerationRequest, Response, as_prompts, joined
+from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompts, joined
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class MIIPipeline:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         streaming_fn: Callable[[list[Response]], object] | None = None,
         *,
         timeout: float | None = None,
@@ -140,19 +140,19 @@ class MIIPipeline:
 
     def _generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         streaming_fn: Callable[[list[Response]], object] | None,
         timeout: float | None,
         options: dict[str, Any],
     ) -> list[Response]:
-        texts = as_prompts(prompts)
-        if streaming_fn is not None and len(texts) != 1:
-            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+        several = as_prompts(prompts)
+        if streaming_fn is not None and len(several) != 1:
+            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
         if streaming_fn is not None:
             options["stream"] = True
-        pieces: list[list[Response]] = [[] for _ in texts]
+        pieces: list[list[Response]] = [[] for _ in several]
         errors: dict[int, RequestError] = {}
-        with contextlib.closing(self._pieces(texts, timeout, options)) as arriving:
+        with contextlib.closing(self._pieces(several, timeout, options)) as arriving:
             for number, item in arriving:
                 if isinstance(item, RequestError):
                     errors[number] = item
@@ -167,7 +167,9 @@ class MIIPipeline:
             raise first
         return [answer for outcome in outcomes if isinstance(outcome, list) for answer in outcome]
 
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
+    def stream(
+        self, prompt: Prompt | Sequence[int], *, timeout: float | None = None, **options: Any
+    ) -> Iterator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request.
 
         On other ranks than 0 they come, if at all, when rank 0 has had the last.
@@ -217,7 +219,7 @@ class MIIPipeline:
         self.close()
 
     def _pieces(
-        self, prompts: list[str], timeout: float | None, options: dict[str, Any]
+        self, prompts: list[Prompt], timeout: float | None, options: dict[str, Any]
     ) -> Generator[tuple[int, Response | RequestError]]:
         """Yield what comes for each prompt, by its number. Closing the iterator cancels the requests that run."""
         params = validate(GenerateParamsConfig, options)
@@ -255,13 +257,15 @@ class MIIPipeline:
                 for request_id in running.values():
                     engine.cancel(request_id)
 
-    def submit(self, number: int, prompt: str, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]) -> None:
+    def submit(
+        self, number: int, prompt: Prompt, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]
+    ) -> None:
         """Queue a request, whose pieces or error go to `arrived` with its number.
 
         When the engine ends, `arrived` gets an error with a negative number.
         """
-        (prompt,) = as_prompts([prompt])
-        request = GenerationRequest(f"async-{number}", prompt, validate(GenerateParamsConfig, options))
+        (whole,) = as_prompts([prompt])
+        request = GenerationRequest(f"async-{number}", whole, validate(GenerateParamsConfig, options))
         with self._lock:
             engine = self._open_engine()
             self._calls.add(arrived)
@@ -277,7 +281,7 @@ class MIIPipeline:
         self,
         engine: Engine,
         number: int,
-        prompt: str,
+        prompt: Prompt,
         params: GenerateParamsConfig,
         arrived: queue.SimpleQueue[Arrived],
     ) -> str:
@@ -347,7 +351,7 @@ class MIIAsyncPipeline:
         self._numbers = itertools.count(1)
         self._thread = threading.local()
 
-    def put_request(self, prompt: str, kwargs: Mapping[str, Any]) -> int:
+    def put_request(self, prompt: Prompt, kwargs: Mapping[str, Any]) -> int:
         """Queue a prompt with its options, without waiting, and return the request's number.
 
         Raises what MIIPipeline.generate() raises before it waits.

@@ -32,7 +32,16 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import GenerationRequest, Response, as_prompts, joined
+from mii_hpc.generation import (
+    Description,
+    GenerationRequest,
+    Prompt,
+    Prompts,
+    Response,
+    Tokenization,
+    as_prompts,
+    joined,
+)
 from mii_hpc.rpc import transport, wire
 
 CONNECT_SECONDS = 20.0
@@ -66,7 +75,7 @@ class AsyncMIIClient:
 
     async def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         streaming_fn: Callable[[list[Response]], object] | None = None,
         *,
         timeout: float | None = None,
@@ -81,33 +90,56 @@ class AsyncMIIClient:
         Raises InvalidRequestError before anything is sent if an option is wrong. If some of the prompts fail, the
         first one's error is raised after all have ended, and its `responses` lists what came of each.
         """
-        texts = as_prompts(prompts)
+        several = as_prompts(prompts)
         params = validate(
             GenerateParamsConfig, {**options, "stream": streaming_fn is not None or options.get("stream", False)}
         )
         async with self._deadline(timeout) as deadline:
             if streaming_fn is not None:
-                if len(texts) != 1:
-                    raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+                if len(several) != 1:
+                    raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
                 pieces = []
-                async with contextlib.aclosing(self._pieces(texts[0], params, deadline)) as stream:
+                async with contextlib.aclosing(self._pieces(several[0], params, deadline)) as stream:
                     async for piece in stream:
                         pieces.append(piece)
                         streaming_fn([piece])
                 return joined(pieces)
-            return await self._generate_all(texts, params, deadline)
+            return await self._generate_all(several, params, deadline)
 
     __call__ = generate
 
-    async def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> AsyncGenerator[Response]:
+    async def stream(
+        self, prompt: Prompt | Sequence[int], *, timeout: float | None = None, **options: Any
+    ) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
-        (prompt,) = as_prompts([prompt])
         params = validate(GenerateParamsConfig, {**options, "stream": True})
+        (whole,) = as_prompts([prompt])
         deadline = None if timeout is None else time.monotonic() + timeout
-        (prompt,) = as_prompts([prompt])
-        async with contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:
+        async with contextlib.aclosing(self._pieces(whole, params, deadline)) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
+        """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
+        (whole,) = as_prompts([prompt])
+        connection = await self._connected()
+        message = wire.pack_tokenize(whole, plain)
+        try:
+            answer = await connection.inference.Tokenize(message, timeout=CONNECT_SECONDS, metadata=self._metadata)
+        except grpc.aio.AioRpcError as failure:
+            raise self._failed(failure, connection) from None
+        return wire.unpack_tokenization(answer)
+
+    async def describe(self) -> Description:
+        """Return what is served: its context, its tokenizer, and what its makers recommend."""
+        connection = await self._connected()
+        try:
+            answer = await connection.inference.Describe(
+                pb.DescribeRequest(), timeout=CONNECT_SECONDS, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as failure:
+            raise self._failed(failure, connection) from None
+        return wire.unpack_description(answer)
 
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
@@ -166,13 +198,13 @@ class AsyncMIIClient:
         await self.close()
 
     async def _generate_all(
-        self, prompts: list[str], params: GenerateParamsConfig, deadline: float | None
+        self, prompts: list[Prompt], params: GenerateParamsConfig, deadline: float | None
     ) -> list[Response]:
         room = asyncio.Semaphore(IN_FLIGHT)  # first come, first served: requests leave in the prompts' order
 
         batch = uuid.uuid4().hex
 
-        async def one(prompt: str, index: int = 0) -> list[Response]:
+        async def one(prompt: Prompt, index: int = 0) -> list[Response]:
             position = wire.BatchPosition(batch, index, len(prompts))
             async with room, contextlib.aclosing(self._pieces(prompt, params, deadline, position)) as pieces:
                 return joined([piece async for piece in pieces])
@@ -196,7 +228,7 @@ class AsyncMIIClient:
 
     async def _pieces(
         self,
-        prompt: str,
+        prompt: Prompt,
         params: GenerateParamsConfig,
         deadline: float | None,
         position: wire.BatchPosition | None = None,

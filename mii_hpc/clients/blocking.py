@@ -16,7 +16,7 @@ from mii_hpc.clients.status import DeploymentStatus
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
 from mii_hpc.errors import InvalidRequestError, UnavailableError
-from mii_hpc.generation import Response, as_prompts, joined
+from mii_hpc.generation import Description, Prompt, Prompts, Response, Tokenization, as_prompts, joined
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class MIIClient:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         streaming_fn: Callable[[list[Response]], object] | None = None,
         *,
         timeout: float | None = None,
@@ -48,18 +48,20 @@ class MIIClient:
         """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
         if streaming_fn is None:
             return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
-        texts = as_prompts(prompts)
-        if len(texts) != 1:
-            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+        several = as_prompts(prompts)
+        if len(several) != 1:
+            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
         pieces = []
-        for piece in self.stream(texts[0], timeout=timeout, **options):  # so that the function runs on this thread
+        for piece in self.stream(several[0], timeout=timeout, **options):  # so that the function runs on this thread
             pieces.append(piece)
             streaming_fn([piece])
         return joined(pieces)
 
     __call__ = generate
 
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
+    def stream(
+        self, prompt: Prompt | Sequence[int], *, timeout: float | None = None, **options: Any
+    ) -> Iterator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         with self._working() as worker:
             pieces = worker.client.stream(prompt, timeout=timeout, **options)
@@ -68,6 +70,14 @@ class MIIClient:
                     yield piece
             finally:
                 worker.run(lambda _: pieces.aclose())
+
+    def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
+        """Return a prompt as the model sees it. See AsyncMIIClient.tokenize()."""
+        return self._run(lambda client: client.tokenize(prompt, plain=plain))
+
+    def describe(self) -> Description:
+        """Return what is served. See AsyncMIIClient.describe()."""
+        return self._run(lambda client: client.describe())
 
     def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""

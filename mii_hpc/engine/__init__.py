@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mii_hpc.engine.base import Engine, EngineSpec
+from mii_hpc.config import ModelConfig
+from mii_hpc.engine.base import Codec, Engine, EngineSpec
 
 
 def create_engine(spec: EngineSpec) -> Engine:
@@ -14,3 +15,14 @@ def create_engine(spec: EngineSpec) -> Engine:
     from mii_hpc.engine.batching import BatchingEngine
 
     return BatchingEngine(spec)
+
+
+def codec_of(engine: Engine, model: ModelConfig) -> Codec:
+    """Return the codec of an engine that has loaded the model."""
+    from mii_hpc.engine.echo import EchoEngine
+
+    if isinstance(engine, EchoEngine):
+        return engine.codec
+    from mii_hpc.engine.tokenizer import TokenizerCodec
+
+    return TokenizerCodec(engine.tokenizer, model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from mii_hpc.config import ModelConfig
-from mii_hpc.generation import Deliver, GenerationRequest, Load
+from mii_hpc.generation import Deliver, Description, GenerationRequest, Load, Prompt, Tokenization
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,19 @@ class EngineSpec:
             host="127.0.0.1",
             store_address="",
         )
+
+
+class Codec(Protocol):
+    """From prompts to token ids, and back. May be used beside the engine, by one thread at a time."""
+
+    def tokenize(self, prompt: Prompt, plain: bool = False) -> Tokenization:
+        """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with.
+
+        Raises InvalidRequestError when it is no prompt for this model.
+        """
+
+    def describe(self) -> Description:
+        """Return what is served."""
 
 
 class Engine(Protocol):

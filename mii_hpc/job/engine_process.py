@@ -18,7 +18,7 @@ from typing import Protocol
 
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
-from mii_hpc.engine import create_engine
+from mii_hpc.engine import codec_of, create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
@@ -68,7 +68,7 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
         return await ended
     keys = credentials.load_server(run)
     server = transport.create_server(lambda _method, token: transport.same_token(token, keys.rank_token))
-    InferenceService(engine).add_to(server)
+    InferenceService(engine, codec_of(engine, run.load_config().model_conf)).add_to(server)
     port = transport.listen(server, f"{listen_host}:0", keys)
     await server.start()
     tell(ready=f"{listen_host}:{port}")

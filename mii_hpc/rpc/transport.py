@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import grpc
@@ -93,10 +93,11 @@ def create_server(admits: Admits) -> grpc.aio.Server:
     )
 
 
-def add_inference(server: grpc.aio.Server, handler: grpc.RpcMethodHandler[bytes, bytes]) -> None:
-    """Let a handler answer Inference.Generate. It gets and gives bytes, which need not be a message."""
-    _, service, method = Method.GENERATE.split("/")
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+def add_inference(server: grpc.aio.Server, handlers: Mapping[Method, grpc.RpcMethodHandler[bytes, bytes]]) -> None:
+    """Let handlers answer the methods of Inference. They get and give bytes, which need not be a message."""
+    by_name = {method.rpartition("/")[2]: handler for method, handler in handlers.items()}
+    service = Method.GENERATE.split("/")[1]
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, by_name),))
 
 
 def listen(server: grpc.aio.Server, address: str, credentials: ServerCredentials) -> int:

@@ -76,6 +76,10 @@ class Scheduler(ABC):
         """Submit the ranks of a prepared run as one job. Raises SubmissionError with the scheduler's message."""
 
     @abstractmethod
+    def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:
+        """Return what submit() would have executed, as text. The run need not exist."""
+
+    @abstractmethod
     def job(self, entry: Entry) -> Job:
         """Return the job behind a registry entry."""
 

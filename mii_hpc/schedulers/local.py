@@ -42,10 +42,7 @@ class Local(Scheduler):
 
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> LocalJob:
         """See Scheduler.submit()."""
-        python = shlex.split(config.slurm.python) if config.slurm.python else [sys.executable]
-        command = [*python, "-m", "mii_hpc.job.launch", str(run.path)]
-        if config.slurm.setup:
-            command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
+        command = _command(run, config)
         run.job_log.touch(0o600)
         try:
             with run.job_log.open("ab") as log:
@@ -63,6 +60,10 @@ class Local(Scheduler):
         threading.Thread(target=process.wait, name="mii-local-job", daemon=True).start()
         return LocalJob(str(process.pid), socket.gethostname(), run.path)
 
+    def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:
+        """See Scheduler.script()."""
+        return shlex.join(_command(run, config))
+
     def job(self, entry: Entry) -> LocalJob:
         """See Scheduler.job()."""
         return LocalJob(entry.job_id, entry.job_host, entry.run_dir)
@@ -70,6 +71,14 @@ class Local(Scheduler):
     def own_job(self, run: RunDir) -> LocalJob:
         """See Scheduler.own_job()."""
         return LocalJob(os.environ[JOB_ID], socket.gethostname(), run.path)
+
+
+def _command(run: RunDir, config: MIIConfig) -> list[str]:
+    python = shlex.split(config.slurm.python) if config.slurm.python else [sys.executable]
+    command = [*python, "-m", "mii_hpc.job.launch", str(run.path)]
+    if config.slurm.setup:
+        command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
+    return command
 
 
 @dataclass(frozen=True)

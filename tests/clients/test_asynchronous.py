@@ -19,6 +19,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from mii_hpc.generation import Chat, Tokenization
 from mii_hpc.job.balancer import lifetime
 from mii_hpc.job.inference import InferenceService
 from tests.live import Deployment
@@ -55,8 +56,24 @@ async def test_what_a_response_tells(deploy):
     (response,) = await client.generate("one two three", max_new_tokens=2, logprobs=True)
     assert (response.generated_text, str(response), repr(response)) == ("one two ",) * 3
     assert (response.prompt_length, response.generated_length, response.finish_reason) == (3, 2, "length")
-    assert (response.token_ids, response.logprobs) == ((0, 1), (0.0, 0.0))
+    assert (response.token_ids, response.logprobs) == ((await client.tokenize("one two")).token_ids, (0.0, 0.0))
     assert (await client.generate("a b", stop="b", return_full_text=True))[0].finish_reason == "stop"
+
+
+async def test_token_ids_and_conversations_are_prompts_too(deploy):
+    client = (await deploy(replica_num=1)).client()
+    seen = await client.tokenize("to be")
+    assert seen == Tokenization(seen.token_ids, "to be ", (b"to ", b"be "))
+    assert [str(answer) for answer in await client([seen.token_ids, "or not"])] == ["to be ", "or not "]
+    assert str((await client(list(seen.token_ids)))[0]) == "to be "
+    talk = Chat([{"role": "user", "content": "hi"}])
+    assert "".join([str(piece) async for piece in client.stream(talk)]) == "user: hi "
+    with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+        await client.tokenize("")
+
+
+async def test_what_is_served(deploy):
+    assert (await (await deploy(max_length=77)).client().describe()).max_length == 77
 
 
 async def test_a_stream_joins_to_the_unary_answer(deploy):

@@ -10,7 +10,7 @@ from mii_hpc.deployments.sharing import Share
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
 
-GUEST_METHODS = frozenset({Method.GENERATE, Method.STATUS})
+GUEST_METHODS = frozenset({Method.GENERATE, Method.TOKENIZE, Method.DESCRIBE, Method.STATUS})
 OWNER_METHODS = GUEST_METHODS | {Method.TERMINATE, Method.ROTATE_TOKEN}
 RANK_METHODS = frozenset({Method.JOIN})
 

@@ -77,6 +77,11 @@ class ReplicaConnection:
             self._in_flight.discard(call)
             call.cancel()
 
+    async def ask(self, method: wire.Method, payload: bytes, timeout: float | None) -> bytes:
+        """Call a method of Inference that is no request, and return its answer."""
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(method)
+        return await call(payload, timeout=timeout, metadata=self._authorization)
+
     async def load(self) -> pb.LoadResponse | None:
         """Return the engine's load; None when it does not answer at once."""
         try:
