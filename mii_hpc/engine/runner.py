@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from mii_hpc.engine.attention import create_backend
+from mii_hpc.engine.attention.cached import CachedForward
 from mii_hpc.engine.attention.interface import attach
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
@@ -27,6 +28,7 @@ class ModelRunner:
         vocabulary: how many token ids there are.
         context: the bound on prompt plus answer, in tokens.
         eos_token_ids: those that end an answer, as far as the checkpoint says it.
+        recompute_beyond: so long may a sequence grow before all of it is computed anew; None is for ever.
     """
 
     def __init__(self, spec: EngineSpec, progress: Callable[[str], None]) -> None:
@@ -51,10 +53,16 @@ class ModelRunner:
         self._module = model.module
         # One block more, for the null block.
         self._cache = PagedCache(model.layers, self.budget.num_blocks + 1, self.budget.page_size, self._device)
-        self._attention = create_backend(config.attention, self._cache)
-        attach(self._module, self._attention)
+        self._rope = model.rope
+        self.recompute_beyond = None if model.rope is None else model.rope.bound
+        self._cached: CachedForward | None = None
         self._graphs: DecodeGraphs | None = None
-        if config.cuda_graphs and DecodeGraphs.work_on(self._device, spec.world_size):
+        if model.serving.way != "paged":
+            self._cached = CachedForward(self._module, self._cache, together=model.serving.way == "cached")
+        self._attention = create_backend(config.attention, self._cache)
+        if self._cached is None:
+            attach(self._module, self._attention)
+        if self._cached is None and config.cuda_graphs and DecodeGraphs.work_on(self._device, spec.world_size):
             context = min(self.context, self.budget.num_blocks * self.budget.page_size)
             self._graphs = DecodeGraphs(self.forward, self._attention, self._cache, self.budget.max_batch_size, context)
         progress(f"KV cache: {self.budget.num_blocks} blocks of {self.budget.page_size} tokens")
@@ -74,6 +82,10 @@ class ModelRunner:
             self._ranks.broadcast(step.encode())
         if step.clear:
             self._cache.clear(step.clear)
+        if self._cached:
+            return self._cached(step)
+        if self._rope:
+            self._rope.prepare(step, self._device)
         if self._graphs and (logits := self._graphs.run(step)) is not None:
             return logits
         self._attention.prepare(step)
@@ -112,6 +124,7 @@ class ModelRunner:
     def close(self) -> None:
         """Free the model and the cache. Nothing can be executed afterwards."""
         self._graphs = None
+        self._cached = None
         del self._module, self._attention, self._cache
         trim_heap()
         if self._device.type == "cuda":

@@ -38,10 +38,14 @@ class Scheduler(Generic[S]):
     already, or will be in the same step: a step writes all its tokens before it reads any.
     """
 
-    def __init__(self, budget: Budget, prefix_sharing: bool = True) -> None:
+    def __init__(self, budget: Budget, prefix_sharing: bool = True, recompute_beyond: int | None = None) -> None:
+        """Schedule for these sizes. A sequence that grows beyond `recompute_beyond` tokens is computed anew, once."""
         self.allocator = BlockAllocator(budget.num_blocks + 1, budget.page_size)
         self._budget = budget
         self._prefix_sharing = prefix_sharing
+        self._recompute_beyond = recompute_beyond
+        # Those that have been computed while they were no longer than that.
+        self._short: set[S] = set()
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
 
@@ -71,6 +75,8 @@ class Scheduler(Generic[S]):
         room = self._budget.max_batch_tokens
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
+        for sequence in [one for one in self._running if one in self._short and not self._is_short(one)]:
+            self._release(sequence)
         for sequence in sorted(self._running, key=_prefills):
             count = min(len(sequence.tokens) - sequence.computed, room)
             # Those before it may have preempted it.
@@ -83,6 +89,7 @@ class Scheduler(Generic[S]):
             self._register(sequence, count)
         if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
             self._admit(room, counts)
+        self._short.update(sequence for sequence in counts if self._is_short(sequence))
         chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
         slices = tuple(_slice(sequence, counts[sequence]) for sequence in chosen)
         return Step(slices, self.allocator.take_dirty()), chosen
@@ -121,6 +128,10 @@ class Scheduler(Generic[S]):
     def _release(self, sequence: S) -> None:
         self.allocator.release(sequence.table)
         sequence.computed = 0
+        self._short.discard(sequence)
+
+    def _is_short(self, sequence: S) -> bool:
+        return self._recompute_beyond is not None and len(sequence.tokens) <= self._recompute_beyond
 
 
 def _prefills(sequence: Scheduled) -> bool:
@@ -134,4 +145,5 @@ def _slice(sequence: Scheduled, count: int) -> Slice:
         token_ids=tuple(sequence.tokens[sequence.computed : end]),
         blocks=tuple(sequence.table),
         sample=end == len(sequence.tokens),
+        length=len(sequence.tokens),
     )

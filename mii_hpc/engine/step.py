@@ -15,12 +15,14 @@ class Slice:
         token_ids: the ones to compute.
         blocks: its block table, long enough for all of them. Slices that begin alike may share blocks.
         sample: whether the last of them is the sequence's last, so that another is drawn from its logits.
+        length: how many tokens the sequence has in all, those that later steps compute included.
     """
 
     start: int
     token_ids: tuple[int, ...]
     blocks: tuple[int, ...]
     sample: bool
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Step:
         """Return the step as integers, for the other ranks."""
         numbers = [int(self.stop), len(self.slices), len(self.clear), *self.clear]
         for part in self.slices:
-            numbers += (part.start, len(part.token_ids), len(part.blocks), int(part.sample))
+            numbers += (part.start, len(part.token_ids), len(part.blocks), int(part.sample), part.length)
             numbers += part.token_ids
             numbers += part.blocks
         return numbers
@@ -66,6 +68,6 @@ def _take(source: Iterator[int], count: int) -> tuple[int, ...]:
 
 
 def _slice(source: Iterator[int]) -> Slice:
-    start, tokens, blocks, sample = _take(source, 4)
+    start, tokens, blocks, sample, length = _take(source, 5)
     token_ids = _take(source, tokens)
-    return Slice(start, token_ids, _take(source, blocks), bool(sample))
+    return Slice(start, token_ids, _take(source, blocks), bool(sample), length)
