@@ -30,7 +30,7 @@ def serve(
     on after this process has ended, until `terminate_server()`, scancel, or the walltime.
 
     Raises, before anything is submitted, ConfigError, RegistryError or DeploymentExistsError; SubmissionError with
-    the scheduler's words; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
+    the scheduler's message; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
     deployment does not become ready, after which nothing of it remains but its logs.
     """
     config = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
@@ -64,6 +64,7 @@ def client(
     # A cluster may hide the jobs of other users.
     if not (schedulers.is_live(entry) if found.home.is_own else heartbeat_is_fresh(entry)):
         raise DeploymentNotFoundError(
-            f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
+            f"deployment '{entry.deployment_name}' has ended: its job {entry.job_id} no longer runs",
+            deployment_name=entry.deployment_name,
         )
     return MIIClient(found.config, home=found.home)

@@ -96,7 +96,12 @@ class MIIWarning(UserWarning):
 
 class _Model(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -116,6 +121,15 @@ def _as_tokenizer(value: Any) -> Any:
     if not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise ValueError("must be a folder, a name on the Hugging Face hub, or a tokenizer of transformers")
     return tokenizer
+
+
+def _as_template(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and "{" in value):
+        return value
+    try:
+        return Path(value).expanduser().read_text()
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"must be a Jinja template, or a file with one: {error}") from None
 
 
 def _as_tuple(value: Any) -> Any:
@@ -259,6 +273,8 @@ class ModelConfig(_Model):
     """A local folder, or a name on the Hugging Face hub."""
     tokenizer: Annotated[Any, AfterValidator(_as_tokenizer)] = None
     """Folder or hub name of the tokenizer, or a tokenizer of transformers; None takes the model's own."""
+    chat_template: Annotated[str | None, BeforeValidator(_as_template)] = None
+    """Jinja template that makes a prompt of a conversation, or a file with it; None takes the tokenizer's own."""
     task: TaskType = TaskType.TEXT_GENERATION
     tensor_parallel: int = Field(1, ge=1, le=1024)
     """Ranks, and so devices, per replica."""
@@ -443,7 +459,7 @@ def resolve(
     """
     file, deployment = {}, {}
     if isinstance(mii_config, str | Path):
-        file = _read(mii_config)
+        file = read(mii_config)
     else:
         deployment = _as_mapping(mii_config, "mii_config")
     file_model = _model_in(file)
@@ -514,7 +530,8 @@ def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
         fields[name] = value
 
 
-def _read(file: str | Path) -> dict[str, Any]:
+def read(file: str | Path) -> dict[str, Any]:
+    """Return the fields in a YAML file, not yet validated. Raises ConfigError when it is no such file."""
     try:
         loaded = yaml.safe_load(Path(file).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""Where ranks go: pure arithmetic over ranks, nodes, replicas and roles."""
+"""The placement of ranks: pure arithmetic over ranks, nodes, replicas and roles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Role:
-    """One rank's place: which replica it belongs to, and its rank there. Rank 0 of a replica leads it."""
+    """The replica that a rank belongs to, and its rank there. Rank 0 of a replica leads it."""
 
     rank: int
     replica: int

@@ -22,5 +22,6 @@ def test_the_verbs(deploy_in_thread):
 def test_a_deployment_whose_job_is_gone_is_not_found(deploy_in_thread):
     threaded = deploy_in_thread()
     threaded.deployment.end_job()
-    with pytest.raises(DeploymentNotFoundError, match=r"its job \d+ has ended without notice"):
+    with pytest.raises(DeploymentNotFoundError, match=r"its job \d+ no longer runs") as failure:
         mii_hpc.client("chat", {"home": threaded.config.home})
+    assert failure.value.deployment_name == "chat"

@@ -1,4 +1,4 @@
-"""How a deployment is found: by its name or its model's, in one's own home or in one that somebody shares."""
+"""Finding a deployment by its name or its model's, in the user's own home or in one that another user shares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEEPSPEED_MIIS_SUFFIX = "-mii-deployment"
 
 @dataclass(frozen=True)
 class Found:
-    """A deployment, as its clients find it: where, what is known of it, and what opens it."""
+    """A deployment that was found: its home, its registry entry, and the credentials of its clients."""
 
     home: Home
     entry: Entry
@@ -97,7 +97,7 @@ class Home(ABC):
 
 
 class OwnHome(Home):
-    """The home of the user himself."""
+    """The user's own home."""
 
     is_own = True
 
@@ -113,12 +113,15 @@ class OwnHome(Home):
         registry = Registry(self.path)
         entry = registry.get(deployment_name)
         if entry is None:
-            raise DeploymentNotFoundError(f"deployment '{deployment_name}' is not in the registry {registry.folder}")
+            raise DeploymentNotFoundError(
+                f"deployment '{deployment_name}' is not in the registry {registry.folder}",
+                deployment_name=deployment_name,
+            )
         return entry, credentials.load_owner(RunDir(entry.run_dir))
 
 
 class SharedHome(Home):
-    """The home of somebody who shares deployments with us, and is trusted in that."""
+    """The home of another user who shares deployments with this one, and whom this one trusts."""
 
     is_own = False
 
@@ -126,7 +129,7 @@ class SharedHome(Home):
         """See Home.entries()."""
         found = []
         for name in sharing.names(self.path):
-            with contextlib.suppress(DeploymentNotFoundError):  # not shared with us, or not serving yet
+            with contextlib.suppress(DeploymentNotFoundError):  # not shared with this user, or not serving yet
                 found.append(self._read(name)[0])
         return found
 
@@ -160,7 +163,7 @@ def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
 
 
 def free_name(home: Path, entry: Entry) -> None:
-    """Withdraw the entry of a run, and what it shares; nothing happens when the name is no longer the run's."""
+    """Withdraw the entry of a run, and what it shares. Nothing happens when the name is no longer the run's."""
     registry = Registry(home)
     holder = registry.get(entry.deployment_name)
     if holder is None or holder.run_dir != entry.run_dir:

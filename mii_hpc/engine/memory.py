@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,19 @@ def threads(spec: EngineSpec) -> int:
     """Return the CPU threads of this rank: its share of the cores that the process may run on."""
     configured = spec.model.inference_engine_config.threads
     return configured or max(1, len(os.sched_getaffinity(0)) // spec.local_world_size)
+
+
+def compute_with(number: int) -> None:
+    """Let the calling thread compute with so many CPU threads, and all other threads of the process as before.
+
+    torch.set_num_threads() sets the number of the calling thread and that of threads which have not computed yet.
+    """
+    import torch
+
+    with ThreadPoolExecutor(1) as unused:
+        default = unused.submit(torch.get_num_threads).result()
+        torch.set_num_threads(number)
+        unused.submit(torch.set_num_threads, default).result()
 
 
 def _share(spec: EngineSpec, device: torch.device, weights: int) -> float:

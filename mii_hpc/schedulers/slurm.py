@@ -69,16 +69,19 @@ class Slurm(Scheduler):
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> SlurmJob:
         """See Scheduler.submit()."""
         # Imported here, because only who submits a job needs it.
-        import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        executor = submitit.SlurmExecutor(folder=run.submitit, python=config.slurm.python)
-        executor.update_parameters(**executor_parameters(config, placement))
+        executor = _executor(run, config, placement)
         try:
             with _outside_of_any_job():
                 return SlurmJob(str(executor.submit(_run_rank, str(run.path)).job_id))
         except (FailedJobError, FailedSubmissionError) as error:
             raise SubmissionError(str(error).strip()) from error
+
+    def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:
+        """See Scheduler.script()."""
+        executor = _executor(run, config, placement)
+        return str(executor._make_submission_file_text(executor._submitit_command_str, "RUN"))
 
     def job(self, entry: Entry) -> SlurmJob:
         """See Scheduler.job()."""
@@ -189,8 +192,16 @@ def _with_device(config: MIIConfig, device: Literal["cuda", "cpu"]) -> MIIConfig
     return config.model_copy(update={"model_conf": config.model_conf.model_copy(update={"device": device})})
 
 
+def _executor(run: RunDir, config: MIIConfig, placement: Placement) -> Any:
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder=run.submitit, python=config.slurm.python)
+    executor.update_parameters(**executor_parameters(config, placement))
+    return executor
+
+
 def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, Any]:
-    """Return what submitit's Slurm executor is told: a pure function of the configuration."""
+    """Return the parameters of submitit's Slurm executor: a pure function of the configuration."""
     slurm = config.slurm
     srun_args = [
         f"--mpi={slurm.mpi}",
@@ -230,7 +241,7 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
 
 
 def _run_rank(run_path: str) -> None:
-    """Run one rank: what submitit calls in each task. By name, because nobody imports it but the job itself."""
+    """Run one rank: submitit calls this in each task. It imports the module by name, because only the job needs it."""
     importlib.import_module("mii_hpc.job.rank").main(run_path)
 
 

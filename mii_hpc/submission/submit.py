@@ -66,7 +66,7 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
         )
         Registry(config.home).claim(entry, schedulers.is_live)
         try:
-            sharing.withdraw(config.home, config.deployment_name)  # what a run that was killed has left behind
+            sharing.withdraw(config.home, config.deployment_name)  # what a killed run has left
             if config.shared_group is not None:
                 Share(config.home, config.deployment_name, config.shared_group).create(run)
         except BaseException:
@@ -81,7 +81,7 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
 def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -> Entry:
     """Submit a prepared run and return its entry, now with the job's id.
 
-    Raises SubmissionError with the scheduler's own words; the name is free again then.
+    Raises SubmissionError with the scheduler's message, after which the name is free again.
     """
     registry = Registry(config.home)
     try:

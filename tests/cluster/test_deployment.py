@@ -292,7 +292,7 @@ def test_two_deployments_and_a_stale_entry(cluster, home, ended):
     eventually(lambda: not job_processes(cluster), PATIENCE, "every process is gone")
     assert Registry(home).get("first").state == "ready"
     eventually(lambda: not is_live(Registry(home).get("first")), PATIENCE, "Slurm knows that the job is gone")
-    with pytest.raises(mii.DeploymentNotFoundError, match="is gone"):
+    with pytest.raises(mii.DeploymentNotFoundError, match="no longer runs"):
         mii.client("first", mii_config={"home": home})
     again = mii.serve(deployment_name="first", cluster="slurm", home=home, **ECHO)
     assert str(again("three")[0]).strip() == "three"

@@ -103,8 +103,9 @@ def test_what_is_not_there_is_answered_with_what_is(home):
     deploy(home, "one")
     with pytest.raises(DeploymentNotFoundError, match=r"'chat' in .*; there: 'one' \(m\)$"):
         home.find("chat")
-    with pytest.raises(DeploymentNotFoundError, match="'chat'"):
+    with pytest.raises(DeploymentNotFoundError, match="'chat'") as failure:
         home.get("chat")
+    assert failure.value.deployment_name == "chat"
 
 
 def test_a_certificate_that_the_registry_does_not_name_is_not_believed(home):
