@@ -107,7 +107,7 @@ class ModelRunner:
         sizes = [len(part) for part in parts]
         uploaded = torch.empty(sum(sizes), dtype=torch.int64, device=self._device)
         upload(np.concatenate(parts, dtype=np.int64, casting="unsafe"), uploaded)
-        token_ids, packed_positions, rows, slots, targets = torch.split(uploaded, sizes)  # type: ignore[no-untyped-call]
+        token_ids, packed_positions, rows, slots, targets = torch.split(uploaded, sizes)
         if drawn:
             token_ids[targets] = self.drawn[slots]
             if self._ranks:

@@ -68,7 +68,7 @@ class Part(nn.Module):
         if merged.rows is not rows:
             merged.rows = rows
             product = linear(rows, merged.weight, merged.bias)
-            merged.outputs = torch.split(product, merged.sizes, dim=-1)  # type: ignore[no-untyped-call]
+            merged.outputs = torch.split(product, merged.sizes, dim=-1)
         output = merged.outputs[self._number]
         if self._number == len(merged.sizes) - 1:
             # In most architectures nobody asks again, and the memory is wanted.
