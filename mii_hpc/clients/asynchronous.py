@@ -39,6 +39,7 @@ from mii_hpc.generation import (
     Prompts,
     Response,
     Tokenization,
+    as_prompt,
     as_prompts,
     joined,
 )
@@ -113,7 +114,7 @@ class AsyncMIIClient:
     ) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         params = validate(GenerateParamsConfig, {**options, "stream": True})
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         deadline = None if timeout is None else time.monotonic() + timeout
         async with contextlib.aclosing(self._pieces(whole, params, deadline)) as pieces:
             async for piece in pieces:
@@ -121,7 +122,7 @@ class AsyncMIIClient:
 
     async def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         connection = await self._connected()
         message = wire.pack_tokenize(whole, plain)
         try:
