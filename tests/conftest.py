@@ -57,7 +57,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
         monkeypatch.delenv(name)
 
     def commands(**scripts: str) -> Path:
@@ -71,6 +71,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         sbatch="echo Submitted batch job 4711",
         squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
         scancel="exit 0",
+        sinfo="true",
     )
     return commands
 

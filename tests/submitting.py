@@ -10,7 +10,7 @@ from mii_hpc.submission import submit as submission
 
 
 def submitted(config: MIIConfig) -> tuple[RunDir, Entry]:
-    config, placement = submission.check(config)
+    config, placement = submission.shape(submission.check(config))
     run, entry = submission.prepare(config)
     return run, submission.submit(run, entry, config, placement)
 

@@ -101,6 +101,7 @@ class AsyncMIIClient:
 
     async def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
+        (prompt,) = as_prompts([prompt])
         params = validate(GenerateParamsConfig, {**options, "stream": True})
         deadline = None if timeout is None else time.monotonic() + timeout
         (prompt,) = as_prompts([prompt])
@@ -245,7 +246,7 @@ class AsyncMIIClient:
     ) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it again
-        if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
+        if wire.is_lost(failure):
             # The balancer may have moved (a requeued job); the next call looks it up again. The connection is not
             # closed, because other calls may still run on it.
             if self._connection is connection:

@@ -10,10 +10,11 @@ from mii_hpc.engine.attention import create_backend
 from mii_hpc.engine.attention.interface import attach
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
+from mii_hpc.engine.devices import choose_device
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
 from mii_hpc.engine.memory import compute_with, plan_budget, threads
-from mii_hpc.engine.model.loading import choose_device, load_model
+from mii_hpc.engine.model.loading import load_model
 from mii_hpc.engine.step import Step
 from mii_hpc.heap import trim_heap
 
@@ -35,7 +36,7 @@ class ModelRunner:
         """
         config = spec.model.inference_engine_config
         self._spec = spec
-        self._device = choose_device(spec)
+        self._device = choose_device(spec, progress)
         self.bind_thread()
         self._ranks: Ranks | None = None
         if spec.world_size > 1:

@@ -14,7 +14,7 @@ import grpc.aio
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.engine.base import Engine
-from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.errors import InvalidRequestError, MIIError, RequestError
 from mii_hpc.generation import GenerationRequest, Response, joined
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Context
@@ -37,16 +37,19 @@ class InferenceService(pb_grpc.EngineServicer):
 
         The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
         """
-        try:
-            async with aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
-                async for piece in pieces:
-                    yield wire.pack_response(piece).SerializeToString()
-        except MIIError as error:
-            await wire.abort(context, error)
+        async with wire.answering(context), aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
+            async for piece in pieces:
+                message = wire.pack_response(piece).SerializeToString()
+                if len(message) > wire.MAX_MESSAGE_BYTES:
+                    raise InvalidRequestError(
+                        f"a piece of the answer has {len(message)} bytes; {wire.MAX_MESSAGE_BYTES} are allowed"
+                    )
+                yield message
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
         """Return the engine's load."""
-        return wire.pack_load(self._engine.stats())
+        async with wire.answering(context):
+            return wire.pack_load(self._engine.stats())
 
     async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
         loop = asyncio.get_running_loop()

@@ -12,12 +12,11 @@ import grpc.aio
 
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.deployments.credentials import TLS_NAME, ClientCredentials, ServerCredentials
-from mii_hpc.rpc.wire import Context, Method
+from mii_hpc.rpc.wire import MAX_MESSAGE_BYTES, Context, Method
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_STREAMS_PER_CONNECTION = 4096
 KEEPALIVE_SECONDS = 5
 """A peer that stays silent for twice this counts as lost."""

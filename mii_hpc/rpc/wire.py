@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
+from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -18,6 +21,12 @@ from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
 from mii_hpc.generation import GenerationRequest, Load, Response
 
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""No message is longer, in either direction."""
+MAX_WORDS = 600
+"""An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
 ERROR_KEY = "mii-error"
 """Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""
 POSITION_KEY = "mii-batch-position"
@@ -39,6 +48,12 @@ _CODES: dict[type[MIIError], grpc.StatusCode] = {
     errors.RequestCancelledError: grpc.StatusCode.CANCELLED,
     errors.RequestError: grpc.StatusCode.INTERNAL,
 }
+_OF_GRPC: dict[grpc.StatusCode, type[MIIError]] = {
+    **{code: kind for kind, code in _CODES.items()},
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.InvalidRequestError,
+}
+"""What a status means that gRPC itself gives, and none of our servers. UNAVAILABLE alone says that the connection is
+lost; all others concern the one call. RESOURCE_EXHAUSTED is a message above the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Method(StrEnum):
 def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
     """Return the message for a request; only options that differ from their default travel.
 
-    Raises InvalidRequestError when the prompt or a stop string is no valid Unicode.
+    Raises InvalidRequestError when the prompt or a stop string is no valid Unicode, or all is too long to travel.
     """
     for name, texts in (("prompt", (request.prompt,)), ("stop", request.params.stop)):
         try:
@@ -85,7 +100,12 @@ def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"{name}: not valid Unicode at character {error.start}: {error.reason}") from None
     params = pb.GenerateParams(**request.params.model_dump(exclude_defaults=True))
-    return pb.GenerateRequest(id=request.id, prompt=request.prompt, params=params)
+    message = pb.GenerateRequest(id=request.id, prompt=request.prompt, params=params)
+    if message.ByteSize() > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            f"prompt: the request has {message.ByteSize()} bytes; {MAX_MESSAGE_BYTES} are allowed"
+        )
+    return message
 
 
 def unpack_request(payload: bytes) -> GenerationRequest:
@@ -140,27 +160,43 @@ def unpack_load(message: pb.LoadResponse) -> Load:
     return Load(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Load)})
 
 
+@contextlib.asynccontextmanager
+async def answering(context: Context) -> AsyncIterator[None]:
+    """End a call with the error that is raised within: one of ours as it is, any other as this one request's."""
+    try:
+        yield
+    except MIIError as error:
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:  # the boundary: whatever went wrong concerns this call, and nobody else
+        log.exception("a call has failed")
+        await abort(context, errors.RequestError(f"the request has failed: {type(error).__name__}: {error}"))
+
+
 async def abort(context: Context, error: MIIError) -> NoReturn:
     """End a call with one of our errors: the client raises the same class with the same message and facts."""
     code = next(_CODES[kind] for kind in (*type(error).__mro__, errors.RequestError) if kind in _CODES)
     named = {"class": type(error).__name__, "facts": {name: getattr(error, name) for name in error.facts}}
-    await context.abort(code, str(error.args[0]), ((ERROR_KEY, json.dumps(named)),))
+    message = str(error.args[0] if error.args else "")
+    if len(message) > MAX_WORDS:
+        message = message[:MAX_WORDS] + " ..."
+    await context.abort(code, message, ((ERROR_KEY, json.dumps(named)),))
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> MIIError:
-    """Return our error for a failed call: the one that the server named, else one for its status code."""
+    """Return our error for a failed call: the one that the server named, else what gRPC's own status means."""
     message = failure.details() or failure.code().name
     named = _named(failure)
     if named is None:
-        by_code = {code: kind for kind, code in _CODES.items()}
-        return by_code.get(failure.code(), errors.RequestError)(f"{message} ({failure.code().name})")
+        return _OF_GRPC.get(failure.code(), errors.RequestError)(f"{message} ({failure.code().name})")
     kind, facts = named
     return kind(message, **facts)
 
 
-def is_ours(failure: grpc.aio.AioRpcError) -> bool:
-    """Whether one of our servers ended the call with one of our errors; else gRPC itself failed it."""
-    return _named(failure) is not None
+def is_lost(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether a call failed because the connection is lost, and not for anything that its server did with it."""
+    return _named(failure) is None and _OF_GRPC.get(failure.code()) is errors.UnavailableError
 
 
 def _named(failure: grpc.aio.AioRpcError) -> tuple[type[MIIError], dict[str, Any]] | None:

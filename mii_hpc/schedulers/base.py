@@ -65,6 +65,13 @@ class Scheduler(ABC):
         """Raise SubmissionError, with what to do, when nothing can be submitted from this machine."""
 
     @abstractmethod
+    def fit(self, config: MIIConfig) -> MIIConfig:
+        """Return the configuration with what it leaves to the cluster filled in: GPUs, and so the device.
+
+        Raises ConfigError for what the cluster does not have.
+        """
+
+    @abstractmethod
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> Job:
         """Submit the ranks of a prepared run as one job. Raises SubmissionError with the scheduler's message."""
 

@@ -36,6 +36,10 @@ class Local(Scheduler):
     def check(self) -> None:
         """Do nothing: a process can be started anywhere."""
 
+    def fit(self, config: MIIConfig) -> MIIConfig:
+        """Return it as it is: the ranks share this machine's GPUs."""
+        return config
+
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> LocalJob:
         """See Scheduler.submit()."""
         python = shlex.split(config.slurm.python) if config.slurm.python else [sys.executable]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.errors import InvalidRequestError, MIIError
+from mii_hpc.errors import InvalidRequestError
 from mii_hpc.placement import role_of
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Membership:
         began = time.monotonic()
         try:
             await self._admit(replica, address)
-        except MIIError as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the replica is formed anew)
             replica.task = None
             leader = pb.RankReport()
             leader.CopyFrom(self._members[replica.ranks[0]].report)
