@@ -104,7 +104,6 @@ class AsyncMIIClient:
         (prompt,) = as_prompts([prompt])
         params = validate(GenerateParamsConfig, {**options, "stream": True})
         deadline = None if timeout is None else time.monotonic() + timeout
-        (prompt,) = as_prompts([prompt])
         async with contextlib.aclosing(self._pieces(prompt, params, deadline)) as pieces:
             async for piece in pieces:
                 yield piece
