@@ -25,7 +25,7 @@ from mii_hpc.job.rendezvous import Member, World
 from mii_hpc.job.supervisor import Supervisor
 from mii_hpc.placement import role_of
 from mii_hpc.submission import submit as submission
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 T = TypeVar("T")
 
@@ -225,7 +225,7 @@ class Deployment:
     def end_job(self) -> None:
         assert self.job.stdin is not None
         self.job.stdin.close()
-        self.job.wait()
+        self.job.wait(PATIENCE)
 
 
 class InThread:
@@ -241,7 +241,7 @@ class InThread:
 
     def do(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Run something in the deployment's event loop."""
-        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(PATIENCE)
 
     def until(self, condition: Callable[[], T]) -> T:
         return self.do(until(condition))
@@ -249,5 +249,5 @@ class InThread:
     def stop(self) -> None:
         self.do(self.deployment.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(PATIENCE)
         self._loop.close()
