@@ -518,8 +518,10 @@ def _as_mapping(config: Mapping[str, Any] | _Model | None, name: str) -> dict[st
 
 def _model_in(deployment: dict[str, Any]) -> dict[str, Any]:
     """Take the model's part out of the fields of MIIConfig, and return it."""
-    nested = [deployment.pop(name) for name in ("model_config", "model_conf") if name in deployment]
-    return _as_mapping(nested[0], "model_config") if nested else {}
+    fields: dict[str, Any] = {}
+    for name in ("model_config", "model_conf"):
+        _add(fields, _as_mapping(deployment.pop(name, None), name))
+    return fields
 
 
 def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
