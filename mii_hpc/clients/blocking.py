@@ -9,7 +9,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from mii_hpc.clients.asynchronous import AsyncMIIClient
@@ -17,7 +16,7 @@ from mii_hpc.clients.status import DeploymentStatus
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
 from mii_hpc.errors import InvalidRequestError, UnavailableError
-from mii_hpc.generation import Response, joined
+from mii_hpc.generation import Description, Prompt, Prompts, Response, Tokenization, as_prompts, joined
 
 T = TypeVar("T")
 
@@ -40,7 +39,7 @@ class MIIClient:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         streaming_fn: Callable[[list[Response]], object] | None = None,
         *,
         timeout: float | None = None,
@@ -49,18 +48,20 @@ class MIIClient:
         """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
         if streaming_fn is None:
             return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(texts) != 1:
-            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+        several = as_prompts(prompts)
+        if len(several) != 1:
+            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
         pieces = []
-        for piece in self.stream(texts[0], timeout=timeout, **options):  # so that the function runs on this thread
+        for piece in self.stream(several[0], timeout=timeout, **options):  # so that the function runs on this thread
             pieces.append(piece)
             streaming_fn([piece])
         return joined(pieces)
 
     __call__ = generate
 
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
+    def stream(
+        self, prompt: Prompt | Sequence[int], *, timeout: float | None = None, **options: Any
+    ) -> Iterator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         with self._working() as worker:
             pieces = worker.client.stream(prompt, timeout=timeout, **options)
@@ -69,6 +70,14 @@ class MIIClient:
                     yield piece
             finally:
                 worker.run(lambda _: pieces.aclose())
+
+    def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
+        """Return a prompt as the model sees it. See AsyncMIIClient.tokenize()."""
+        return self._run(lambda client: client.tokenize(prompt, plain=plain))
+
+    def describe(self) -> Description:
+        """Return what is served. See AsyncMIIClient.describe()."""
+        return self._run(lambda client: client.describe())
 
     def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
@@ -90,9 +99,7 @@ class MIIClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
@@ -108,7 +115,8 @@ class MIIClient:
             elif self._worker.pid != os.getpid():
                 raise UnavailableError(
                     "this process was forked while requests of its parent were running, after which gRPC does not "
-                    "work in it; fork before or between requests, or start processes with 'spawn'"
+                    "work in it; fork before or between requests, or start processes with 'spawn'",
+                    deployment_name=self.mii_config.deployment_name,
                 )
             worker = self._worker
             self._calls += 1
@@ -138,7 +146,7 @@ class MIIClient:
 
 
 class _Forks:
-    """The clients of this process, told of every fork."""
+    """The clients of this process, each of which is called before and after a fork."""
 
     _clients: ClassVar[weakref.WeakSet[MIIClient] | None] = None
     _held: ClassVar[list[MIIClient]] = []

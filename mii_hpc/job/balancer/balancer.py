@@ -1,4 +1,4 @@
-"""The balancer of one deployment: its parts, and how they hang together."""
+"""The balancer of one deployment, made of its parts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mii_hpc.job.balancer.router import Router
 from mii_hpc.job.balancer.service import DeploymentService, MembershipService
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
+from mii_hpc.rpc.wire import Method
 
 STOP_SECONDS = 0.5
 """How long calls that are still open at the end may go on."""
@@ -48,7 +49,13 @@ class Balancer:
             config.deployment_name, self.membership, self.router, self.access, self.ending, self.lifetime
         )
         self.server = transport.create_server(self.access.admits)
-        transport.add_inference(self.server, grpc.stream_stream_rpc_method_handler(self.relay.generate))
+        transport.add_inference(
+            self.server,
+            {
+                Method.GENERATE: grpc.stream_stream_rpc_method_handler(self.relay.generate),
+                **{each: self.relay.passing(each) for each in (Method.TOKENIZE, Method.DESCRIBE)},
+            },
+        )
         pb_grpc.add_DeploymentServicer_to_server(deployment, self.server)
         pb_grpc.add_MembershipServicer_to_server(MembershipService(self.membership), self.server)
 

@@ -1,4 +1,4 @@
-"""Which ranks are there, and which replicas they form."""
+"""The ranks that have joined, and the replicas that they form."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Replica:
     failures: int = 0
     since: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
-    """What is under way between two states: the wait before forming, or the first generation."""
+    """What runs between two states: the wait before forming, or the first generation."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Membership:
             if self._members.get(first.rank) is member:
                 del self._members[first.rank]
                 log.info("rank %d on %s has left", first.rank, first.host)
-                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} is gone")
+                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} has left")
             if not self._members:
                 self._all_left.set()
 

@@ -20,7 +20,7 @@ from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import transport, wire
-from mii_hpc.rpc.wire import BatchPosition, Context
+from mii_hpc.rpc.wire import BatchPosition, Context, Method
 
 
 class Relay:
@@ -69,6 +69,20 @@ class Relay:
             if transport.is_being_cancelled():
                 raise
             raise self._interrupted(replica) from None
+
+    def passing(self, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Return a handler that passes calls of a method to any replica, and the answers back."""
+
+        async def ask(payload: bytes, context: Context) -> bytes:
+            try:
+                replica = self._router.any()
+                return await replica.ask(method, payload, context.time_remaining())
+            except grpc.aio.AioRpcError as failure:
+                await wire.abort(context, self._error_of(failure, replica))
+            except MIIError as error:
+                await wire.abort(context, self._located(error))
+
+        return grpc.unary_unary_rpc_method_handler(ask)
 
     def _error_of(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> MIIError:
         if wire.is_lost(failure):  # before the rank's supervisor could say that its engine is gone
