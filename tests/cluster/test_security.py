@@ -235,7 +235,7 @@ def test_rotated_token_fails_and_a_running_stream_finishes(echo, home):
 
 
 def test_false_server_on_the_port_gets_nothing(cluster, echo, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(clients, "CONNECT_SECONDS", 3.0)
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (3.0,))
     registry = Registry(home)
     entry, path = registry.get("echo"), registry.folder / "echo.json"
     text = path.read_text()
