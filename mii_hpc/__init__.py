@@ -12,17 +12,9 @@ Importing this loads neither torch nor MPI: each name but the errors is loaded w
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 from mii_hpc.errors import *  # noqa: F403
-
-# gRPC reads this when it is loaded, and never again. Without it every connection that is closed for idleness leaves
-# a line on the user's standard error.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-# The clients let go of gRPC before a fork by themselves. What gRPC's core would do besides crashes or blocks a child
-# that is forked while a call runs.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
     from mii_hpc.api import client as client
@@ -40,8 +32,11 @@ if TYPE_CHECKING:
     from mii_hpc.constants import DeploymentType as DeploymentType
     from mii_hpc.constants import GenerationFinishReason as GenerationFinishReason
     from mii_hpc.constants import TaskType as TaskType
+    from mii_hpc.generation import Chat as Chat
+    from mii_hpc.generation import Description as Description
     from mii_hpc.generation import Load as Load
     from mii_hpc.generation import Response as Response
+    from mii_hpc.generation import Tokenization as Tokenization
     from mii_hpc.pipelines import MIIAsyncPipeline as MIIAsyncPipeline
     from mii_hpc.pipelines import MIIPipeline as MIIPipeline
     from mii_hpc.pipelines import async_pipeline as async_pipeline
@@ -56,7 +51,7 @@ _HOMES = {
     "clients.status": ("DeploymentStatus", "ReplicaStatus"),
     "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
     "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
-    "generation": ("Load", "Response"),
+    "generation": ("Chat", "Description", "Load", "Response", "Tokenization"),
     "pipelines": ("MIIAsyncPipeline", "MIIPipeline", "async_pipeline", "pipeline"),
 }
 

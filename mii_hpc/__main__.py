@@ -1,5 +1,6 @@
 """`python -m mii_hpc` is `mii-hpc`."""
 
-from mii_hpc.cli.prepare import app
+from mii_hpc.cli.main import app
 
-app()
+if __name__ == "__main__":
+    app()

@@ -28,6 +28,7 @@ from pydantic import (
 
 from mii_hpc.constants import TaskType
 from mii_hpc.errors import ConfigError, InvalidRequestError, UnknownArgument
+from mii_hpc.gres import gpus_in
 
 NAME_LENGTH = 100
 """Characters in a deployment's name, at most."""
@@ -85,13 +86,22 @@ SUPERSEDED_ENGINE_FIELDS: dict[str, str] = {
 }
 
 
+SHAPING_DIRECTIVES = {"constraint", "gpus-per-node", "gpus_per_node", "gres", "nodelist", "partition"}
+"""#SBATCH directives that are read as fields where `SlurmConfig.extra` has them."""
+
+
 class MIIWarning(UserWarning):
     """A setting is accepted but does nothing here; the message says what happens instead."""
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -111,6 +121,15 @@ def _as_tokenizer(value: Any) -> Any:
     if not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         raise ValueError("must be a folder, a name on the Hugging Face hub, or a tokenizer of transformers")
     return tokenizer
+
+
+def _as_template(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and "{" in value):
+        return value
+    try:
+        return Path(value).expanduser().read_text()
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"must be a Jinja template, or a file with one: {error}") from None
 
 
 def _as_tuple(value: Any) -> Any:
@@ -256,6 +275,8 @@ class ModelConfig(_Model):
     """A local folder, or a name on the Hugging Face hub."""
     tokenizer: Annotated[Any, AfterValidator(_as_tokenizer)] = None
     """Folder or hub name of the tokenizer, or a tokenizer of transformers; None takes the model's own."""
+    chat_template: Annotated[str | None, BeforeValidator(_as_template)] = None
+    """Jinja template that makes a prompt of a conversation, or a file with it; None takes the tokenizer's own."""
     task: TaskType = TaskType.TEXT_GENERATION
     tensor_parallel: int = Field(1, ge=1, le=1024)
     """Ranks, and so devices, per replica."""
@@ -289,6 +310,9 @@ class SlurmConfig(_Model):
     time: Annotated[str, _Walltime] | None = None
     """Walltime as Slurm writes it: minutes, "H:MM:SS" or "D-HH:MM:SS". None: the partition's own."""
     gpus_per_node: int | None = Field(None, ge=0)
+    """None: one for each rank of a node, where the partition has GPUs; 0: none."""
+    gres: str | None = None
+    """Generic resources per node, such as "gpu:a100:4" for GPUs of a type."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, _Memory] | None = None
     """Memory per node, such as "64G"."""
@@ -308,6 +332,31 @@ class SlurmConfig(_Model):
     """The Python of the ranks, as a shell command; None takes the one that runs now."""
     extra: dict[str, str | int | bool] = {}
     """Any other #SBATCH directive, such as {"mail-type": "FAIL"}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_extra(cls, values: Any) -> Any:
+        """Take out of `extra` what the shape of the job depends on: it has fields of its own."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("extra"), Mapping):
+            return values
+        values, extra = dict(values), dict(values["extra"])
+        for name in extra.keys() & SHAPING_DIRECTIVES:
+            field, value = str(name).replace("-", "_"), extra.pop(name)
+            if field == "gpus_per_node" and not str(value).isdecimal():
+                field, value = "gres", f"gpu:{value}"
+            if values.get(field) not in (None, value):
+                raise ValueError(
+                    f"extra['{name}']={value!r}: {field}={values[field]!r} says otherwise; give one of them"
+                )
+            values[field] = value
+        return {**values, "extra": extra}
+
+    @property
+    def gpus(self) -> int | None:
+        """GPUs per node, as far as `gpus_per_node` or `gres` say it."""
+        if self.gpus_per_node is not None:
+            return self.gpus_per_node
+        return sum(gpus_in(self.gres or "").values()) or None
 
     @field_validator("time", mode="before")
     @classmethod
@@ -412,7 +461,7 @@ def resolve(
     """
     file, deployment = {}, {}
     if isinstance(mii_config, str | Path):
-        file = _read(mii_config)
+        file = read(mii_config)
     else:
         deployment = _as_mapping(mii_config, "mii_config")
     file_model = _model_in(file)
@@ -469,8 +518,10 @@ def _as_mapping(config: Mapping[str, Any] | _Model | None, name: str) -> dict[st
 
 def _model_in(deployment: dict[str, Any]) -> dict[str, Any]:
     """Take the model's part out of the fields of MIIConfig, and return it."""
-    nested = [deployment.pop(name) for name in ("model_config", "model_conf") if name in deployment]
-    return _as_mapping(nested[0], "model_config") if nested else {}
+    fields: dict[str, Any] = {}
+    for name in ("model_config", "model_conf"):
+        _add(fields, _as_mapping(deployment.pop(name, None), name))
+    return fields
 
 
 def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -481,7 +532,8 @@ def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
         fields[name] = value
 
 
-def _read(file: str | Path) -> dict[str, Any]:
+def read(file: str | Path) -> dict[str, Any]:
+    """Return the fields in a YAML file, not yet validated. Raises ConfigError when it is no such file."""
     try:
         loaded = yaml.safe_load(Path(file).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

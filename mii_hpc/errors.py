@@ -8,17 +8,17 @@
     ├── DeploymentError
     │   ├── DeploymentNotFoundError       no live deployment of that name
     │   ├── DeploymentExistsError         the name is taken by a live deployment
-    │   ├── DeploymentFailedError         the job died, or could not start; carries its last words
+    │   ├── DeploymentFailedError         the job died, or could not start; has the end of its log
     │   └── DeploymentTimeoutError        a deadline for queueing or starting has passed
     └── RequestError
         ├── InvalidRequestError (ValueError)   the request itself is wrong; repeating it is useless
         ├── QueueFullError                     too many requests are waiting; try again later
         ├── ReplicaLostError                   the replica died with the request in flight
         ├── DeploymentStoppingError            the deployment no longer admits requests
-        ├── UnavailableError                   no replica can serve now, or nobody answers at the address
+        ├── UnavailableError                   no replica can serve now, or the balancer does not answer
         ├── AuthenticationError                the token is missing, wrong, or lacks the right
         ├── RequestTimeoutError (TimeoutError) the caller's timeout has passed
-        └── RequestCancelledError              somebody cancelled the request
+        └── RequestCancelledError              the request was cancelled
 
 `retryable` says whether the same call may succeed later without a change. `facts` names the attributes that tell,
 beside the message, what an error is about; they are the same on the client as where it was raised.
@@ -30,6 +30,8 @@ class MIIError(Exception):
     """Base of all errors of this package."""
 
     retryable = False
+    responses: "list[object]" = []  # noqa: RUF012 (replaced, never changed)
+    """When one call had several prompts, what came of each of them, in order: a list of answers, or the error."""
     facts: "tuple[str, ...]" = ()
     """The names of the attributes that tell what the error is about. Each is also a keyword of the class."""
 
@@ -47,7 +49,7 @@ class RegistryError(MIIError):
 
 
 class SubmissionError(MIIError):
-    """The job could not be submitted. The message is what the scheduler said."""
+    """The job could not be submitted. The message is the scheduler's."""
 
 
 class DeploymentError(MIIError):
@@ -107,12 +109,9 @@ class RequestError(MIIError):
         deployment_name: the deployment that was asked; "" where none was, as in a pipeline.
         replica: the index of the replica that worked on the request, or would have; None where it came to none.
         host: the node of that replica's leader; "" where it came to none.
-        responses: when one call had several prompts, what came of each of them, in order: a list of answers, or
-            the error. Empty otherwise.
     """
 
     facts = ("deployment_name", "replica", "host")
-    responses: "list[object]" = []  # noqa: RUF012 (replaced, never changed)
 
     def __init__(
         self, message: str = "", *, deployment_name: str = "", replica: "int | None" = None, host: str = ""

@@ -6,9 +6,9 @@ The engine, the wire, the clients and the pipeline all speak of these. Imports n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.constants import GenerationFinishReason
@@ -16,12 +16,80 @@ from mii_hpc.errors import InvalidRequestError
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A conversation, of which the model's chat template makes a prompt.
+
+    Attributes:
+        messages: mappings with "role" and "content", as the template takes them.
+        continues: the answer continues the last message, instead of being a new one.
+        arguments: further variables of the template.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    continues: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take any sequence for the messages. Raises InvalidRequestError when they are no messages."""
+        object.__setattr__(self, "messages", tuple(self.messages))
+        if not self.messages:
+            raise InvalidRequestError("messages: a conversation has at least one")
+        for message in self.messages:
+            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str)):
+                raise InvalidRequestError(f"messages: {message!r} is no dictionary with a role and a content")
+
+
+Prompt = str | tuple[int, ...] | Chat
+"""A text, the token ids of one, or a conversation."""
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt with its options. `id` is unique among the requests that an engine has in hand."""
+    """One prompt with its options. `id` is unique among the requests of an engine that have not ended.
+
+    Raises InvalidRequestError for the full text of a prompt that is none.
+    """
 
     id: str
-    prompt: str
+    prompt: Prompt
     params: GenerateParamsConfig
+
+    def __post_init__(self) -> None:
+        """Check what concerns prompt and options together."""
+        if self.params.return_full_text and not isinstance(self.prompt, str):
+            raise InvalidRequestError("return_full_text=True: the prompt must be a text")
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """A prompt as the model sees it.
+
+    Attributes:
+        token_ids: its tokens.
+        text: their text, special ones included.
+        tokens: the bytes of each; those of a character may be spread over several.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    tokens: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is served.
+
+    Attributes:
+        max_length: bound on prompt plus answer, in tokens; None when it has none of its own.
+        defaults: options of a request that the model's own generation_config recommends.
+        chat_template: the Jinja template of its conversations; None where it has none.
+        tokenizer: the class, special tokens and sizes of its tokenizer.
+    """
+
+    max_length: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(repr=False)
@@ -74,7 +142,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has in hand. `running` and `waiting` are requests; blocks are pages of the KV cache."""
+    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache."""
 
     running: int = 0
     waiting: int = 0
@@ -83,22 +151,46 @@ class Load:
     generated_tokens: int = 0
 
 
+Prompts = Prompt | Sequence[int] | Iterable[str | Sequence[int] | Chat]
+"""One prompt or several."""
+_NO_PROMPT = "prompts: must be a string or a list of strings; each may also be a list of token ids, or a Chat"
+
 Deliver = Callable[[Response | Exception], None]
 """Takes each piece of a request's answers, or the one error that ends it. Called on the engine's own thread,
 so it must be quick and must not raise. Nothing is called after a request's last piece or its error."""
 
 
-def as_prompts(prompts: str | Iterable[str]) -> list[str]:
-    """Return one or more prompts as a list. Raises InvalidRequestError when they are neither a string nor strings."""
+def as_prompts(prompts: Prompts) -> list[Prompt]:
+    """Return one or more prompts as a list. Raises InvalidRequestError when they are no prompts.
+
+    Integers alone are the token ids of one prompt.
+    """
     if isinstance(prompts, Mapping):
         raise InvalidRequestError(
             f"prompts={prompts!r}: must be a string or a list of strings; of a query in a dictionary, "
             "as DeepSpeed-MII once had it, give its list"
         )
-    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [None]
-    if isinstance(prompts, Set) or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequestError("prompts: must be a string or a list of strings")
-    return texts
+    if isinstance(prompts, str | Chat):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Set | bytes):
+        raise InvalidRequestError(_NO_PROMPT)
+    several = list(prompts)
+    return [tuple(several)] if _are_token_ids(several) else [as_prompt(prompt) for prompt in several]
+
+
+def as_prompt(prompt: Any) -> Prompt:
+    """Return one prompt. Raises InvalidRequestError when it is none."""
+    if isinstance(prompt, str | Chat):
+        return prompt
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and _are_token_ids(prompt):
+        return tuple(prompt)
+    raise InvalidRequestError(_NO_PROMPT)
+
+
+def _are_token_ids(values: Sequence[Any]) -> TypeGuard[Sequence[int]]:
+    return bool(values) and all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 for value in values
+    )
 
 
 def joined(pieces: Iterable[Response]) -> list[Response]:

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
+from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Response, as_prompts
+from mii_hpc.generation import Chat, GenerationRequest, Response, as_prompts
 
 
 def test_a_response_is_the_plain_value_that_deepspeed_miis_is():
@@ -25,12 +26,40 @@ def test_a_response_travels_as_deepspeed_miis_message():
     assert back.finish_reason is GenerationFinishReason.STOP
 
 
-@pytest.mark.parametrize(("prompts", "texts"), [("a", ["a"]), (["a", "b"], ["a", "b"]), (("a",), ["a"]), ([], [])])
-def test_prompts_are_a_string_or_strings(prompts, texts):
-    assert as_prompts(prompts) == texts
+CHAT = Chat([{"role": "user", "content": "a"}])
 
 
-@pytest.mark.parametrize("prompts", [{"query": ["a"]}, {"a", "b"}, 7, None, [1], b"a"])
+@pytest.mark.parametrize(
+    ("prompts", "several"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        (("a",), ["a"]),
+        ([], []),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], (3,), "a"], [(1, 2), (3,), "a"]),
+        (CHAT, [CHAT]),
+        ([CHAT, "a"], [CHAT, "a"]),
+    ],
+)
+def test_prompts_are_texts_token_ids_or_conversations(prompts, several):
+    assert as_prompts(prompts) == several
+
+
+@pytest.mark.parametrize("messages", [[], ["a"], [{"content": "a"}], [{"role": 1}]])
+def test_what_is_no_conversation_is_refused(messages):
+    with pytest.raises(InvalidRequestError, match="messages: "):
+        Chat(messages)
+
+
+def test_only_a_text_can_be_part_of_the_answer():
+    with pytest.raises(InvalidRequestError, match="return_full_text=True: the prompt must be a text"):
+        GenerationRequest("1", (1, 2), GenerateParamsConfig(return_full_text=True))
+
+
+@pytest.mark.parametrize(
+    "prompts", [{"query": ["a"]}, {"a", "b"}, 7, None, [True], [-1], [2**31], [[]], [1, "a"], b"a"]
+)
 def test_what_is_no_prompt_is_refused(prompts):
     with pytest.raises(InvalidRequestError, match="must be a string or a list of strings"):
         as_prompts(prompts)

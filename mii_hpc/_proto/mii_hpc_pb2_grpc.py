@@ -40,6 +40,16 @@ class InferenceStub:
                 request_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/mii_hpc.v1.Inference/Tokenize',
+                request_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/mii_hpc.v1.Inference/Describe',
+                request_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.DescribeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -53,6 +63,20 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """From a prompt to its token ids, and back to text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Describe(self, request, context):
+        """What is served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +84,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateRequest.FromString,
                     response_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateChunk.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.TokenizeRequest.FromString,
+                    response_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.DescribeRequest.FromString,
+                    response_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.DescribeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +124,60 @@ class Inference:
             '/mii_hpc.v1.Inference/Generate',
             mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateRequest.SerializeToString,
             mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mii_hpc.v1.Inference/Tokenize',
+            mii__hpc_dot___proto_dot_mii__hpc__pb2.TokenizeRequest.SerializeToString,
+            mii__hpc_dot___proto_dot_mii__hpc__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mii_hpc.v1.Inference/Describe',
+            mii__hpc_dot___proto_dot_mii__hpc__pb2.DescribeRequest.SerializeToString,
+            mii__hpc_dot___proto_dot_mii__hpc__pb2.DescribeResponse.FromString,
             options,
             channel_credentials,
             insecure,

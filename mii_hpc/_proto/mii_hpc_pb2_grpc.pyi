@@ -20,6 +20,10 @@ class InferenceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_mii_hpc_pb2.GenerateRequest, _mii_hpc_pb2.GenerateChunk]
     """One prompt; its answer in pieces. The balancer names the replica in the initial metadata "mii-replica"."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_mii_hpc_pb2.TokenizeRequest, _mii_hpc_pb2.TokenizeResponse]
+    """From a prompt to its token ids, and back to text."""
+    Describe: _aio.UnaryUnaryMultiCallable[_mii_hpc_pb2.DescribeRequest, _mii_hpc_pb2.DescribeResponse]
+    """What is served."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the leader of every replica, and by the balancer, which passes the bytes on without reading them."""
@@ -31,6 +35,22 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_mii_hpc_pb2.GenerateRequest, _abc.AsyncIterator[_mii_hpc_pb2.GenerateChunk]],
     ) -> _abc.AsyncIterator[_mii_hpc_pb2.GenerateChunk]:
         """One prompt; its answer in pieces. The balancer names the replica in the initial metadata "mii-replica"."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _mii_hpc_pb2.TokenizeRequest,
+        context: _aio.ServicerContext[_mii_hpc_pb2.TokenizeRequest, _abc.Awaitable[_mii_hpc_pb2.TokenizeResponse]],
+    ) -> _abc.Awaitable[_mii_hpc_pb2.TokenizeResponse]:
+        """From a prompt to its token ids, and back to text."""
+
+    @_abc_1.abstractmethod
+    def Describe(
+        self,
+        request: _mii_hpc_pb2.DescribeRequest,
+        context: _aio.ServicerContext[_mii_hpc_pb2.DescribeRequest, _abc.Awaitable[_mii_hpc_pb2.DescribeResponse]],
+    ) -> _abc.Awaitable[_mii_hpc_pb2.DescribeResponse]:
+        """What is served."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _aio.Server) -> None: ...
 

@@ -8,19 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from mii_hpc.config import resolve
-from mii_hpc.errors import ConfigError, MIIError
+from mii_hpc.errors import ConfigError
 from mii_hpc.schedulers.slurm import Slurm, own_allocation
 from mii_hpc.submission import submit as submission
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.callback()
-def main() -> None:
-    """Persistent deployments of language models on Slurm clusters."""
-
-
-@app.command()
 def prepare(
     model: Annotated[str, typer.Argument(help="Model folder or hub name; may be in --config instead.")] = "",
     config: Annotated[str, typer.Option(help="YAML file with fields of MIIConfig.")] = "",
@@ -34,12 +26,7 @@ def prepare(
     tasks (SLURM_NTASKS) gives the number of replicas.
     """
     given: dict[str, Any] = {"deployment_name": name, "tensor_parallel": tensor_parallel, "device": device}
-    try:
-        run_dir = _prepare(model, config, {key: value for key, value in given.items() if value})
-    except MIIError as error:
-        typer.echo(f"mii-hpc: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(run_dir)
+    typer.echo(_prepare(model, config, {key: value for key, value in given.items() if value}))
 
 
 def _prepare(model: str, config: str, given: dict[str, Any]) -> Path:
@@ -51,10 +38,6 @@ def _prepare(model: str, config: str, given: dict[str, Any]) -> Path:
             f"tensor_parallel={resolved.model_conf.tensor_parallel}: does not divide the job's {allocation.tasks} tasks"
         )
     shaped = resolved.model_conf.model_copy(update={"replica_num": replicas})
-    checked, _ = submission.check(resolved.model_copy(update={"model_conf": shaped}))
+    checked = submission.check(resolved.model_copy(update={"model_conf": shaped}))
     run, _ = submission.prepare(checked, allocation.job_id)
     return run.path
-
-
-if __name__ == "__main__":
-    app()

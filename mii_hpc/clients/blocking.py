@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
-from mii_hpc.clients.asynchronous import AsyncMIIClient
+from mii_hpc.clients.asynchronous import CLOSED, AsyncMIIClient
 from mii_hpc.clients.status import DeploymentStatus
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
-from mii_hpc.errors import InvalidRequestError, UnavailableError
-from mii_hpc.generation import Response, joined
+from mii_hpc.errors import InvalidRequestError, RequestCancelledError, UnavailableError
+from mii_hpc.generation import Description, Prompt, Prompts, Response, Tokenization, as_prompts, joined
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class MIIClient:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
         streaming_fn: Callable[[list[Response]], object] | None = None,
         *,
         timeout: float | None = None,
@@ -49,18 +49,20 @@ class MIIClient:
         """Return the answers to one or more prompts, in their order. See AsyncMIIClient.generate()."""
         if streaming_fn is None:
             return self._run(lambda client: client.generate(prompts, timeout=timeout, **options))
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if len(texts) != 1:
-            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(texts)}")
+        several = as_prompts(prompts)
+        if len(several) != 1:
+            raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
         pieces = []
-        for piece in self.stream(texts[0], timeout=timeout, **options):  # so that the function runs on this thread
+        for piece in self.stream(several[0], timeout=timeout, **options):  # so that the function runs on this thread
             pieces.append(piece)
             streaming_fn([piece])
         return joined(pieces)
 
     __call__ = generate
 
-    def stream(self, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[Response]:
+    def stream(
+        self, prompt: Prompt | Sequence[int], *, timeout: float | None = None, **options: Any
+    ) -> Iterator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         with self._working() as worker:
             pieces = worker.client.stream(prompt, timeout=timeout, **options)
@@ -68,7 +70,16 @@ class MIIClient:
                 while (piece := worker.run(lambda _: anext(pieces, None))) is not None:
                     yield piece
             finally:
-                worker.run(lambda _: pieces.aclose())
+                with contextlib.suppress(RequestCancelledError):  # closed meanwhile, and with it the stream
+                    worker.run(lambda _: pieces.aclose())
+
+    def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
+        """Return a prompt as the model sees it. See AsyncMIIClient.tokenize()."""
+        return self._run(lambda client: client.tokenize(prompt, plain=plain))
+
+    def describe(self) -> Description:
+        """Return what is served. See AsyncMIIClient.describe()."""
+        return self._run(lambda client: client.describe())
 
     def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
@@ -79,9 +90,14 @@ class MIIClient:
         self._run(lambda client: client.terminate_server())
 
     def close(self) -> None:
-        """Close the connection. The deployment goes on, and a later call connects again."""
+        """Close the connection. The deployment goes on, and a later call connects again.
+
+        Calls that other threads are in raise RequestCancelledError.
+        """
         with self._lock:
-            self._stop()
+            worker, self._worker = self._worker, None
+        if worker is not None and worker.pid == os.getpid():
+            worker.stop()
 
     def rotate_token(self) -> None:
         """Make the deployment's old tokens open nothing from now on. See AsyncMIIClient.rotate_token()."""
@@ -90,9 +106,7 @@ class MIIClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
@@ -108,7 +122,8 @@ class MIIClient:
             elif self._worker.pid != os.getpid():
                 raise UnavailableError(
                     "this process was forked while requests of its parent were running, after which gRPC does not "
-                    "work in it; fork before or between requests, or start processes with 'spawn'"
+                    "work in it; fork before or between requests, or start processes with 'spawn'",
+                    deployment_name=self.mii_config.deployment_name,
                 )
             worker = self._worker
             self._calls += 1
@@ -121,16 +136,12 @@ class MIIClient:
     def _new_client(self) -> AsyncMIIClient:
         return AsyncMIIClient(self.mii_config, self._host, home=self._home)
 
-    def _stop(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None and worker.pid == os.getpid():
-            worker.stop()
-
     def _before_fork(self) -> None:
         """Let go of gRPC, which survives a fork only while none of its threads is at work."""
         self._lock.acquire()
-        if self._calls == 0:
-            self._stop()
+        if self._calls == 0 and self._worker is not None and self._worker.pid == os.getpid():
+            self._worker.stop()
+            self._worker = None
 
     def _after_fork(self) -> None:
         """Go on, in the parent as in the child; the next call connects anew."""
@@ -138,7 +149,7 @@ class MIIClient:
 
 
 class _Forks:
-    """The clients of this process, told of every fork."""
+    """The clients of this process, each of which is called before and after a fork."""
 
     _clients: ClassVar[weakref.WeakSet[MIIClient] | None] = None
     _held: ClassVar[list[MIIClient]] = []
@@ -170,23 +181,44 @@ class _Worker:
     def __init__(self, client: AsyncMIIClient) -> None:
         self.client = client
         self.pid = os.getpid()
+        self._lock = threading.Lock()
+        self._stopped = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mii-client", daemon=True)
         self._thread.start()
 
     def run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
+        """Run a call in the loop and return its result. Raises RequestCancelledError when the worker is stopped."""
+
         async def awaited() -> T:
             return await call(self.client)
 
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        with self._lock:  # what is submitted runs before stop() ends the loop, or is not submitted
+            if self._stopped:
+                raise RequestCancelledError(CLOSED)
+            future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise RequestCancelledError(CLOSED) from None
         except BaseException:
             future.cancel()  # Ctrl-C here ends the request there
             raise
 
     def stop(self) -> None:
-        self.run(lambda client: client.close())
+        """Close the client, end the calls that run, and then the thread."""
+        with self._lock:
+            self._stopped = True
+            ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        await self.client.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.files import check_private, private_folder, write_atomically
 
+_STAMP = "%Y%m%d-%H%M%S"
+_NAME = re.compile(r"(?P<deployment>.+)-(?P<stamp>\d{8}-\d{6})-[0-9a-f]{6}")
+
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run failed, as the rank that saw it wrote it down.
+    """Why a run failed, as the rank that noticed it wrote it.
 
     Attributes:
         rank: the rank of the world that failed, -1 when it was none in particular.
@@ -44,12 +49,34 @@ class RunDir:
         """Make the directory for a new run below the configuration's home, and write the configuration to it."""
         runs = private_folder(config.home, entered_by_group=True) / "runs"
         private_folder(runs)
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        stamp = datetime.now(UTC).strftime(_STAMP)
         run = cls(runs / f"{config.deployment_name}-{stamp}-{secrets.token_hex(3)}")
         for folder in (run.path, run.credentials, run.submitit, run.logs, run.failures):
             private_folder(folder)
         write_atomically(run.config, run._with_tokenizer(config).model_dump_json(indent=2))
         return run
+
+    @classmethod
+    def all(cls, home: Path) -> list[Self]:
+        """Return the directories of all runs below a home, whether they go on or have ended, the oldest first."""
+        runs = [cls(path) for path in (home / "runs").glob("*") if _NAME.fullmatch(path.name)]
+        return sorted(runs, key=lambda run: (run.created, run.path.name))
+
+    @property
+    def deployment_name(self) -> str:
+        """The deployment that this is or was a run of."""
+        return self._parts["deployment"]
+
+    @property
+    def created(self) -> datetime:
+        """When it was made."""
+        return datetime.strptime(self._parts["stamp"], _STAMP).replace(tzinfo=UTC)
+
+    @property
+    def _parts(self) -> re.Match[str]:
+        parts = _NAME.fullmatch(self.path.name)
+        assert parts is not None, f"{self.path}: not a run directory's name"
+        return parts
 
     def _with_tokenizer(self, config: MIIConfig) -> MIIConfig:
         """Return the configuration with the path of its tokenizer, where serve() was given a tokenizer itself."""
@@ -139,7 +166,7 @@ class RunDir:
         return MIIConfig.model_validate_json(self.config.read_text())
 
     def write_failure(self, failure: Failure) -> None:
-        """Leave word of a failure for whoever waits for the deployment."""
+        """Write a failure down for serve(), which waits for the deployment."""
         write_atomically(self.failures / f"{failure.rank}.json", json.dumps(asdict(failure)))
 
     def read_failure(self) -> Failure | None:
@@ -148,7 +175,7 @@ class RunDir:
         return Failure(**json.loads(min(written)[1].read_text())) if written else None
 
     def outputs(self) -> Iterator[Path]:
-        """Yield the files that may hold a job's last words, the likeliest first."""
+        """Yield the files that may hold the last output of a job, the likeliest first."""
         for folder, pattern in ((self.submitit, "*.err"), (self.submitit, "*.out"), (self.logs, "*.log")):
             yield from sorted(
                 folder.glob(pattern), key=lambda path: (path == self.job_log, path.stat().st_mtime), reverse=True

@@ -6,7 +6,7 @@ from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.text import StopStrings, TextSource
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Response
+from mii_hpc.generation import Prompt, Response
 
 
 class Answer:
@@ -22,7 +22,7 @@ class Answer:
         params: GenerateParamsConfig,
         source: TextSource,
         *,
-        prompt: str,
+        prompt: Prompt,
         prompt_length: int,
         limit: int,
         index: int = 0,
@@ -38,7 +38,7 @@ class Answer:
         self._limit = limit
         self._limit_reason = limit_reason
         self._index = index
-        self._text = prompt if params.return_full_text else ""
+        self._text = prompt if params.return_full_text and isinstance(prompt, str) else ""
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
 

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mii_hpc.config import ModelConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import InvalidRequestError, QueueFullError
-from mii_hpc.generation import Deliver, GenerationRequest, Load, Response
+from mii_hpc.generation import Chat, Deliver, Description, GenerationRequest, Load, Prompt, Response, Tokenization
 
 MAX_BATCH_SIZE = 256
 CONTEXT = 2**31 - 1
+WORDS_REMEMBERED = 1_000_000
 
 
 class EchoEngine:
     """Repeats the prompt, a word per token and `echo_delay` seconds per token.
 
-    A token is a word of the prompt followed by one space; its id is the word's place in the prompt. The
+    A token is a word followed by one space; its id is made from the word, see EchoCodec. The
     answer is the prompt's words once and ends with "stop"; with `max_new_tokens` or `max_length` it repeats
     them up to that bound and ends with "length". Requests run concurrently.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
+        self.codec = EchoCodec(spec.model)
         self._config = spec.model.inference_engine_config
         self._max_running = self._config.max_batch_size or MAX_BATCH_SIZE
         self._changed = threading.Condition()
@@ -92,8 +96,8 @@ class EchoEngine:
         for echo in running:
             if not echo.due:
                 self._start(echo, now)
-            if echo.due <= now and self._in_hand(echo):
-                self._say_next_words(echo)
+            if echo.due <= now and self._is_running(echo):
+                self._generate(echo)
                 echo.due = max(echo.due + self._config.echo_delay, now)
         with self._changed:
             if self._running and not self._closed:
@@ -104,20 +108,20 @@ class EchoEngine:
     def _start(self, echo: _Echo, now: float) -> None:
         echo.due = now + self._config.echo_delay
         try:
-            echo.begin(self._spec.model.max_length or CONTEXT)
+            echo.begin(self.codec, self._spec.model.max_length or CONTEXT)
         except InvalidRequestError as error:
             self._deliver(echo, error)
 
-    def _say_next_words(self, echo: _Echo) -> None:
+    def _generate(self, echo: _Echo) -> None:
         for answer in echo.answers:
-            place = answer.generated % len(echo.words)
+            token_id = echo.tokens[answer.generated % len(echo.tokens)]
             if not answer.ended:
-                piece = answer.add(place, 0.0 if echo.request.params.logprobs else None)
+                piece = answer.add(token_id, 0.0 if echo.request.params.logprobs else None)
                 self._generated += 1
                 if piece:
                     self._deliver(echo, piece)
 
-    def _in_hand(self, echo: _Echo) -> bool:
+    def _is_running(self, echo: _Echo) -> bool:
         with self._changed:
             return self._running.get(echo.request.id) is echo
 
@@ -133,20 +137,18 @@ class EchoEngine:
 
 @dataclass
 class _Echo:
-    """A request in hand; `due` is when its next words are to be said, 0 before its start."""
+    """A request that waits or runs; `due` is when its next tokens are due, 0 before its start."""
 
     request: GenerationRequest
     deliver: Deliver
     due: float = 0.0
-    words: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
     answers: tuple[Answer, ...] = ()
 
-    def begin(self, context: int) -> None:
+    def begin(self, codec: EchoCodec, context: int) -> None:
         params = self.request.params
-        self.words = tuple(f"{word} " for word in self.request.prompt.split())
-        count = len(self.words)
-        if not count:
-            raise InvalidRequestError("the prompt is empty")
+        self.tokens = codec.encode(self.request.prompt)
+        count = len(self.tokens)
         once = max(count, params.min_new_tokens)
         repeats = params.max_new_tokens is not None or params.max_length is not None
         limit = answer_limit(params, count, context)
@@ -154,7 +156,7 @@ class _Echo:
         self.answers = tuple(
             Answer(
                 params,
-                _Words(self.words),
+                _Words(codec),
                 prompt=self.request.prompt,
                 prompt_length=count,
                 limit=limit,
@@ -168,14 +170,55 @@ class _Echo:
         return all(answer.ended for answer in self.answers)
 
 
-class _Words:
-    """The text of a token is the word at its place."""
+class EchoCodec:
+    """Words and their ids. An id is a checksum of its word, so all engines give a word the same one.
 
-    def __init__(self, words: tuple[str, ...]) -> None:
-        self._words = words
+    Back to text, an id is the word of which this codec has seen that it has this id, else the number itself.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._model = model
+        self._words: dict[int, str] = {}
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Return a prompt's tokens. Raises InvalidRequestError when it has none."""
+        if isinstance(prompt, tuple):
+            return prompt
+        words = prompt.split() if isinstance(prompt, str) else _words_of(prompt)
+        if not words:
+            raise InvalidRequestError("the prompt is empty")
+        named = {zlib.crc32(word.encode()) >> 1: word for word in words}
+        if len(self._words) < WORDS_REMEMBERED:
+            self._words |= named
+        return tuple(zlib.crc32(word.encode()) >> 1 for word in words)
+
+    def decode(self, token_id: int) -> str:
+        """Return the text of a token."""
+        return f"{self._words.get(token_id, token_id)} "
+
+    def tokenize(self, prompt: Prompt, plain: bool = False) -> Tokenization:
+        """See Codec."""
+        token_ids = self.encode(prompt)
+        texts = [self.decode(token_id) for token_id in token_ids]
+        return Tokenization(token_ids, "".join(texts), tuple(text.encode() for text in texts))
+
+    def describe(self) -> Description:
+        """See Codec."""
+        return Description(self._model.max_length, chat_template="ROLE: CONTENT ...", tokenizer={"class": "words"})
+
+
+def _words_of(chat: Chat) -> list[str]:
+    return [word for said in chat.messages for word in f"{said['role']}: {said.get('content') or ''}".split()]
+
+
+class _Words:
+    """The text of a token is its word."""
+
+    def __init__(self, codec: EchoCodec) -> None:
+        self._codec = codec
 
     def push(self, token_id: int) -> str:
-        return self._words[token_id]
+        return self._codec.decode(token_id)
 
     def flush(self) -> str:
         return ""

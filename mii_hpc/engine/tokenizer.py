@@ -3,41 +3,128 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from transformers import AutoTokenizer
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mii_hpc.config import ModelConfig
-from mii_hpc.engine.text import Detokenizer
+from mii_hpc.engine.text import REPLACEMENT, Detokenizer
 from mii_hpc.errors import ConfigError, InvalidRequestError
+from mii_hpc.generation import Chat, Description, Prompt, Tokenization
+
+RECOMMENDED = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""What a model's generation_config may recommend for requests."""
 
 
-class Tokenizer:
-    """Encodes prompts and decodes answers. Not safe for several threads that encode at once.
+class TokenizerCodec:
+    """A tokenizer of transformers with a model's settings. Not safe for several threads that encode at once.
 
     Attributes:
-        vocabulary: how many token ids the model knows.
-        eos_token_ids: those that end an answer.
         pretrained: transformers' own tokenizer.
     """
 
-    def __init__(self, model: ModelConfig, vocabulary: int, eos_token_ids: Sequence[int]) -> None:
-        """Load it; without `eos_token_ids` it has its own. Raises ConfigError if there is none."""
-        self.pretrained: Any = _load(model)
-        own = self.pretrained.eos_token_id
-        self.vocabulary = vocabulary
-        self.eos_token_ids = tuple(eos_token_ids) or (() if own is None else (int(own),))
-        tokens: dict[str, int] = self.pretrained.get_vocab()
-        names = (f"<0x{byte:02X}>" for byte in range(256))
-        self._byte_tokens = frozenset(tokens[name] for name in names if name in tokens)
+    def __init__(self, pretrained: Any, model: ModelConfig) -> None:
+        self.pretrained = pretrained
+        self._model = model
+        tokens: dict[str, int] = pretrained.get_vocab()
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        self._bytes = {tokens[name]: byte for name, byte in names.items() if name in tokens}
 
-    def encode(self, prompt: str) -> list[int]:
-        """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none, or has unknown ones."""
-        token_ids: list[int] = self.pretrained(prompt)["input_ids"]
+    def encode(self, prompt: Prompt, plain: bool = False) -> list[int]:
+        """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none.
+
+        `plain` leaves out the special tokens that a prompt begins or ends with. A chat template writes its own.
+        """
+        if isinstance(prompt, tuple):
+            return list(prompt)
+        if isinstance(prompt, Chat):
+            prompt, plain = self._rendered(prompt), True
+        token_ids: list[int] = self.pretrained(prompt, add_special_tokens=not plain)["input_ids"]
         if not token_ids and self.pretrained.bos_token_id is not None:
             token_ids = [self.pretrained.bos_token_id]
         if not token_ids:
             raise InvalidRequestError("the prompt is empty")
+        return token_ids
+
+    def tokenize(self, prompt: Prompt, plain: bool = False) -> Tokenization:
+        """See Codec."""
+        token_ids = self.encode(prompt, plain)
+        try:
+            text = str(self.pretrained.decode(token_ids, clean_up_tokenization_spaces=False))
+            return Tokenization(tuple(token_ids), text, tuple(self._bytes_of(token_id) for token_id in token_ids))
+        except (OverflowError, IndexError) as error:
+            raise InvalidRequestError(f"token ids: one is unknown to the tokenizer: {error}") from None
+
+    def describe(self) -> Description:
+        """See Codec."""
+        pretrained = self.pretrained
+        return Description(
+            max_length=self._model.max_length,
+            defaults=_recommended(self._model),
+            chat_template=pretrained.chat_template if isinstance(pretrained.chat_template, str) else None,
+            tokenizer={
+                "class": type(pretrained).__name__,
+                "vocabulary": len(pretrained),
+                "bos_token": pretrained.bos_token,
+                "eos_token": pretrained.eos_token,
+                "pad_token": pretrained.pad_token,
+            },
+        )
+
+    def _rendered(self, chat: Chat) -> str:
+        if not self.pretrained.chat_template:
+            raise InvalidRequestError(
+                "messages: the model's tokenizer has no chat template; serve it with `chat_template`, or send a prompt"
+            )
+        try:
+            return str(
+                self.pretrained.apply_chat_template(
+                    [dict(message) for message in chat.messages],
+                    tokenize=False,
+                    add_generation_prompt=not chat.continues,
+                    continue_final_message=chat.continues,
+                    **chat.arguments,
+                )
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequestError(f"messages: the chat template refuses them: {error}") from error
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes of one token: a piece of a character has some, too."""
+        if token_id in self._bytes:
+            return bytes([self._bytes[token_id]])
+        # Behind another one, so that a decoder that drops a text's first space leaves this one's.
+        before, both = (str(self.pretrained.decode(ids)) for ids in ([token_id], [token_id, token_id]))
+        text = both.removeprefix(before)
+        if REPLACEMENT not in both:
+            return text.encode()
+        token = self.pretrained.convert_ids_to_tokens(token_id)
+        alphabet = _byte_alphabet()
+        known = token is not None and all(character in alphabet for character in token)
+        return bytes(alphabet[character] for character in token) if known else text.encode()
+
+
+class Tokenizer(TokenizerCodec):
+    """The tokenizer of a model that is loaded.
+
+    Attributes:
+        vocabulary: how many token ids the model knows.
+        eos_token_ids: those that end an answer.
+    """
+
+    def __init__(self, model: ModelConfig, vocabulary: int, eos_token_ids: Sequence[int]) -> None:
+        """Load it; without `eos_token_ids` it has its own. Raises ConfigError if there is none."""
+        super().__init__(_load(model), model)
+        own = self.pretrained.eos_token_id
+        self.vocabulary = vocabulary
+        self.eos_token_ids = tuple(eos_token_ids) or (() if own is None else (int(own),))
+
+    def encode(self, prompt: Prompt, plain: bool = False) -> list[int]:
+        """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none, or has unknown ones."""
+        token_ids = super().encode(prompt, plain)
         if max(token_ids) >= self.vocabulary:
             raise InvalidRequestError(f"the model does not know the prompt's token {max(token_ids)}")
         return token_ids
@@ -50,7 +137,7 @@ class Tokenizer:
 
     def detokenizer(self, after: Sequence[int] = ()) -> Detokenizer:
         """Return what decodes one answer, token by token, as the text that comes after these tokens."""
-        return Detokenizer(self.decode, self._byte_tokens, after)
+        return Detokenizer(self.decode, frozenset(self._bytes), after)
 
 
 def _load(model: ModelConfig) -> Any:
@@ -58,6 +145,23 @@ def _load(model: ModelConfig) -> Any:
     if not isinstance(name, str):
         return name
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"tokenizer='{name}': {error}") from error
+    loaded.chat_template = model.chat_template or loaded.chat_template
+    return loaded
+
+
+def _recommended(model: ModelConfig) -> dict[str, Any]:
+    """Return the options of a request that the model's generation_config sets."""
+    try:
+        config = GenerationConfig.from_pretrained(model.model_name_or_path).to_diff_dict()
+    except (OSError, ValueError):  # it has none
+        return {}
+    return {name: config[name] for name in RECOMMENDED if config.get(name) is not None}
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}

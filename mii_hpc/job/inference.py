@@ -5,31 +5,44 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
-from mii_hpc.engine.base import Engine
-from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.engine.base import Codec, Engine
+from mii_hpc.errors import InvalidRequestError, MIIError, RequestError
 from mii_hpc.generation import GenerationRequest, Response, joined
 from mii_hpc.rpc import transport, wire
-from mii_hpc.rpc.wire import Context
+from mii_hpc.rpc.wire import Context, Method
+
+T = TypeVar("T")
 
 
 class InferenceService(pb_grpc.EngineServicer):
     """Answers requests with an engine. Belongs to one event loop."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, codec: Codec) -> None:
         self._engine = engine
+        self._codec = codec
+        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._numbers = itertools.count()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a server answer with this service."""
-        transport.add_inference(server, grpc.unary_stream_rpc_method_handler(self.generate))
+        transport.add_inference(
+            server,
+            {
+                Method.GENERATE: grpc.unary_stream_rpc_method_handler(self.generate),
+                Method.TOKENIZE: grpc.unary_unary_rpc_method_handler(self.tokenize),
+                Method.DESCRIBE: grpc.unary_unary_rpc_method_handler(self.describe),
+            },
+        )
         pb_grpc.add_EngineServicer_to_server(self, server)
 
     async def generate(self, payload: bytes, context: Context) -> AsyncIterator[bytes]:
@@ -37,16 +50,34 @@ class InferenceService(pb_grpc.EngineServicer):
 
         The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
         """
-        try:
-            async with aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
-                async for piece in pieces:
-                    yield wire.pack_response(piece).SerializeToString()
-        except MIIError as error:
-            await wire.abort(context, error)
+        async with wire.answering(context), aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
+            async for piece in pieces:
+                message = wire.pack_response(piece).SerializeToString()
+                if len(message) > wire.MAX_MESSAGE_BYTES:
+                    raise InvalidRequestError(
+                        f"a piece of the answer has {len(message)} bytes; {wire.MAX_MESSAGE_BYTES} are allowed"
+                    )
+                yield message
+
+    async def tokenize(self, payload: bytes, context: Context) -> bytes:
+        """Return a prompt's tokens."""
+        async with wire.answering(context):
+            prompt, plain = wire.unpack_tokenize(payload)
+            result = await self._with_codec(lambda: self._codec.tokenize(prompt, plain))
+            return wire.pack_tokenization(result).SerializeToString()
+
+    async def describe(self, payload: bytes, context: Context) -> bytes:
+        """Return what is served."""
+        async with wire.answering(context):
+            return wire.pack_description(await self._with_codec(self._codec.describe)).SerializeToString()
+
+    async def _with_codec(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
-        """Return what the engine has in hand."""
-        return wire.pack_load(self._engine.stats())
+        """Return the engine's load."""
+        async with wire.answering(context):
+            return wire.pack_load(self._engine.stats())
 
     async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
         loop = asyncio.get_running_loop()

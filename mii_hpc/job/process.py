@@ -18,6 +18,9 @@ from typing import Any, Protocol
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
 _PIPE_BYTES = 65536
+_NOTE_CHARACTERS = 16384
+"""What a note says is cut to this; a long error's beginning and end tell."""
+_LINE_BYTES = 2**20
 
 
 class ChildProcess(Protocol):
@@ -28,7 +31,7 @@ class ChildProcess(Protocol):
         """Its process id."""
 
     async def next_note(self) -> dict[str, Any] | None:
-        """Return what the child says next, or None when it has ended, whatever children of its own live on."""
+        """Return the child's next note; None when it has ended, even if children of its own go on."""
 
     async def wait(self) -> int:
         """Wait for its end and return its exit status: negative, a signal's number, when a signal killed it."""
@@ -39,7 +42,7 @@ class ChildProcess(Protocol):
 
 @dataclass
 class Child:
-    """A running child process and the pipe on which it tells of itself.
+    """A running child process and the pipe on which it sends notes.
 
     SIGTERM and SIGUSR2, which Slurm sends to every process of a job step, are for the rank alone, which then ends
     its children in order: by SIGINT. The child's output is appended to a log.
@@ -67,7 +70,7 @@ class Child:
                 start_new_session=True,
             )
         os.close(writing)
-        notes = asyncio.StreamReader()
+        notes = asyncio.StreamReader(_LINE_BYTES)
         pipe = os.fdopen(reading, "rb", buffering=0)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(notes), pipe
@@ -115,29 +118,39 @@ async def _end_notes(
     process: asyncio.subprocess.Process, pipe: RawIOBase, notes: asyncio.StreamReader, transport: asyncio.ReadTransport
 ) -> None:
     """End a child's notes with the child itself: a process that it has forked may hold the pipe open."""
-    await process.wait()
-    if not transport.is_closing():
-        while rest := pipe.read(_PIPE_BYTES):  # what it said last; none when all is read
-            notes.feed_data(rest)
+    try:
+        await process.wait()
+        if not transport.is_closing():
+            while rest := pipe.read(_PIPE_BYTES):  # what it said last; none when all is read
+                notes.feed_data(rest)
+    finally:
         transport.close()
 
 
 def end_with_rank() -> None:
     """Make this process, which a rank has started, end when the rank tells it to and when the rank ends. Linux.
 
-    Whatever disposition of SIGINT it has inherited: shells and nohup have what runs in the background ignore it. When
-    the rank ends, however it ends, the kernel kills this process.
+    The inherited disposition of SIGINT does not count: shells and nohup have background processes ignore it. When the
+    rank ends, in whatever way, the kernel kills this process.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:  # it ended before the kernel was told
+    if os.getppid() != parent or parent == 1:  # it ended before prctl() took effect
         os._exit(1)
 
 
 def tell(**note: Any) -> None:
-    """Say something to the rank that started this process. Nothing happens outside such a child."""
+    """Send a note to the rank that started this process. Nothing happens in any other process."""
     descriptor = os.environ.get(_NOTES)
     if descriptor is not None:
-        os.write(int(descriptor), json.dumps(note).encode() + b"\n")
+        short = {name: _cut(value) if isinstance(value, str) else value for name, value in note.items()}
+        line = json.dumps(short).encode() + b"\n"
+        while line:
+            line = line[os.write(int(descriptor), line) :]
+
+
+def _cut(text: str) -> str:
+    half = _NOTE_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"

@@ -1,4 +1,4 @@
-"""No scheduler but this machine: a job is a process that runs the ranks under mpiexec, and goes by its process id."""
+"""The local machine, without a scheduler: a job is a process that runs the ranks under mpiexec; its id is the job's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mii_hpc.placement import Placement
 from mii_hpc.schedulers.base import Job, JobState, Scheduler
 
 JOB_ID = "MII_HPC_JOB_ID"
-"""The environment variable that tells the job's processes its id."""
+"""The environment variable with the job's id, in the job's processes."""
 _AROUND_US = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
 """Variables of a job that this process may be in; mpiexec would take our ranks for that job's."""
 
@@ -36,12 +36,13 @@ class Local(Scheduler):
     def check(self) -> None:
         """Do nothing: a process can be started anywhere."""
 
+    def fit(self, config: MIIConfig) -> MIIConfig:
+        """Return it as it is: the ranks share this machine's GPUs."""
+        return config
+
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> LocalJob:
         """See Scheduler.submit()."""
-        python = shlex.split(config.slurm.python) if config.slurm.python else [sys.executable]
-        command = [*python, "-m", "mii_hpc.job.launch", str(run.path)]
-        if config.slurm.setup:
-            command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
+        command = _command(run, config)
         run.job_log.touch(0o600)
         try:
             with run.job_log.open("ab") as log:
@@ -59,6 +60,10 @@ class Local(Scheduler):
         threading.Thread(target=process.wait, name="mii-local-job", daemon=True).start()
         return LocalJob(str(process.pid), socket.gethostname(), run.path)
 
+    def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:
+        """See Scheduler.script()."""
+        return shlex.join(_command(run, config))
+
     def job(self, entry: Entry) -> LocalJob:
         """See Scheduler.job()."""
         return LocalJob(entry.job_id, entry.job_host, entry.run_dir)
@@ -66,6 +71,14 @@ class Local(Scheduler):
     def own_job(self, run: RunDir) -> LocalJob:
         """See Scheduler.own_job()."""
         return LocalJob(os.environ[JOB_ID], socket.gethostname(), run.path)
+
+
+def _command(run: RunDir, config: MIIConfig) -> list[str]:
+    python = shlex.split(config.slurm.python) if config.slurm.python else [sys.executable]
+    command = [*python, "-m", "mii_hpc.job.launch", str(run.path)]
+    if config.slurm.setup:
+        command = ["bash", "-c", "\n".join([*config.slurm.setup, 'exec "$@"']), "setup", *command]
+    return command
 
 
 @dataclass(frozen=True)

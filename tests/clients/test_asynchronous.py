@@ -8,6 +8,7 @@ from mii_hpc.clients import asynchronous as clients
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import MIIConfig
 from mii_hpc.errors import (
+    AuthenticationError,
     ConfigError,
     DeploymentNotFoundError,
     DeploymentStoppingError,
@@ -18,10 +19,11 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
+from mii_hpc.generation import Chat, Tokenization
 from mii_hpc.job.balancer import lifetime
 from mii_hpc.job.inference import InferenceService
 from tests.live import Deployment
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 FOREVER = {"max_new_tokens": 10**6}
 
@@ -54,8 +56,24 @@ async def test_what_a_response_tells(deploy):
     (response,) = await client.generate("one two three", max_new_tokens=2, logprobs=True)
     assert (response.generated_text, str(response), repr(response)) == ("one two ",) * 3
     assert (response.prompt_length, response.generated_length, response.finish_reason) == (3, 2, "length")
-    assert (response.token_ids, response.logprobs) == ((0, 1), (0.0, 0.0))
+    assert (response.token_ids, response.logprobs) == ((await client.tokenize("one two")).token_ids, (0.0, 0.0))
     assert (await client.generate("a b", stop="b", return_full_text=True))[0].finish_reason == "stop"
+
+
+async def test_token_ids_and_conversations_are_prompts_too(deploy):
+    client = (await deploy(replica_num=1)).client()
+    seen = await client.tokenize("to be")
+    assert seen == Tokenization(seen.token_ids, "to be ", (b"to ", b"be "))
+    assert [str(answer) for answer in await client([seen.token_ids, "or not"])] == ["to be ", "or not "]
+    assert str((await client(list(seen.token_ids)))[0]) == "to be "
+    talk = Chat([{"role": "user", "content": "hi"}])
+    assert "".join([str(piece) async for piece in client.stream(talk)]) == "user: hi "
+    with pytest.raises(InvalidRequestError, match="the prompt is empty"):
+        await client.tokenize("")
+
+
+async def test_what_is_served(deploy):
+    assert (await (await deploy(max_length=77)).client().describe()).max_length == 77
 
 
 async def test_a_stream_joins_to_the_unary_answer(deploy):
@@ -108,6 +126,8 @@ async def test_wrong_options_are_refused_before_anything_is_sent(tmp_path):
         client.generate("x", top_p=7),
         client.generate("x", max_tokens=7),
         client.generate(["x", 7]),
+        client.generate({"query": ["x"]}),
+        anext(client.stream(7)),
         client.generate(["x", "y"], print),
         anext(client.stream("x", top_k=0)),
         client.generate("bad\ud800"),
@@ -124,18 +144,20 @@ async def test_a_client_needs_a_name():
 @pytest.mark.parametrize("prompts", ["one", ["one", "two", "three"]], ids=["one", "several"])
 async def test_a_timeout_ends_the_requests_everywhere(deploy, prompts):
     deployment = await deploy(echo_delay=0.01)
-    with pytest.raises(RequestTimeoutError):
+    with pytest.raises(RequestTimeoutError) as failure:
         await deployment.client().generate(prompts, timeout=0.2, **FOREVER)
+    assert failure.value.deployment_name == "chat"
     await until(deployment.is_idle)
 
 
 async def test_a_stream_has_a_timeout_too(deploy):
     deployment = await deploy(echo_delay=0.01)
     pieces = []
-    with pytest.raises(RequestTimeoutError):
+    with pytest.raises(RequestTimeoutError) as failure:
         async for piece in deployment.client().stream("one two", timeout=0.3, **FOREVER):
             pieces.append(piece)
     assert pieces
+    assert (failure.value.deployment_name, failure.value.replica) == ("chat", 0)
     await until(deployment.is_idle)
 
 
@@ -206,8 +228,9 @@ async def test_without_a_live_replica(deploy):
         rank.comes_back = False
         rank.engine.die()
     await until(lambda: not deployment.balancer.router.live)
-    with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve"):
+    with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve") as failure:
         await deployment.client().generate("x")
+    assert (failure.value.deployment_name, failure.value.replica) == ("chat", None)
 
 
 async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
@@ -216,8 +239,9 @@ async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
 
     monkeypatch.setattr(InferenceService, "generate", cut)
     client = (await deploy()).client()
-    with pytest.raises(RequestError, match="cut short"):
+    with pytest.raises(RequestError, match="cut short") as failure:
         await client.generate("x")
+    assert (failure.value.deployment_name, failure.value.replica) == ("chat", 0)
     with pytest.raises(RequestError, match="cut short"):
         [piece async for piece in client.stream("x")]
 
@@ -282,8 +306,9 @@ async def test_after_the_end(deploy):
         UnavailableError, DeploymentNotFoundError
     ):  # when the end of the connection is noticed only by the call
         await client.generate("x")
-    with pytest.raises(DeploymentNotFoundError, match="'chat' is not in the registry"):
+    with pytest.raises(DeploymentNotFoundError, match="'chat' is not in the registry") as failure:
         await client.generate("x")
+    assert failure.value.deployment_name == "chat"
     with pytest.raises(DeploymentNotFoundError):
         await client.terminate_server()
 
@@ -303,18 +328,28 @@ async def test_a_client_follows_its_deployment_to_another_address(deploy):
 async def test_before_the_balancer_listens(tmp_path):
     deployment = Deployment(tmp_path)
     client = deployment.client()
-    with pytest.raises(UnavailableError, match=r"^deployment 'chat' is not serving yet: job  is pending$"):
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' is not serving yet: job  is pending$") as failure:
         await client.generate("x")
+    assert failure.value.deployment_name == "chat"
     assert (await client.status()).state == "pending"
     deployment.end_job()
 
 
 async def test_nobody_at_the_address(deploy, monkeypatch):
-    monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.3,))
     deployment = await deploy()
     await deployment.balancer.server.stop(None)
-    with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} "):
+    with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} ") as failure:
         await deployment.client().generate("x")
+    assert failure.value.deployment_name == "chat"
+
+
+async def test_a_token_that_is_not_good(deploy):
+    deployment = await deploy()
+    deployment.run.owner_token.write_text("another")
+    with pytest.raises(AuthenticationError) as failure:
+        await deployment.client().generate("x")
+    assert failure.value.deployment_name == "chat"
 
 
 async def test_through_a_tunnel(deploy):
@@ -324,3 +359,82 @@ async def test_through_a_tunnel(deploy):
     config = deployment.config.model_copy(update={"port_number": port})
     async with AsyncMIIClient(config, "127.0.0.1") as client:
         assert str((await client.generate("hello"))[0]) == "hello "
+
+
+class Squeue:
+    """Counts how often the scheduler is asked, and answers as the test says."""
+
+    def __init__(self, monkeypatch, live):
+        self.live, self.asked = live, 0
+        monkeypatch.setattr(clients.schedulers, "is_live", self)
+
+    def __call__(self, _entry):
+        self.asked += 1
+        return self.live
+
+
+async def gone(deployment):
+    """Kill a deployment, as a power cut does: its entry stays."""
+    await deployment.balancer.server.stop(None)
+    deployment.balancer.lifetime._ended = True
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["dead", "silent"])
+async def test_many_calls_to_a_dead_deployment_learn_it_together(deploy, monkeypatch, live):
+    """Each has its error after one wait, and a list has one for each prompt; the scheduler is asked once a wait."""
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1, 0.2))
+    monkeypatch.setattr(clients, "REMEMBERED_SECONDS", PATIENCE)
+    deployment = await deploy()
+    await gone(deployment)
+    squeue = Squeue(monkeypatch, live)
+    client = deployment.client()
+    calls = [client.generate("x") for _ in range(64)]
+    calls += [client.generate(["x"] * 600), anext(client.stream("x"))]
+    errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
+    kind = UnavailableError if live else DeploymentNotFoundError
+    assert {type(error) for error in errors} == {kind}
+    assert [type(error) for error in errors[64].responses] == [kind] * 600
+    assert errors[0].responses == []
+    assert squeue.asked == (2 if live else 1)
+
+
+async def test_a_timeout_covers_finding_and_connecting(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (PATIENCE * 9,))
+    deployment = await deploy()
+    await gone(deployment)
+    client = deployment.client()
+    for call in (
+        client.generate("x", timeout=0.05),
+        client.generate(["x", "y"], timeout=0.05),
+        client.generate("x", lambda _: None, timeout=0.05),
+        anext(client.stream("x", timeout=0.05)),
+    ):
+        with pytest.raises(RequestTimeoutError, match=r"^timeout=0.05: "):
+            await asyncio.wait_for(call, PATIENCE)
+
+
+async def test_what_was_answered_before_the_timeout_is_told(deploy):
+    client = (await deploy(echo_delay=0.01)).client()
+    with pytest.raises(RequestTimeoutError) as failure:
+        await client.generate(["a", "b " * 10**5], timeout=1)
+    assert str(failure.value.responses[0][0]) == "a "
+
+
+async def test_a_timeout_of_streaming_fn_is_its_own(deploy):
+    def fail(_responses):
+        raise TimeoutError("the caller's own")
+
+    client = (await deploy()).client()
+    with pytest.raises(TimeoutError, match="the caller's own"):
+        await client.generate("one", fail, timeout=PATIENCE)
+
+
+async def test_the_scheduler_is_asked_sparingly_while_a_deployment_ends(deploy, monkeypatch):
+    deployment = await deploy(echo_delay=0.01)
+    monkeypatch.setattr(lifetime, "DRAIN_SECONDS", 1.0)
+    running = asyncio.create_task(deployment.client().generate("a", **FOREVER))
+    await until(lambda: not deployment.is_idle())
+    squeue = Squeue(monkeypatch, True)
+    await deployment.client().terminate_server()
+    assert squeue.asked <= 1
+    await asyncio.wait({running})

@@ -6,6 +6,7 @@ import pytest
 
 from mii_hpc.deployments.registry import STALE_SECONDS, Entry, Registry, heartbeat_is_fresh
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
+from tests.waiting import PATIENCE
 
 
 def entry(name="chat", run="/runs/a", **fields):
@@ -49,8 +50,11 @@ def test_entries_and_folder_are_private(registry):
 
 def test_a_live_name_is_refused_and_says_by_whom(registry):
     registry.claim(entry(state="ready"), live)
-    with pytest.raises(DeploymentExistsError, match=r"^deployment_name='chat': taken by job 7, which is ready;"):
+    with pytest.raises(
+        DeploymentExistsError, match=r"^deployment_name='chat': taken by job 7, which is ready;"
+    ) as taken:
         registry.claim(entry(run="/runs/b"), live)
+    assert taken.value.deployment_name == "chat"
     assert str(registry.get("chat").run_dir) == "/runs/a"
 
 
@@ -71,7 +75,7 @@ def test_of_many_claimants_exactly_one_wins(registry, left_over):
         name = f"chat-{attempt}"
         if left_over:
             registry.claim(entry(name, "/runs/old"), live)
-        start = threading.Barrier(16)
+        start = threading.Barrier(16, timeout=PATIENCE)
         won, lost = [], []
 
         def claim(number, name=name, start=start, won=won, lost=lost):
@@ -87,7 +91,7 @@ def test_of_many_claimants_exactly_one_wins(registry, left_over):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
         assert (len(won), len(lost)) == (1, 15)
         assert registry.get(name).run_dir == won[0]
 
@@ -118,11 +122,12 @@ def test_withdrawing_does_not_remove_what_was_claimed_meanwhile(registry, monkey
 def test_a_deployment_that_lost_its_name_does_not_take_it_back(registry):
     registry.claim(entry(), live)
     registry.withdraw(entry())
-    with pytest.raises(DeploymentNotFoundError):
+    with pytest.raises(DeploymentNotFoundError) as withdrawn:
         registry.publish(entry())
     registry.claim(entry(run="/runs/b"), live)
-    with pytest.raises(DeploymentExistsError):
+    with pytest.raises(DeploymentExistsError) as taken:
         registry.publish(entry())
+    assert withdrawn.value.deployment_name == taken.value.deployment_name == "chat"
 
 
 def test_half_written_entries_are_never_seen(registry):
@@ -143,7 +148,7 @@ def test_half_written_entries_are_never_seen(registry):
         assert len(set(found.detail)) == 1
         assert [e.deployment_name for e in registry.entries()] == ["chat"]
         seen.add(found.detail[0])
-    writer.join()
+    writer.join(PATIENCE)
     assert len(seen) > 2
 
 
@@ -158,7 +163,7 @@ def test_a_folder_open_to_others_is_refused_with_the_remedy(registry):
     registry.folder.chmod(0o777)
     for act in everything(registry):
         with pytest.raises(
-            RegistryError, match=rf"mode 0777 lets others in; mend it with: chmod 700 {registry.folder}"
+            RegistryError, match=rf"mode 0777 gives others access; correct it with: chmod 700 {registry.folder}"
         ):
             act()
 

@@ -1,6 +1,5 @@
 import asyncio
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ pytest.importorskip("torch")
 from mii_hpc.engine import batching
 from mii_hpc.engine.sampling import create_sampling
 from mii_hpc.errors import InvalidRequestError, QueueFullError
-from tests.engine.collect import make, running, submit
+from tests.engine.collect import drained, make, running, submit
 from tests.engine.late import LateSampling
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
 from tests.models import CONTEXT, replace_tokenizer_by_sentencepiece, tiny_model
@@ -57,13 +56,6 @@ def nothing_is_left(request):
     if "engine" in request.fixturenames:
         engine = request.getfixturevalue("engine")
         drained(engine)
-
-
-def drained(engine, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while (stats := engine.stats()).free_blocks < stats.total_blocks or stats.running or stats.waiting:
-        assert time.monotonic() < deadline, stats
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox", "gemma2", "gpt_oss"])

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from mii_hpc.errors import InvalidRequestError, QueueFullError
+from mii_hpc.generation import Chat
 from tests.engine.collect import make, running, submit
 from tests.waiting import PATIENCE
 
@@ -16,9 +17,17 @@ def test_it_answers_with_the_prompts_words_once():
     with echo() as engine:
         answer = submit(engine, "to be  or\nnot").wait()
     assert answer.text() == "to be or not "
-    assert answer.token_ids() == [0, 1, 2, 3]
+    assert answer.token_ids() == list(engine.codec.encode("to be or not"))
     assert answer.finish_reason() == "stop"
     assert answer.pieces[-1].prompt_length == answer.pieces[-1].generated_length == 4
+
+
+def test_token_ids_and_conversations_are_prompts_too():
+    with echo() as engine:
+        token_ids = engine.codec.encode("to be")
+        assert submit(engine, (*token_ids, 7)).wait().text() == "to be 7 "
+        talk = Chat(({"role": "user", "content": "to be"}, {"role": "assistant", "content": None}))
+        assert submit(engine, talk).wait().text() == "user: to be assistant: "
 
 
 def test_it_repeats_up_to_the_bound():
@@ -95,4 +104,4 @@ def test_a_bad_request_fails_alone(prompt, options, reason):
 
 def test_it_needs_no_torch():
     code = "import sys, mii_hpc.engine.echo; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE).returncode == 0

@@ -5,7 +5,7 @@ import pytest
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import GenerationFinishReason, GenerationRequest, Response
+from mii_hpc.generation import Chat, Description, GenerationFinishReason, GenerationRequest, Response
 from mii_hpc.rpc import wire
 
 ALL_SET = GenerateParamsConfig(
@@ -37,6 +37,29 @@ def test_a_request_with_every_option():
     assert travelled(request) == request
     greedy = GenerationRequest("id", "", GenerateParamsConfig(do_sample=False, seed=0))
     assert travelled(greedy) == greedy
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "text", (1, 2**31 - 1), Chat([{"role": "user", "content": "é"}], continues=True, arguments={"a": 1})]
+)
+def test_prompts_travel(prompt):
+    assert travelled(GenerationRequest("id", prompt, GenerateParamsConfig())).prompt == prompt
+    for plain in (True, False):
+        assert wire.unpack_tokenize(wire.pack_tokenize(prompt, plain).SerializeToString()) == (prompt, plain)
+
+
+def test_a_conversation_is_json():
+    with pytest.raises(InvalidRequestError, match="messages: not to be written as JSON"):
+        wire.pack_tokenize(Chat([{"role": "user", "content": b"x"}]), False)
+    with pytest.raises(InvalidRequestError, match="not a Chat"):
+        wire.unpack_tokenize(pb.TokenizeRequest(chat='{"messages": 1}').SerializeToString())
+    with pytest.raises(InvalidRequestError, match="not a valid TokenizeRequest"):
+        wire.unpack_tokenize(b"\xff")
+
+
+def test_what_is_served_travels():
+    description = Description(10, {"top_k": 3}, "{{ messages }}", {"class": "x"})
+    assert wire.unpack_description(wire.pack_description(description)) == description
 
 
 def test_defaults_do_not_travel():

@@ -42,6 +42,12 @@ class Router:
         self.served[chosen.index] = self.served.get(chosen.index, 0) + 1
         return chosen
 
+    def any(self) -> ReplicaConnection:
+        """Return a replica for what is no request, and takes no turn. Raises UnavailableError when none is live."""
+        if not self._live:
+            raise UnavailableError("no replica of the deployment is able to serve at the moment")
+        return next(iter(self._live.values()))
+
     @property
     def live(self) -> list[ReplicaConnection]:
         """The live replicas, by index."""

@@ -52,8 +52,8 @@ async def test_each_token_is_for_its_own_methods(deploy, shared):
         token = credentials.read_token(file)
         return {method.name for method in Method if access.admits(method, token)}
 
-    assert open_to(run.owner_token) == {"GENERATE", "STATUS", "TERMINATE", "ROTATE_TOKEN"}
-    assert open_to(run.guest_token) == ({"GENERATE", "STATUS"} if shared else set())
+    assert open_to(run.owner_token) == {"GENERATE", "TOKENIZE", "DESCRIBE", "STATUS", "TERMINATE", "ROTATE_TOKEN"}
+    assert open_to(run.guest_token) == ({"GENERATE", "TOKENIZE", "DESCRIBE", "STATUS"} if shared else set())
     assert open_to(run.rank_token) == {"JOIN"}
 
 

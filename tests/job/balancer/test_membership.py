@@ -7,6 +7,7 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.job.balancer import membership
 from mii_hpc.job.balancer.membership import Membership
+from mii_hpc.job.tasks import Tasks
 from tests.waiting import until
 
 
@@ -63,13 +64,15 @@ class Deployment:
 
     def __init__(self):
         self.ready, self.lost, self.deaths, self.leaving = [], [], [], []
-        self.first_generation_fails = False
-        self.membership = Membership(2, 2, self.admit, self.lost.append, self.deaths.append, self.leaving.append)
+        self.first_generation_fails = None
+        self.membership = Membership(
+            2, 2, self.admit, self.lost.append, self.deaths.append, self.leaving.append, Tasks()
+        )
         self.ranks = [Rank(self.membership, number) for number in range(4)]
 
     async def admit(self, replica, address):
         if self.first_generation_fails:
-            raise RequestError("out of memory")
+            raise self.first_generation_fails
         self.ready.append((replica.index, replica.host, address))
 
     def states(self):
@@ -144,7 +147,7 @@ async def test_a_rank_that_is_gone_takes_its_replica_out_until_it_is_back(deploy
     await deployment.form(0, 1)
     await deployment.ranks[1].vanish()
     await until(lambda: deployment.lost == [0])
-    assert deployment.membership.replicas[0].detail == "rank 1 on node1 is gone"
+    assert deployment.membership.replicas[0].detail == "rank 1 on node1 has left"
     assert deployment.deaths == []
     await deployment.ranks[0].ordered("stop_engine")
     deployment.ranks[0].report(engine=pb.DOWN)
@@ -165,8 +168,9 @@ async def test_an_old_engine_s_death_does_not_break_the_new_one(deployment):
     assert len(deployment.deaths) == 1
 
 
-async def test_a_first_generation_that_fails_is_a_death(deployment):
-    deployment.first_generation_fails = True
+@pytest.mark.parametrize("kind", [RequestError, ValueError])
+async def test_a_first_generation_that_fails_is_a_death(deployment, kind):
+    deployment.first_generation_fails = kind("out of memory")
     leader, follower = deployment.ranks[0].join(), deployment.ranks[1].join()
     await leader.ordered("start")
     leader.report(engine=pb.STARTING, epoch=1, store_address="store")

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -144,6 +148,41 @@ def test_a_model_answers_as_transformers_does(tmp_path):
         assert len(pipe("a", max_new_tokens=2, ignore_eos=True)[0].token_ids) == 2
 
 
+LEAVES_ALONE = """
+import os, sys, threading
+import torch
+import mii_hpc as mii
+
+def state():
+    number = []
+    fresh = threading.Thread(target=lambda: number.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    return dict(os.environ), torch.get_num_threads(), number, torch.get_default_dtype(), torch.is_grad_enabled()
+
+torch.set_num_threads(3)
+before = state()
+with mii.pipeline(sys.argv[1], device="cpu", inference_engine_config={"threads": 1}) as pipe:
+    assert state() == before
+    pipe("a", max_new_tokens=2)
+    assert state() == before
+assert state() == before
+"""
+
+
+@pytest.mark.engine
+def test_a_pipeline_leaves_the_process_as_it_was(tmp_path):
+    pytest.importorskip("torch")
+    from tests.models import tiny_model
+
+    # Without what torch and DeepSpeed have set in this process.
+    own = ("TORCH", "PYTORCH", "DS_", "GOMP_", "GRPC_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    script = [sys.executable, "-c", LEAVES_ALONE, str(tiny_model(tmp_path))]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 def test_whatever_ends_the_loading_reaches_the_caller(monkeypatch, stop):
     def load(engine, progress):
@@ -152,3 +191,21 @@ def test_whatever_ends_the_loading_reaches_the_caller(monkeypatch, stop):
     monkeypatch.setattr("mii_hpc.engine.echo.EchoEngine.load", load)
     with pytest.raises(stop):
         mii.pipeline(**ECHO)
+
+
+def test_threads_share_the_queue_and_lose_nothing():
+    engine = {"engine": "echo", "echo_delay": 0.002, "queue_bound": 3, "max_batch_size": 1}
+    with mii.pipeline(inference_engine_config=engine) as pipe, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(pipe, [f"{call}-{number}" for number in range(8)]) for call in range(4)]
+        for call, answers in enumerate(calls):
+            assert [str(answer) for answer in answers.result(PATIENCE)] == [f"{call}-{n} " for n in range(8)]
+
+
+def test_waiting_for_room_counts_towards_the_timeout():
+    engine = {"engine": "echo", "echo_delay": 0.01, "queue_bound": 1}
+    with mii.pipeline(inference_engine_config=engine) as pipe:
+        for _ in pipe.stream("a", max_new_tokens=10**6):
+            with pytest.raises(mii.RequestTimeoutError, match=r"^timeout=0\.05"):
+                pipe("b", timeout=0.05)
+            break
+        assert str(pipe("b", timeout=PATIENCE)[0]) == "b "

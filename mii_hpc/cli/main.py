@@ -1,0 +1,31 @@
+"""The command line's entry: every command, by its group."""
+
+from __future__ import annotations
+
+import typer
+
+from mii_hpc.cli.ask import generate
+from mii_hpc.cli.manage import prune, stop
+from mii_hpc.cli.output import Commands
+from mii_hpc.cli.prepare import prepare
+from mii_hpc.cli.serve import serve
+from mii_hpc.cli.show import env, logs, ls, status, wait
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def main() -> None:
+    """Persistent deployments of language models on Slurm clusters.
+
+    Exit status: 0 done, 2 bad input, 3 not found, 4 failed.
+    """
+
+
+for command in (serve, ls, status, wait, logs, generate, env, stop, prune, prepare):
+    app.command()(command)
