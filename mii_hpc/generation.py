@@ -179,7 +179,7 @@ def as_prompts(prompts: Prompts) -> list[Prompt]:
 
 
 def as_prompt(prompt: Any) -> Prompt:
-    """Return one prompt, token ids as a tuple. Raises InvalidRequestError when it is none."""
+    """Return one prompt. Raises InvalidRequestError when it is none."""
     if isinstance(prompt, str | Chat):
         return prompt
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and _are_token_ids(prompt):
