@@ -26,7 +26,7 @@ from mii_hpc.errors import (
     UnavailableError,
     UnknownArgument,
 )
-from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompts, joined
+from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompt, as_prompts, joined
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class MIIPipeline:
             return
         with (
             self._leading() as answers,
-            contextlib.closing(self._pieces(as_prompts([prompt]), timeout, {**options, "stream": True})) as arriving,
+            contextlib.closing(self._pieces([as_prompt(prompt)], timeout, {**options, "stream": True})) as arriving,
         ):
             for _, item in arriving:
                 if isinstance(item, RequestError):
@@ -274,7 +274,7 @@ class MIIPipeline:
 
         When the engine ends, `arrived` gets an error with a negative number.
         """
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         request = GenerationRequest(f"async-{number}", whole, validate(GenerateParamsConfig, options))
         with self._lock:
             engine = self._open_engine()

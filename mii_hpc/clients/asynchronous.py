@@ -39,6 +39,7 @@ from mii_hpc.generation import (
     Prompts,
     Response,
     Tokenization,
+    as_prompt,
     as_prompts,
     joined,
 )
@@ -125,14 +126,14 @@ class AsyncMIIClient:
     ) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         params = validate(GenerateParamsConfig, {**options, "stream": True})
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         async with contextlib.aclosing(self._pieces(whole, params, _Deadline(timeout))) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         message = wire.pack_tokenize(whole, plain)
         return wire.unpack_tokenization(await self._call(lambda way: way.inference.Tokenize, message))
 
