@@ -109,11 +109,17 @@ class SlurmJob(Job):
             gone = "Invalid job id" in answer.stderr
             return JobState("gone" if gone else "unknown", reason=answer.stderr.strip())
         name, _, reason = answer.stdout.strip().partition("|")
-        if name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        # A suspended job gives no sign of life, and is none the worse for it.
+        if name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"):
             return JobState("pending", name, reason)
-        if name in ("RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED"):
+        if name in ("RUNNING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"):
             return JobState("running", name, reason)
         return JobState("gone", name, reason)
+
+    @property
+    def incarnation(self) -> int:
+        """See Job."""
+        return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
     def ends(self) -> float | None:
         """Ask squeue."""
