@@ -15,7 +15,6 @@ import grpc.aio
 
 from mii_hpc import schedulers
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.clients.status import DeploymentStatus, ReplicaStatus
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
@@ -121,31 +120,19 @@ class AsyncMIIClient:
     async def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
         (whole,) = as_prompts([prompt])
-        connection = await self._connected()
         message = wire.pack_tokenize(whole, plain)
-        try:
-            answer = await connection.inference.Tokenize(message, timeout=CONNECT_SECONDS, metadata=self._metadata)
-        except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
-        return wire.unpack_tokenization(answer)
+        return wire.unpack_tokenization(await self._call(lambda to: to.inference.Tokenize, message))
 
     async def describe(self) -> Description:
         """Return what is served: its context, its tokenizer, and what its makers recommend."""
-        connection = await self._connected()
-        try:
-            answer = await connection.inference.Describe(
-                pb.DescribeRequest(), timeout=CONNECT_SECONDS, metadata=self._metadata
-            )
-        except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
-        return wire.unpack_description(answer)
+        return wire.unpack_description(await self._call(lambda to: to.inference.Describe, pb.DescribeRequest()))
 
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas."""
         entry = self._find().entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-        return _status(entry, await self._call(lambda deployment: deployment.Status, pb.StatusRequest()))
+        return _status(entry, await self._call(lambda to: to.deployment.Status, pb.StatusRequest()))
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -158,7 +145,7 @@ class AsyncMIIClient:
         if found.entry.address or not found.home.is_own:
             try:
                 # Refused, in its own words, unless it is ours.
-                await self._call(lambda deployment: deployment.Terminate, pb.TerminateRequest())
+                await self._call(lambda to: to.deployment.Terminate, pb.TerminateRequest())
             except UnavailableError:
                 if not found.home.is_own:
                     raise
@@ -179,7 +166,7 @@ class AsyncMIIClient:
 
         The owner's other clients, and those of the group it is shared with, read the new ones from their files.
         """
-        await self._call(lambda deployment: deployment.RotateToken, pb.RotateTokenRequest())
+        await self._call(lambda to: to.deployment.RotateToken, pb.RotateTokenRequest())
         self._metadata = None
 
     async def close(self) -> None:
@@ -231,14 +218,20 @@ class AsyncMIIClient:
         position: wire.BatchPosition | None = None,
     ) -> AsyncGenerator[Response]:
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
-        connection = await self._connected()
         placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
-        call = connection.inference.Generate(
-            message, timeout=_left(deadline), metadata=(*(self._metadata or ()), *placed)
-        )
+
+        async def begin() -> tuple[transport.Connection, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
+            connection = await self._connected()
+            metadata = (*(self._metadata or ()), *placed)
+            return connection, connection.inference.Generate(message, timeout=_left(deadline), metadata=metadata)
+
+        connection, call = await begin()
         unfinished = set(range(params.num_return_sequences))
         try:
             served_by = dict(await call.initial_metadata())
+            if wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code()):
+                connection, call = await begin()
+                served_by = dict(await call.initial_metadata())
             replica = int(served_by.get(wire.REPLICA_KEY, -1))
             async for chunk in call:
                 piece = wire.unpack_response(chunk, replica)
@@ -257,14 +250,25 @@ class AsyncMIIClient:
 
     async def _call(
         self,
-        method: Callable[[pb_grpc.DeploymentStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
+        method: Callable[[transport.Connection], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
         request: Request,
     ) -> Answer:
-        connection = await self._connected()
-        try:
-            return await method(connection.deployment)(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
-        except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
+        while True:
+            connection = await self._connected()
+            try:
+                return await method(connection)(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
+            except grpc.aio.AioRpcError as failure:
+                if not self._has_new_token(failure.code()):
+                    raise self._failed(failure, connection) from None
+
+    def _has_new_token(self, code: grpc.StatusCode) -> bool:
+        """Whether a call was refused for a token that was rotated; the next one shows the new one."""
+        if code is not grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        with contextlib.suppress(RegistryError, DeploymentNotFoundError):
+            shown, self._metadata = self._metadata, transport.authorization(self._find().credentials)
+            return self._metadata != shown
+        return False
 
     def _failed(self, failure: grpc.aio.AioRpcError, connection: transport.Connection) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
