@@ -55,7 +55,7 @@ proto: setup
 	    --python_out=. --pyi_out=. --grpc_python_out=. \
 	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=only_async:. proto/mii_hpc.proto
 
-# A Slurm cluster of four nodes on this machine, to play with (root).
+# A Slurm cluster on this machine, to play with (root).
 cluster: setup
 	$(BIN)/python -m tests.cluster
 

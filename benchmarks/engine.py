@@ -244,10 +244,11 @@ def running_engine(model: str, options: dict[str, Any]) -> Iterator[Way]:
 
     def work() -> None:
         try:
-            loaded.set_result(engine.load(lambda _: None))
+            engine.load(lambda _: None)
         except Exception as error:
             loaded.set_exception(error)
             raise
+        loaded.set_result(None)
         engine.run()
 
     thread = threading.Thread(target=work)

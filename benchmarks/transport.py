@@ -13,6 +13,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.rpc import transport
-from mii_hpc.rpc.wire import Method
+from mii_hpc.rpc.wire import Context, Method
 from mii_hpc.submission import submit as submission
 
 PIECE = pb.GenerateChunk(text="word ", token_ids=[1234], generated_length=1).SerializeToString()
@@ -37,7 +38,7 @@ PIECE = pb.GenerateChunk(text="word ", token_ids=[1234], generated_length=1).Ser
 def source(messages: int) -> grpc.RpcMethodHandler[bytes, bytes]:
     """Return a handler that answers every request with so many small messages."""
 
-    async def generate(_request, _context):
+    async def generate(_request: bytes, _context: Context) -> AsyncIterator[bytes]:
         for _ in range(messages):
             yield PIECE
 
@@ -76,8 +77,9 @@ def run_proxy(run: RunDir, ours: bool, address: str, told: Connection) -> None:
         else:
             upstream = grpc.aio.insecure_channel(address)
 
-            async def passed_on(requests, _context):
-                async for piece in upstream.unary_stream(Method.GENERATE)(await anext(requests)):
+            async def passed_on(requests: AsyncIterator[bytes], _context: Context) -> AsyncIterator[bytes]:
+                generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = upstream.unary_stream(Method.GENERATE)
+                async for piece in generate(await anext(requests)):
                     yield piece
 
             server = grpc.aio.server()
@@ -96,8 +98,10 @@ async def messages_per_second(run: RunDir, ours: bool, address: str, streams: in
     channel = transport.open_channel(address, keys) if ours else grpc.aio.insecure_channel(address)
     metadata = transport.authorization(keys) if ours else ()
 
+    generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(Method.GENERATE)
+
     async def read() -> int:
-        return len([piece async for piece in channel.unary_stream(Method.GENERATE)(b"", metadata=metadata)])
+        return len([piece async for piece in generate(b"", metadata=metadata)])
 
     async with channel:
         await channel.channel_ready()
@@ -109,13 +113,13 @@ async def messages_per_second(run: RunDir, ours: bool, address: str, streams: in
     return sum(counts) / seconds
 
 
-def started(target, *args) -> str:
+def started(target: Callable[..., None], *args: object) -> str:
     """Start a process and return the address that it tells."""
     mine, its = multiprocessing.Pipe()
     multiprocessing.Process(target=target, args=(*args, its), daemon=True).start()
     if not mine.poll(30):
         raise TimeoutError(f"{target.__name__} did not start")
-    return mine.recv()
+    return str(mine.recv())
 
 
 def main() -> None:

@@ -12,17 +12,9 @@ Importing this loads neither torch nor MPI: each name but the errors is loaded w
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 from mii_hpc.errors import *  # noqa: F403
-
-# gRPC reads this when it is loaded, and never again. Without it every connection that is closed for idleness leaves
-# a line on the user's standard error.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-# The clients let go of gRPC before a fork by themselves. What gRPC's core would do besides crashes or blocks a child
-# that is forked while a call runs.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
     from mii_hpc.api import client as client

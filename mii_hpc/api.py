@@ -30,15 +30,17 @@ def serve(
     on after this process has ended, until `terminate_server()`, scancel, or the walltime.
 
     Raises, before anything is submitted, ConfigError, RegistryError or DeploymentExistsError; SubmissionError with
-    the scheduler's words; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
+    the scheduler's message; and, unless `wait=False`, DeploymentFailedError or DeploymentTimeoutError when the
     deployment does not become ready, after which nothing of it remains but its logs.
     """
-    config, placement = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
+    config = submission.check(resolve(model_name_or_path, model_config, mii_config, **kwargs))
+    config, placement = submission.shape(config)
     run, entry = submission.prepare(config)
     entry = submission.submit(run, entry, config, placement)
-    if config.wait:
-        startup.wait_until_ready(run, entry, config)
-    return MIIClient(config)
+    if not config.wait:
+        return MIIClient(config)
+    startup.wait_until_ready(run, entry, config)
+    return MIIClient(OwnHome(config.home).get(config.deployment_name).config)
 
 
 def client(
@@ -46,7 +48,7 @@ def client(
     mii_config: Mapping[str, Any] | MIIConfig | None = None,
     registry: str | Path | None = None,
 ) -> MIIClient:
-    """Return a client of a running deployment, found by its name or its model's.
+    """Return a client of a running deployment, found by its name or its model's; its `mii_config` is the deployment's.
 
     Looked for in your own home (`mii_config`, where it is not the default one), then in the homes of those who share
     theirs with you: `registry`, or the colon-separated paths in MII_HPC_PATH. Raises DeploymentNotFoundError when
@@ -54,15 +56,15 @@ def client(
     """
     if not isinstance(model_or_deployment_name, str) or not model_or_deployment_name:
         raise ConfigError(f"model_or_deployment_name={model_or_deployment_name!r}: must be a name")
-    config = mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})
+    home = (mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})).home
     paths = str(registry) if registry is not None else os.environ.get("MII_HPC_PATH", "")
     shared = [SharedHome(Path(path).expanduser()) for path in paths.split(":") if path]
-    found = lookup.find(model_or_deployment_name, [OwnHome(config.home), *shared])
-    entry, home = found.entry, found.home
+    found = lookup.find(model_or_deployment_name, [OwnHome(home), *shared])
+    entry = found.entry
     # A cluster may hide the jobs of other users.
-    if not (schedulers.is_live(entry) if home.is_own else heartbeat_is_fresh(entry)):
+    if not (schedulers.is_live(entry) if found.home.is_own else heartbeat_is_fresh(entry)):
         raise DeploymentNotFoundError(
-            f"deployment '{entry.deployment_name}' is gone: its job {entry.job_id} has ended without notice"
+            f"deployment '{entry.deployment_name}' has ended: its job {entry.job_id} no longer runs",
+            deployment_name=entry.deployment_name,
         )
-    update = {"deployment_name": entry.deployment_name, "home": home.path}
-    return MIIClient(config.model_copy(update=update), home=home)
+    return MIIClient(found.config, home=found.home)

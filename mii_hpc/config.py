@@ -28,6 +28,7 @@ from pydantic import (
 
 from mii_hpc.constants import TaskType
 from mii_hpc.errors import ConfigError, InvalidRequestError, UnknownArgument
+from mii_hpc.gres import gpus_in
 
 NAME_LENGTH = 100
 """Characters in a deployment's name, at most."""
@@ -83,6 +84,10 @@ SUPERSEDED_ENGINE_FIELDS: dict[str, str] = {
     "offload": "the KV cache stays on the device",
     "quantization": "weights are served in `dtype`",
 }
+
+
+SHAPING_DIRECTIVES = {"constraint", "gpus-per-node", "gpus_per_node", "gres", "nodelist", "partition"}
+"""#SBATCH directives that are read as fields where `SlurmConfig.extra` has them."""
 
 
 class MIIWarning(UserWarning):
@@ -303,6 +308,9 @@ class SlurmConfig(_Model):
     time: Annotated[str, _Walltime] | None = None
     """Walltime as Slurm writes it: minutes, "H:MM:SS" or "D-HH:MM:SS". None: the partition's own."""
     gpus_per_node: int | None = Field(None, ge=0)
+    """None: one for each rank of a node, where the partition has GPUs; 0: none."""
+    gres: str | None = None
+    """Generic resources per node, such as "gpu:a100:4" for GPUs of a type."""
     cpus_per_task: int | None = Field(None, ge=1)
     mem: Annotated[str, _Memory] | None = None
     """Memory per node, such as "64G"."""
@@ -322,6 +330,31 @@ class SlurmConfig(_Model):
     """The Python of the ranks, as a shell command; None takes the one that runs now."""
     extra: dict[str, str | int | bool] = {}
     """Any other #SBATCH directive, such as {"mail-type": "FAIL"}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_extra(cls, values: Any) -> Any:
+        """Take out of `extra` what the shape of the job depends on: it has fields of its own."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("extra"), Mapping):
+            return values
+        values, extra = dict(values), dict(values["extra"])
+        for name in extra.keys() & SHAPING_DIRECTIVES:
+            field, value = str(name).replace("-", "_"), extra.pop(name)
+            if field == "gpus_per_node" and not str(value).isdecimal():
+                field, value = "gres", f"gpu:{value}"
+            if values.get(field) not in (None, value):
+                raise ValueError(
+                    f"extra['{name}']={value!r}: {field}={values[field]!r} says otherwise; give one of them"
+                )
+            values[field] = value
+        return {**values, "extra": extra}
+
+    @property
+    def gpus(self) -> int | None:
+        """GPUs per node, as far as `gpus_per_node` or `gres` say it."""
+        if self.gpus_per_node is not None:
+            return self.gpus_per_node
+        return sum(gpus_in(self.gres or "").values()) or None
 
     @field_validator("time", mode="before")
     @classmethod

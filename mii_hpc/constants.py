@@ -1,4 +1,4 @@
-"""The words that DeepSpeed-MII keeps under this name. Each equals its string, as there. Imports nothing of ours."""
+"""The enumerations of DeepSpeed-MII's module of this name. Each member equals its string. Imports no other module."""
 
 from __future__ import annotations
 

@@ -8,17 +8,17 @@
     ├── DeploymentError
     │   ├── DeploymentNotFoundError       no live deployment of that name
     │   ├── DeploymentExistsError         the name is taken by a live deployment
-    │   ├── DeploymentFailedError         the job died, or could not start; carries its last words
+    │   ├── DeploymentFailedError         the job died, or could not start; has the end of its log
     │   └── DeploymentTimeoutError        a deadline for queueing or starting has passed
     └── RequestError
         ├── InvalidRequestError (ValueError)   the request itself is wrong; repeating it is useless
         ├── QueueFullError                     too many requests are waiting; try again later
         ├── ReplicaLostError                   the replica died with the request in flight
         ├── DeploymentStoppingError            the deployment no longer admits requests
-        ├── UnavailableError                   no replica can serve now, or nobody answers at the address
+        ├── UnavailableError                   no replica can serve now, or the balancer does not answer
         ├── AuthenticationError                the token is missing, wrong, or lacks the right
         ├── RequestTimeoutError (TimeoutError) the caller's timeout has passed
-        └── RequestCancelledError              somebody cancelled the request
+        └── RequestCancelledError              the request was cancelled
 
 `retryable` says whether the same call may succeed later without a change. `facts` names the attributes that tell,
 beside the message, what an error is about; they are the same on the client as where it was raised.
@@ -47,7 +47,7 @@ class RegistryError(MIIError):
 
 
 class SubmissionError(MIIError):
-    """The job could not be submitted. The message is what the scheduler said."""
+    """The job could not be submitted. The message is the scheduler's."""
 
 
 class DeploymentError(MIIError):

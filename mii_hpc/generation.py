@@ -45,7 +45,7 @@ Prompt = str | tuple[int, ...] | Chat
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt with its options. `id` is unique among the requests that an engine has in hand.
+    """One prompt with its options. `id` is unique among the requests of an engine that have not ended.
 
     Raises InvalidRequestError for the full text of a prompt that is none.
     """
@@ -142,7 +142,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has in hand. `running` and `waiting` are requests; blocks are pages of the KV cache."""
+    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache."""
 
     running: int = 0
     waiting: int = 0
@@ -175,10 +175,11 @@ def as_prompts(prompts: Prompts) -> list[Prompt]:
     if not isinstance(prompts, Iterable) or isinstance(prompts, Set | bytes):
         raise InvalidRequestError(_NO_PROMPT)
     several = list(prompts)
-    return [tuple(several)] if _are_token_ids(several) else [_as_prompt(prompt) for prompt in several]
+    return [tuple(several)] if _are_token_ids(several) else [as_prompt(prompt) for prompt in several]
 
 
-def _as_prompt(prompt: Any) -> Prompt:
+def as_prompt(prompt: Any) -> Prompt:
+    """Return one prompt. Raises InvalidRequestError when it is none."""
     if isinstance(prompt, str | Chat):
         return prompt
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and _are_token_ids(prompt):

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any, Self
 from mii_hpc.config import SUPERSEDED_MODEL_FIELDS, GenerateParamsConfig, ModelConfig, resolve, unknown_name, validate
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
-from mii_hpc.engine.launched import LaunchedRanks, end_at_exit, environment_kept, launched_world_size
+from mii_hpc.engine.launched import LaunchedRanks, end_at_exit, launched_world_size
 from mii_hpc.errors import (
     ConfigError,
     InvalidRequestError,
@@ -25,13 +26,13 @@ from mii_hpc.errors import (
     UnavailableError,
     UnknownArgument,
 )
-from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompts, joined
+from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompt, as_prompts, joined
 
 log = logging.getLogger(__name__)
 
 CLOSED = "the pipeline is closed"
 IN_FLIGHT = 256
-"""Requests of one call that the engine has in hand at once."""
+"""Requests of one call that run or wait in the engine at once."""
 Arrived = tuple[int, Response | Exception]
 """What came for one of a call's prompts, by its number."""
 
@@ -95,10 +96,9 @@ class MIIPipeline:
         self._calls: set[queue.SimpleQueue[Arrived]] = set()
         self._end: str | None = None
         self._ranks: LaunchedRanks | None = None
-        environment: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         spec = EngineSpec.alone(model)
         if model.tensor_parallel > 1:
-            self._ranks, environment = LaunchedRanks(all_rank_output), environment_kept()
+            self._ranks = LaunchedRanks(all_rank_output)
             spec = self._ranks.spec(model)
         self.is_rank_0 = spec.rank == 0
         """Whether this rank answers."""
@@ -109,8 +109,7 @@ class MIIPipeline:
         )
         self._thread.start()
         try:
-            with environment:
-                loaded.result()
+            loaded.result()
         except BaseException:  # Ctrl-C too: the thread would go on and keep the model
             self._engine.close()
             raise
@@ -180,7 +179,7 @@ class MIIPipeline:
             return
         with (
             self._leading() as answers,
-            contextlib.closing(self._pieces(as_prompts([prompt]), timeout, {**options, "stream": True})) as arriving,
+            contextlib.closing(self._pieces([as_prompt(prompt)], timeout, {**options, "stream": True})) as arriving,
         ):
             for _, item in arriving:
                 if isinstance(item, RequestError):
@@ -189,7 +188,7 @@ class MIIPipeline:
                 yield item
 
     def close(self) -> None:
-        """End the engine and free its memory. Calls that are under way, and later ones, raise UnavailableError.
+        """End the engine and free its memory. Calls that run, and later ones, raise UnavailableError.
 
         On other ranks than 0 this waits for rank 0 to do the same. Nothing happens the second time.
         """
@@ -222,20 +221,20 @@ class MIIPipeline:
     def _pieces(
         self, prompts: list[Prompt], timeout: float | None, options: dict[str, Any]
     ) -> Generator[tuple[int, Response | RequestError]]:
-        """Yield what comes for each prompt, by its number. Closing the iterator cancels what is under way."""
+        """Yield what comes for each prompt, by its number. Closing the iterator cancels the requests that run."""
         params = validate(GenerateParamsConfig, options)
         deadline = None if timeout is None else time.monotonic() + timeout
         arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         waiting = list(enumerate(prompts))[::-1]
-        under_way: dict[int, str] = {}
+        running: dict[int, str] = {}
         unfinished = [params.num_return_sequences] * len(prompts)
         room = min(IN_FLIGHT, self.model_config.inference_engine_config.queue_bound)
         with self._call(arrived) as engine:
             try:
-                while waiting or under_way:
-                    while waiting and len(under_way) < room:
+                while waiting or running:
+                    while waiting and len(running) < room:
                         number, prompt = waiting.pop()
-                        under_way[number] = self._submit(engine, number, prompt, params, arrived)
+                        running[number] = self._submit(engine, number, prompt, params, arrived)
                     try:
                         number, item = arrived.get(
                             timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -247,15 +246,15 @@ class MIIPipeline:
                     if number < 0:
                         raise UnavailableError(str(item))
                     if isinstance(item, Exception):
-                        del under_way[number]
+                        del running[number]
                         yield number, item if isinstance(item, RequestError) else RequestError(str(item))
                         continue
                     unfinished[number] -= item.ended
                     if not unfinished[number]:
-                        del under_way[number]
+                        del running[number]
                     yield number, item
             finally:
-                for request_id in under_way.values():
+                for request_id in running.values():
                     engine.cancel(request_id)
 
     def submit(
@@ -265,7 +264,7 @@ class MIIPipeline:
 
         When the engine ends, `arrived` gets an error with a negative number.
         """
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         request = GenerationRequest(f"async-{number}", whole, validate(GenerateParamsConfig, options))
         with self._lock:
             engine = self._open_engine()
@@ -292,7 +291,7 @@ class MIIPipeline:
 
     @contextlib.contextmanager
     def _call(self, arrived: queue.SimpleQueue[Arrived]) -> Iterator[Engine]:
-        """Yield the engine; within this context the queue is told when it ends."""
+        """Yield the engine; within this context the queue gets an error when it ends."""
         with self._lock:
             engine = self._open_engine()
             self._calls.add(arrived)
@@ -309,7 +308,8 @@ class MIIPipeline:
 
     def _work(self, engine: Engine, loaded: Future[None]) -> None:
         try:
-            engine.load(log.info)
+            with _environment_kept():
+                engine.load(log.info)
         except BaseException as error:  # noqa: BLE001 (the thread's boundary: the constructor raises it, an exit too)
             loaded.set_exception(error)
         else:
@@ -320,13 +320,27 @@ class MIIPipeline:
         end = CLOSED
         try:
             engine.run()
-        except Exception as error:  # the thread's boundary: every call is to hear of it
+        except Exception as error:  # the thread's boundary: every call gets it
             log.exception("the engine has failed")
             end = f"the engine has failed: {error!r}"
         with self._lock:
             self._end = end
             for arrived in self._calls:
                 arrived.put((-1, UnavailableError(end)))
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Restore the variables of the process on leaving: an engine, and what it imports, set some for what they load."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name, value in set(os.environ.items()) ^ set(before.items()):
+            if name not in before:
+                del os.environ[name]
+            elif before[name] == value:
+                os.environ[name] = value
 
 
 class MIIAsyncPipeline:

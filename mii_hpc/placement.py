@@ -1,4 +1,4 @@
-"""Where ranks go: pure arithmetic over ranks, nodes, replicas and roles."""
+"""The placement of ranks: pure arithmetic over ranks, nodes, replicas and roles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Role:
-    """One rank's place: which replica it belongs to, and its rank there. Rank 0 of a replica leads it."""
+    """The replica that a rank belongs to, and its rank there. Rank 0 of a replica leads it."""
 
     rank: int
     replica: int
@@ -50,17 +50,21 @@ def place(model: ModelConfig, slurm: SlurmConfig) -> Placement:
     """Choose nodes and tasks per node.
 
     A replica does not straddle nodes when one node can hold it; a larger one spans as few nodes as hold it
-    evenly. Without `gpus_per_node` and `tasks_per_node` every replica gets a node of its own.
+    evenly. Nodes get equally many replicas, as far as these divide. Where neither GPUs nor `tasks_per_node` are given,
+    every replica gets a node of its own. Several ranks may be put on one GPU, but not those of one replica.
     Raises ConfigError when the nodes described cannot hold the shape.
     """
     tp, replicas = model.tensor_parallel, model.replica_num
-    gpus = slurm.gpus_per_node or None
+    gpus = slurm.gpus or None
     if slurm.tasks_per_node is None:
         per_node = _tasks_per_node(tp, replicas, gpus)
     else:
         per_node = min(slurm.tasks_per_node, model.world_size)
-        if gpus is not None and per_node > gpus:
-            raise ConfigError(f"slurm.tasks_per_node={per_node}: each rank takes a GPU, and slurm.gpus_per_node={gpus}")
+        if gpus is not None and min(per_node, tp) > gpus:
+            raise ConfigError(
+                f"slurm.tasks_per_node={per_node}: the ranks of a replica take a GPU each, and with "
+                f"tensor_parallel={tp} a node has {min(per_node, tp)} of them, but {gpus} GPU{'s' * (gpus > 1)}"
+            )
         if per_node % tp and tp % per_node:
             raise ConfigError(
                 f"slurm.tasks_per_node={per_node}: with tensor_parallel={tp} a replica would straddle nodes "
@@ -73,12 +77,13 @@ def _tasks_per_node(tp: int, replicas: int, gpus: int | None) -> int:
     if gpus is None:
         return tp
     if gpus >= tp:
-        return min(gpus // tp, replicas) * tp
+        nodes = -(-replicas // (gpus // tp))
+        return -(-replicas // nodes) * tp
     # The largest share of a replica that a node can hold and that leaves no node with less than others.
     share = next(size for size in range(gpus, 0, -1) if tp % size == 0)
-    if share == 1:
+    if share == 1 < gpus:
         raise ConfigError(
-            f"tensor_parallel={tp}: a replica spans nodes of slurm.gpus_per_node={gpus} only in equal parts of "
-            f"more than one GPU; allowed are up to {gpus}, and multiples of a number from 2 to {gpus}"
+            f"tensor_parallel={tp}: a replica spans nodes of {gpus} GPUs only in equal parts of more than one GPU; "
+            f"allowed are up to {gpus}, and multiples of a number from 2 to {gpus}"
         )
     return share

@@ -1,9 +1,12 @@
 import os
 import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mii_hpc.config import resolve
+from mii_hpc.config import MIIConfig, resolve
 from mii_hpc.job.balancer import membership
 from tests.live import Deployment, InThread
 
@@ -16,12 +19,14 @@ signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture
-async def deploy(tmp_path, monkeypatch):
+async def deploy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Awaitable[Deployment]]]:
     """Start deployments in the test's event loop; arguments are those of Deployment."""
     monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
-    running = []
+    running: list[Deployment] = []
 
-    async def start(kind=Deployment, **shape):
+    async def start(kind: type[Deployment] = Deployment, **shape: Any) -> Deployment:
         deployment = kind(tmp_path / "home", **shape)
         running.append(deployment)
         return await deployment.start()
@@ -32,12 +37,12 @@ async def deploy(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def deploy_in_thread(tmp_path, monkeypatch):
+def deploy_in_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InThread]]:
     """Start deployments on threads of their own; arguments are those of Deployment."""
     monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
-    running = []
+    running: list[InThread] = []
 
-    def start(**shape):
+    def start(**shape: Any) -> InThread:
         running.append(InThread(tmp_path / "home", **shape))
         return running[-1]
 
@@ -47,15 +52,15 @@ def deploy_in_thread(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Put commands on PATH that answer as the test says: slurm(sbatch="shell script", ...)."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
         monkeypatch.delenv(name)
 
-    def commands(**scripts):
+    def commands(**scripts: str) -> Path:
         for name, script in {"srun": "exit 1", **scripts}.items():
             path = folder / name
             path.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{script}\n')
@@ -66,21 +71,26 @@ def slurm(tmp_path, monkeypatch):
         sbatch="echo Submitted batch job 4711",
         squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
         scancel="exit 0",
+        sinfo="true",
     )
     return commands
 
 
 @pytest.fixture
-def echo_config(tmp_path):
+def echo_config(tmp_path: Path) -> Callable[..., MIIConfig]:
     """Make the configuration of a deployment named "chat" with an echo engine, on Slurm if not said otherwise."""
 
-    def make(**fields):
-        given = {"inference_engine_config": {"engine": "echo"}, "home": tmp_path / "home", "cluster": "slurm"}
+    def make(**fields: Any) -> MIIConfig:
+        given: dict[str, Any] = {
+            "inference_engine_config": {"engine": "echo"},
+            "home": tmp_path / "home",
+            "cluster": "slurm",
+        }
         return resolve(**{**given, "deployment_name": "chat", **fields})
 
     return make
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--attention", default="auto", help="the engines' attention back end, where a test names none")
     parser.addoption("--golden", action="store_true", help="write the golden files anew")

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
 
 
-def lacking(reason):
+def lacking(reason: str) -> NoReturn:
     """Skip the test; fail it where `make setup` brings what it needs: as root on Debian, and in CI."""
     brought = os.environ.get("CI") == "true" or (os.geteuid() == 0 and shutil.which("apt-get"))
-    (pytest.fail if brought else pytest.skip)(reason)
+    if brought:
+        pytest.fail(reason)
+    pytest.skip(reason)

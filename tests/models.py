@@ -3,13 +3,14 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 512
 CONTEXT = 256
 
 
 @cache
-def _trained_tokenizer():
+def _trained_tokenizer() -> str:
     from pydoc_data.topics import topics
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,10 +26,11 @@ def _trained_tokenizer():
     )
     # A few emoji are learned in part, so that some are cut by tokens.
     tokenizer.train_from_iterator([*list(topics.values())[:40], *["🙂 🚀 für €5"] * 20], trainer)
-    return tokenizer.to_str()
+    trained: str = tokenizer.to_str()
+    return trained
 
 
-def save_tokenizer(folder):
+def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +40,7 @@ def save_tokenizer(folder):
     tokenizer.save_pretrained(folder)
 
 
-def replace_tokenizer_by_sentencepiece(folder):
+def replace_tokenizer_by_sentencepiece(folder: Path) -> None:
     """Give a model of tiny_model() nothing but a `tokenizer.model` and its class, as the first Llamas have it."""
     import io
     from pydoc_data.topics import topics
@@ -61,7 +63,7 @@ def replace_tokenizer_by_sentencepiece(folder):
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
 
 
-def tiny_config(architecture, **changes):
+def tiny_config(architecture: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     common = {
@@ -76,14 +78,23 @@ def tiny_config(architecture, **changes):
         "tie_word_embeddings": False,
         "initializer_range": 0.3,
     }
-    own = {
+    particular: dict[str, dict[str, Any]] = {
         "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.3},
         "gpt_neox": {"intermediate_size": 128},
-    }.get(architecture, {"intermediate_size": 128, "num_key_value_heads": 2})
+    }
+    own = particular.get(architecture, {"intermediate_size": 128, "num_key_value_heads": 2})
     return AutoConfig.for_model(architecture, **{**common, **own, **changes})
 
 
-def tiny_model(folder, architecture="llama", *, files=1, seed=0, dtype="float32", **changes):
+def tiny_model(
+    folder: Path | str,
+    architecture: str = "llama",
+    *,
+    files: int = 1,
+    seed: int = 0,
+    dtype: str = "float32",
+    **changes: Any,
+) -> Path:
     """Save a random model, in about so many safetensors files; return the folder."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -103,6 +114,6 @@ def tiny_model(folder, architecture="llama", *, files=1, seed=0, dtype="float32"
     return folder
 
 
-def checkpoint_files(folder):
+def checkpoint_files(folder: Path) -> list[str]:
     index = Path(folder) / "model.safetensors.index.json"
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 import typing
@@ -78,6 +79,17 @@ def test_no_module_hides_a_name():
     assert callable(mii_hpc.client)
     assert callable(mii_hpc.pipeline)
     assert callable(mii_hpc.serve)
+
+
+def test_neither_import_nor_pipeline_changes_the_environment():
+    script = (
+        "import os; before = dict(os.environ)\n"
+        "import mii_hpc as mii; mii.pipeline(inference_engine_config={'engine': 'echo'}).close()\n"
+        "assert dict(os.environ) == before"
+    )
+    # Those that this process has set when it loaded gRPC.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
 
 
 def test_importing_it_loads_nothing_heavy():

@@ -33,6 +33,10 @@ def placed(tp, replicas, gpus=None, tasks=None):
         ((2, 2, None, 100), 1, 4),
         ((4, 2, 8, 2), 4, 2),
         ((2, 5, 8, 4), 3, 4),
+        ((2, 5, 8, None), 2, 6),
+        ((2, 2, 1, None), 4, 1),
+        ((1, 4, 1, 4), 1, 4),
+        ((2, 2, 2, 4), 1, 4),
     ],
 )
 def test_shapes(shape, nodes, tasks_per_node):
@@ -52,10 +56,11 @@ def test_no_replica_straddles_nodes_when_one_can_hold_it():
         node_of = [rank // placement.tasks_per_node for rank in range(tp * replicas)]
         assert placement.world_size == tp * replicas
         assert set(node_of) == set(range(placement.nodes)), "no node is idle, and none is missing"
-        if gpus:
+        if gpus and tasks is None:
             assert max(Counter(node_of).values()) <= gpus
         for replica in range(replicas):
             parts = Counter(node_of[rank] for rank in role_of(replica * tp, tp).replica_ranks)
+            assert max(parts.values()) <= (gpus or tp), "no two ranks of a replica share a GPU"
             assert len(parts) == 1 or (placement.tasks_per_node < tp and len(set(parts.values())) == 1)
             if tasks is None:
                 assert len(parts) == 1 or gpus < tp
@@ -75,9 +80,8 @@ def test_roles_make_every_replica_complete():
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        ((2, 1, 1, None), r"^tensor_parallel=2: .*slurm\.gpus_per_node=1"),
-        ((7, 1, 4, None), r"^tensor_parallel=7: .*allowed are up to 4, and multiples of a number from 2 to 4$"),
-        ((2, 2, 2, 4), r"^slurm\.tasks_per_node=4: each rank takes a GPU, and slurm\.gpus_per_node=2$"),
+        ((7, 1, 4, None), r"^tensor_parallel=7: .*nodes of 4 GPUs.*allowed are up to 4, and multiples of a .* 2 to 4$"),
+        ((4, 2, 2, 4), r"^slurm\.tasks_per_node=4: .*with tensor_parallel=4 a node has 4 of them, but 2 GPUs$"),
         ((4, 2, None, 3), r"^slurm\.tasks_per_node=3: .*allowed are the multiples and the divisors of 4$"),
         ((4, 2, None, 6), r"^slurm\.tasks_per_node=6: "),
     ],

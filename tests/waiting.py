@@ -11,9 +11,6 @@ PATIENCE = 60
 
 T = TypeVar("T")
 
-PATIENCE = 60
-"""Seconds after which what a busy machine may be slow to do counts as not done."""
-
 
 def eventually(condition: Callable[[], T], seconds: float = PATIENCE, what: str = "") -> T:
     """Return what `condition` gives once it is true; fail when it is not in time."""

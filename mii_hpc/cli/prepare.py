@@ -38,6 +38,6 @@ def _prepare(model: str, config: str, given: dict[str, Any]) -> Path:
             f"tensor_parallel={resolved.model_conf.tensor_parallel}: does not divide the job's {allocation.tasks} tasks"
         )
     shaped = resolved.model_conf.model_copy(update={"replica_num": replicas})
-    checked, _ = submission.check(resolved.model_copy(update={"model_conf": shaped}))
+    checked = submission.check(resolved.model_copy(update={"model_conf": shaped}))
     run, _ = submission.prepare(checked, allocation.job_id)
     return run.path

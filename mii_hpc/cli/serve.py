@@ -63,7 +63,7 @@ def serve(
 
 
 def _show_plan(config: MIIConfig, as_json: bool) -> None:
-    checked, placement = submission.check(config)
+    checked, placement = submission.shape(submission.check(config))
     run = RunDir(checked.home / "runs" / f"{checked.deployment_name}-RUN")
     script = schedulers.scheduler(checked.cluster).script(run, checked, placement)
     chosen = checked.model_dump(mode="json", by_alias=False)

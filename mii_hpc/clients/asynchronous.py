@@ -21,6 +21,7 @@ from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.errors import (
     ConfigError,
+    DeploymentError,
     DeploymentNotFoundError,
     InvalidRequestError,
     MIIError,
@@ -37,6 +38,7 @@ from mii_hpc.generation import (
     Prompts,
     Response,
     Tokenization,
+    as_prompt,
     as_prompts,
     joined,
 )
@@ -46,7 +48,7 @@ CONNECT_SECONDS = 20.0
 TERMINATE_SECONDS = 60.0
 """How long terminate_server() waits for the job's end."""
 IN_FLIGHT = 256
-"""Requests of one generate() call that are under way at once."""
+"""Requests of one generate() call that run at once."""
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -55,8 +57,8 @@ Answer = TypeVar("Answer")
 class AsyncMIIClient:
     """A client for use inside one event loop; every method belongs to the loop of the first call.
 
-    `mii_config` names the deployment and its home, unless `home` is given: that of somebody else, who shares the
-    deployment with you. The balancer's address is the one in the registry, unless `host` names another way to it,
+    `mii_config` names the deployment and its home, unless `home` is given: that of another user, who shares the
+    deployment. The balancer's address is the one in the registry, unless `host` names another way to it,
     such as the "127.0.0.1" of an SSH tunnel; its port is `port_number` then, where that is set.
     """
 
@@ -92,7 +94,7 @@ class AsyncMIIClient:
         params = validate(
             GenerateParamsConfig, {**options, "stream": streaming_fn is not None or options.get("stream", False)}
         )
-        async with _deadline(timeout) as deadline:
+        async with self._deadline(timeout) as deadline:
             if streaming_fn is not None:
                 if len(several) != 1:
                     raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
@@ -111,7 +113,7 @@ class AsyncMIIClient:
     ) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         params = validate(GenerateParamsConfig, {**options, "stream": True})
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         deadline = None if timeout is None else time.monotonic() + timeout
         async with contextlib.aclosing(self._pieces(whole, params, deadline)) as pieces:
             async for piece in pieces:
@@ -119,7 +121,7 @@ class AsyncMIIClient:
 
     async def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         message = wire.pack_tokenize(whole, plain)
         return wire.unpack_tokenization(await self._call(lambda to: to.inference.Tokenize, message))
 
@@ -144,12 +146,12 @@ class AsyncMIIClient:
         job = schedulers.job_of(found.entry)
         if found.entry.address or not found.home.is_own:
             try:
-                # Refused, in its own words, unless it is ours.
+                # The balancer refuses it unless the deployment is ours.
                 await self._call(lambda to: to.deployment.Terminate, pb.TerminateRequest())
             except UnavailableError:
                 if not found.home.is_own:
                     raise
-                await asyncio.to_thread(job.cancel)  # nobody answers; perhaps the scheduler can help
+                await asyncio.to_thread(job.cancel)  # the balancer does not answer; the scheduler may
         else:
             await asyncio.to_thread(job.cancel)
         deadline = time.monotonic() + TERMINATE_SECONDS
@@ -157,7 +159,9 @@ class AsyncMIIClient:
             if not await asyncio.to_thread(schedulers.is_live, entry):
                 free_name(found.home.path, entry)
             if time.monotonic() > deadline:
-                raise UnavailableError(f"job {entry.job_id} has not ended after {TERMINATE_SECONDS:.0f} s; try scancel")
+                raise self._unavailable(
+                    f"has not ended after {TERMINATE_SECONDS:.0f} s: job {entry.job_id} still runs; try scancel"
+                )
             await asyncio.sleep(0.2)
         await self.close()
 
@@ -227,26 +231,30 @@ class AsyncMIIClient:
 
         connection, call = await begin()
         unfinished = set(range(params.num_return_sequences))
+        replica: int | None = None
         try:
             served_by = dict(await call.initial_metadata())
             if wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code()):
                 connection, call = await begin()
                 served_by = dict(await call.initial_metadata())
-            replica = int(served_by.get(wire.REPLICA_KEY, -1))
+            if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
+                replica = int(served_by[wire.REPLICA_KEY])
             async for chunk in call:
-                piece = wire.unpack_response(chunk, replica)
+                piece = wire.unpack_response(chunk, replica or 0)
                 unfinished -= {piece.index} if piece.ended else set()
                 yield piece
         except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
+            raise self._failed(failure, connection, replica) from None
         except asyncio.CancelledError:
             if transport.is_being_cancelled():
                 raise
-            raise RequestCancelledError("the client was closed before the answer was complete") from None
+            closed = RequestCancelledError("the client was closed before the answer was complete")
+            raise self._located(closed, replica) from None
         finally:
             call.cancel()
         if unfinished:
-            raise RequestError("the answer was cut short: the stream ended before its last piece")
+            cut = RequestError("the answer was cut short: the stream ended before its last piece")
+            raise self._located(cut, replica)
 
     async def _call(
         self,
@@ -270,19 +278,33 @@ class AsyncMIIClient:
             return self._metadata != shown
         return False
 
-    def _failed(self, failure: grpc.aio.AioRpcError, connection: transport.Connection) -> MIIError:
+    def _failed(
+        self, failure: grpc.aio.AioRpcError, connection: transport.Connection, replica: int | None = None
+    ) -> MIIError:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
-            self._metadata = None  # the token may have been rotated; the next call reads it anew
-        if failure.code() is grpc.StatusCode.UNAVAILABLE and not wire.is_ours(failure):
-            # The balancer may have moved (a requeued job); the next call looks it up anew. Not closed: other calls
-            # may still run on that connection, and shall end as they end.
+            self._metadata = None  # the token may have been rotated; the next call reads it again
+        if wire.is_lost(failure):
+            # The balancer may have moved (a requeued job); the next call looks it up again. The connection is not
+            # closed, because other calls may still run on it.
             if self._connection is connection:
                 self._connection = None
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
                 self._find()
-                return UnavailableError(self._says("does not answer: " + (failure.details() or "connection lost")))
-            return UnavailableError(self._says("is gone"))
-        return wire.error_of(failure)
+                return self._unavailable("does not answer: " + (failure.details() or "connection lost"))
+            return self._unavailable("has ended")
+        return self._located(wire.error_of(failure), replica)
+
+    def _located(self, error: MIIError, replica: int | None = None) -> MIIError:
+        """Return an error with the deployment and the replica that it is about, where the server has not said them."""
+        if isinstance(error, DeploymentError | RequestError):
+            error.deployment_name = error.deployment_name or self.mii_config.deployment_name
+        if isinstance(error, RequestError) and error.replica is None:
+            error.replica = replica
+        return error
+
+    def _unavailable(self, predicate: str) -> UnavailableError:
+        name = self.mii_config.deployment_name
+        return UnavailableError(f"deployment '{name}' {predicate}", deployment_name=name)
 
     async def _connected(self) -> transport.Connection:
         """Return the connection to the balancer, once it is there; a request must not overtake another."""
@@ -297,8 +319,8 @@ class AsyncMIIClient:
                 await asyncio.wait_for(self._connection.channel.channel_ready(), CONNECT_SECONDS)
             except TimeoutError:
                 await self.close()
-                raise UnavailableError(
-                    self._says(f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s")
+                raise self._unavailable(
+                    f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s"
                 ) from None
             return self._connection
 
@@ -314,25 +336,22 @@ class AsyncMIIClient:
 
     def _way_to(self, entry: Entry) -> str:
         if not entry.address:
-            raise UnavailableError(self._says(f"is not serving yet: job {entry.job_id} is {entry.state}"))
+            raise self._unavailable(f"is not serving yet: job {entry.job_id} is {entry.state}")
         if self._host == "localhost":
             return entry.address
         return f"{self._host}:{self.mii_config.port_number or entry.address.rpartition(':')[2]}"
 
-    def _says(self, predicate: str) -> str:
-        return f"deployment '{self.mii_config.deployment_name}' {predicate}"
-
-
-@contextlib.asynccontextmanager
-async def _deadline(timeout: float | None) -> AsyncIterator[float | None]:
-    """Yield the time by which all must be done; raise RequestTimeoutError if it is not."""
-    try:
-        async with asyncio.timeout(timeout):
-            yield None if timeout is None else time.monotonic() + timeout
-    except TimeoutError as error:
-        if isinstance(error, MIIError):
-            raise
-        raise RequestTimeoutError(f"timeout={timeout}: it passed before the answer was complete") from None
+    @contextlib.asynccontextmanager
+    async def _deadline(self, timeout: float | None) -> AsyncIterator[float | None]:
+        """Yield the time by which all must be done; raise RequestTimeoutError if it is not."""
+        try:
+            async with asyncio.timeout(timeout):
+                yield None if timeout is None else time.monotonic() + timeout
+        except TimeoutError as error:
+            if isinstance(error, MIIError):
+                raise
+            message = f"timeout={timeout}: it passed before the answer was complete"
+            raise self._located(RequestTimeoutError(message)) from None
 
 
 def _left(deadline: float | None) -> float | None:

@@ -9,7 +9,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from mii_hpc.clients.asynchronous import AsyncMIIClient
@@ -100,9 +99,7 @@ class MIIClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
@@ -118,7 +115,8 @@ class MIIClient:
             elif self._worker.pid != os.getpid():
                 raise UnavailableError(
                     "this process was forked while requests of its parent were running, after which gRPC does not "
-                    "work in it; fork before or between requests, or start processes with 'spawn'"
+                    "work in it; fork before or between requests, or start processes with 'spawn'",
+                    deployment_name=self.mii_config.deployment_name,
                 )
             worker = self._worker
             self._calls += 1
@@ -148,7 +146,7 @@ class MIIClient:
 
 
 class _Forks:
-    """The clients of this process, told of every fork."""
+    """The clients of this process, each of which is called before and after a fork."""
 
     _clients: ClassVar[weakref.WeakSet[MIIClient] | None] = None
     _held: ClassVar[list[MIIClient]] = []

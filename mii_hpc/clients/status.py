@@ -1,4 +1,4 @@
-"""What a client is told of a deployment's state."""
+"""The state of a deployment and its replicas, as clients see it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ReplicaStatus:
         in_flight: requests that the balancer has passed to it and that have not ended.
         served: requests that it was given since the balancer started.
         detail: what it is doing, or why it is not ready.
-        load: what its engine has in hand; None when it is not ready, or did not answer at once.
+        load: that of its engine; None when it is not ready, or did not answer at once.
     """
 
     index: int

@@ -1,8 +1,8 @@
 """The secrets of one deployment: TLS key and certificate, and its tokens.
 
 They are files of mode 0600 in the run directory and nowhere else: not in argv, environment, pickles or logs.
-Three tokens open different doors: the owner's everything that a client can ask for; the guests' what a Unix group
-may do where the deployment is shared; the ranks' own what they say among themselves.
+Three tokens allow different methods: the owner's all methods of a client; the guests' those that a Unix group may
+call where the deployment is shared; the ranks' those between the processes of the job.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def new_token() -> str:
 def load_owner(run: RunDir) -> ClientCredentials:
     """Read what the owner's clients need.
 
-    Raises RegistryError when the directory or one of the files belongs to another user or lets others in.
+    Raises RegistryError when the directory or one of the files belongs to another user or gives others access.
     """
     _check(run)
     return ClientCredentials(_read(run.tls_certificate), read_token(run.owner_token))
@@ -105,7 +105,7 @@ def load_server(run: RunDir) -> ServerCredentials:
 
 
 def read_token(path: Path) -> str:
-    """Read one token. Raises RegistryError when its file belongs to another user or lets others in."""
+    """Read one token. Raises RegistryError when its file belongs to another user or gives others access."""
     return _read(path).decode().strip()
 
 

@@ -39,7 +39,7 @@ def private_folder(path: Path, entered_by_group: bool = False) -> Path:
 
 
 def check_private(path: Path, entered_by_group: bool = False) -> None:
-    """Raise RegistryError unless the path is ours and closed to others; the message says what mends it.
+    """Raise RegistryError unless the path is ours and closed to others; the message says how to correct it.
 
     `entered_by_group` lets a group pass through a directory, without listing it, to what is shared below it.
     """
@@ -55,7 +55,7 @@ def check_private(path: Path, entered_by_group: bool = False) -> None:
     if stat.S_IMODE(status.st_mode) & 0o077 & ~(0o010 if entered_by_group else 0):
         kind = "700" if path.is_dir() else "600"
         raise RegistryError(
-            f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others in; mend it with: chmod {kind} {path}"
+            f"{path}: mode {stat.S_IMODE(status.st_mode):04o} gives others access; correct it with: chmod {kind} {path}"
         )
 
 

@@ -1,4 +1,4 @@
-"""How a deployment is found: by its name or its model's, in one's own home or in one that somebody shares."""
+"""Finding a deployment by its name or its model's, in the user's own home or in one that another user shares."""
 
 from __future__ import annotations
 
@@ -10,20 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from mii_hpc.config import MIIConfig, ModelConfig, plain_name
 from mii_hpc.deployments import credentials, sharing
 from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentNotFoundError, RegistryError
 
+DEEPSPEED_MIIS_SUFFIX = "-mii-deployment"
+"""What DeepSpeed-MII makes a deployment's name with, after the model's."""
+
 
 @dataclass(frozen=True)
 class Found:
-    """A deployment, as its clients find it: where, what is known of it, and what opens it."""
+    """A deployment that was found: its home, its registry entry, and the credentials of its clients."""
 
     home: Home
     entry: Entry
     credentials: ClientCredentials
+
+    @property
+    def config(self) -> MIIConfig:
+        """The deployment's own configuration, with the port that it has; of one that is shared, as far as is known."""
+        port = self.entry.address.rpartition(":")[2]
+        return self.home.config_of(self.entry).model_copy(
+            update={"home": self.home.path, "port_number": int(port) if port else 0}
+        )
 
 
 class Home(ABC):
@@ -55,16 +67,18 @@ class Home(ABC):
     def find(self, model_or_deployment_name: str) -> Found:
         """Return the deployment of that name, or else the one that serves that model.
 
-        A model is named as it was to serve(), or by any path to the same folder. Raises DeploymentNotFoundError when
-        there is none, or more than one deployment of that model.
+        The name may be written as it was to serve(), or with DeepSpeed-MII's "-mii-deployment" at its end. A model is
+        named as it was to serve(), or by any path to the same folder. Raises DeploymentNotFoundError when there is
+        none, or more than one deployment of that model.
         """
         name, entries = model_or_deployment_name, self.entries()
-        if any(entry.deployment_name == name for entry in entries):
-            return self.get(name)
-        model = os.path.realpath(name)
-        serving = [e.deployment_name for e in entries if e.model == name or os.path.realpath(e.model) == model]
-        if len(serving) == 1:
-            return self.get(serving[0])
+        model = name.removesuffix(DEEPSPEED_MIIS_SUFFIX)
+        folder = os.path.realpath(model)
+        serving = [e.deployment_name for e in entries if e.model == model or os.path.realpath(e.model) == folder]
+        only = serving if len(serving) == 1 else []
+        for written in (name, *only, plain_name(name), plain_name(model)):
+            if any(entry.deployment_name == written for entry in entries):
+                return self.get(written)
         if serving:
             names = ", ".join(f"'{each}'" for each in serving)
             raise DeploymentNotFoundError(f"'{name}' is served by several deployments; name one of them: {names}")
@@ -74,12 +88,16 @@ class Home(ABC):
         )
 
     @abstractmethod
+    def config_of(self, entry: Entry) -> MIIConfig:
+        """Return the configuration of a deployment, as far as it can be read here."""
+
+    @abstractmethod
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         """Return what is written of the deployment of that name."""
 
 
 class OwnHome(Home):
-    """The home of the user himself."""
+    """The user's own home."""
 
     is_own = True
 
@@ -87,16 +105,23 @@ class OwnHome(Home):
         """See Home.entries()."""
         return Registry(self.path).entries()
 
+    def config_of(self, entry: Entry) -> MIIConfig:
+        """See Home.config_of()."""
+        return RunDir(entry.run_dir).load_config()
+
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         registry = Registry(self.path)
         entry = registry.get(deployment_name)
         if entry is None:
-            raise DeploymentNotFoundError(f"deployment '{deployment_name}' is not in the registry {registry.folder}")
+            raise DeploymentNotFoundError(
+                f"deployment '{deployment_name}' is not in the registry {registry.folder}",
+                deployment_name=deployment_name,
+            )
         return entry, credentials.load_owner(RunDir(entry.run_dir))
 
 
 class SharedHome(Home):
-    """The home of somebody who shares deployments with us, and is trusted in that."""
+    """The home of another user who shares deployments with this one, and whom this one trusts."""
 
     is_own = False
 
@@ -104,9 +129,19 @@ class SharedHome(Home):
         """See Home.entries()."""
         found = []
         for name in sharing.names(self.path):
-            with contextlib.suppress(DeploymentNotFoundError):  # not shared with us, or not serving yet
+            with contextlib.suppress(DeploymentNotFoundError):  # not shared with this user, or not serving yet
                 found.append(self._read(name)[0])
         return found
+
+    def config_of(self, entry: Entry) -> MIIConfig:
+        """Return what the entry says: the run directory is not for guests."""
+        return MIIConfig(
+            deployment_name=entry.deployment_name,
+            cluster=entry.cluster,
+            model_conf=ModelConfig(
+                model_name_or_path=entry.model, tensor_parallel=entry.tensor_parallel, replica_num=entry.replica_num
+            ),
+        )
 
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         return sharing.read(self.path, deployment_name)
@@ -128,7 +163,7 @@ def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
 
 
 def free_name(home: Path, entry: Entry) -> None:
-    """Withdraw the entry of a run, and what it shares; nothing happens when the name is no longer the run's."""
+    """Withdraw the entry of a run, and what it shares. Nothing happens when the name is no longer the run's."""
     registry = Registry(home)
     holder = registry.get(entry.deployment_name)
     if holder is None or holder.run_dir != entry.run_dir:

@@ -23,10 +23,10 @@ from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, Regis
 log = logging.getLogger(__name__)
 
 CLAIM_SECONDS = 5.0
-"""How long to try to replace a stale entry that others replace, too."""
+"""How long to try to replace a stale entry that other processes replace as well."""
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-"""A heartbeat older than this, where the job's scheduler cannot be asked, means that the deployment is gone."""
+"""A heartbeat older than this, where the job's scheduler cannot be asked, means that the deployment has ended."""
 
 
 class Entry(BaseModel):
@@ -38,7 +38,7 @@ class Entry(BaseModel):
         host: the name of the node of rank 0.
         address: "IP:port" of the balancer; empty before it listens.
         fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
-        job_host: the only machine that can tell of the job; "" when every machine of the cluster can.
+        job_host: the only machine that knows the job's state; "" when every machine of the cluster does.
         run_dir: the run directory; it tells the runs of one name apart.
         ends: when the walltime is over; None without one.
         detail: what it is doing now, in a few words.
@@ -86,7 +86,7 @@ class Registry:
         write_atomically(aside, entry.model_dump_json(indent=2))
         try:
             deadline = time.monotonic() + CLAIM_SECONDS
-            while time.monotonic() < deadline:  # each turn but the last has met somebody's stale entry
+            while time.monotonic() < deadline:  # each turn but the last has met a stale entry
                 try:
                     os.link(aside, path)
                     return
@@ -98,7 +98,8 @@ class Registry:
                     if is_live(holder):
                         raise DeploymentExistsError(
                             f"deployment_name='{holder.deployment_name}': taken by job {holder.job_id or '(new)'}, "
-                            f"which is {holder.state}; choose another name, or end that one first"
+                            f"which is {holder.state}; choose another name, or end that one first",
+                            deployment_name=holder.deployment_name,
                         )
                     log.info("removing the stale entry of job %s from the registry", holder.job_id)
                     self.withdraw(holder)
@@ -116,9 +117,13 @@ class Registry:
         path = self._path(entry.deployment_name)
         holder = self._read(path)
         if holder is None:
-            raise DeploymentNotFoundError(f"{path}: the entry is no longer there")
+            raise DeploymentNotFoundError(
+                f"{path}: the entry is no longer there", deployment_name=entry.deployment_name
+            )
         if holder.run_dir != entry.run_dir:
-            raise DeploymentExistsError(f"{path}: the name now belongs to job {holder.job_id}")
+            raise DeploymentExistsError(
+                f"{path}: the name now belongs to job {holder.job_id}", deployment_name=entry.deployment_name
+            )
         write_atomically(path, entry.model_dump_json(indent=2))
 
     def withdraw(self, entry: Entry) -> None:
@@ -127,7 +132,8 @@ class Registry:
         holder = self._read(path)
         if holder is None or holder.run_dir != entry.run_dir:
             return
-        # Of all who remove this run's entry, who makes this link may; so nobody removes a name claimed in between.
+        # Of all processes that remove this run's entry, only the one that makes this link may: so none removes an entry
+        # of a run that has claimed the name in between.
         right = path.with_name(f".{path.name}.{sha256(bytes(entry.run_dir)).hexdigest()[:16]}")
         try:
             os.link(path, right)
@@ -157,7 +163,7 @@ class Registry:
         return self.folder / f"{deployment_name}.json"
 
     def _read(self, path: Path) -> Entry | None:
-        # Opening anew makes an NFS client ask the server; a stat would be answered from its cache.
+        # Opening it again makes an NFS client ask the server; a stat would be answered from its cache.
         try:
             text = path.read_text()
         except FileNotFoundError:
@@ -169,5 +175,5 @@ class Registry:
 
 
 def heartbeat_is_fresh(entry: Entry) -> bool:
-    """Whether the deployment gave a sign of life lately."""
+    """Whether the deployment has written its heartbeat within STALE_SECONDS."""
     return time.time() - entry.heartbeat < STALE_SECONDS

@@ -20,7 +20,7 @@ _NAME = re.compile(r"(?P<deployment>.+)-(?P<stamp>\d{8}-\d{6})-[0-9a-f]{6}")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run failed, as the rank that saw it wrote it down.
+    """Why a run failed, as the rank that noticed it wrote it.
 
     Attributes:
         rank: the rank of the world that failed, -1 when it was none in particular.
@@ -166,7 +166,7 @@ class RunDir:
         return MIIConfig.model_validate_json(self.config.read_text())
 
     def write_failure(self, failure: Failure) -> None:
-        """Leave word of a failure for whoever waits for the deployment."""
+        """Write a failure down for serve(), which waits for the deployment."""
         write_atomically(self.failures / f"{failure.rank}.json", json.dumps(asdict(failure)))
 
     def read_failure(self) -> Failure | None:
@@ -175,7 +175,7 @@ class RunDir:
         return Failure(**json.loads(min(written)[1].read_text())) if written else None
 
     def outputs(self) -> Iterator[Path]:
-        """Yield the files that may hold a job's last words, the likeliest first."""
+        """Yield the files that may hold the last output of a job, the likeliest first."""
         for folder, pattern in ((self.submitit, "*.err"), (self.submitit, "*.out"), (self.logs, "*.log")):
             yield from sorted(
                 folder.glob(pattern), key=lambda path: (path == self.job_log, path.stat().st_mtime), reverse=True

@@ -1,7 +1,7 @@
-"""Deployments shared with a Unix group: what its members may read, and how they believe it.
+"""Deployments shared with a Unix group: what its members may read, and how they check who wrote it.
 
 Sharing opens one folder per deployment below the owner's home, `shared/NAME`, of mode 0750: the registry entry, the
-certificate, and the guests' token, which lets its bearer generate and ask for the status, and nothing else.
+certificate, and the guests' token, with which one can generate and ask for the status, and nothing else.
 """
 
 from __future__ import annotations
@@ -102,15 +102,20 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         try:
             status = path.lstat()
         except (FileNotFoundError, PermissionError):
-            raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
+            raise _not_shared(home, deployment_name) from None
         if status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(status.st_mode):
             raise RegistryError(f"{path}: others than the owner of {home} could have written it; it is not believed")
     try:
         entry = Entry.model_validate_json((folder / _ENTRY).read_text())
         certificate, token = (folder / _CERTIFICATE).read_bytes(), (folder / _TOKEN).read_text().strip()
     except (FileNotFoundError, PermissionError):
-        raise DeploymentNotFoundError(f"{home} shares no deployment '{deployment_name}' with you") from None
+        raise _not_shared(home, deployment_name) from None
     return entry, ClientCredentials(certificate, token)
+
+
+def _not_shared(home: Path, deployment_name: str) -> DeploymentNotFoundError:
+    message = f"{home} shares no deployment '{deployment_name}' with you"
+    return DeploymentNotFoundError(message, deployment_name=deployment_name)
 
 
 def _shares_of(home: Path) -> Path:

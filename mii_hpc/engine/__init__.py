@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import Codec, Engine, EngineSpec
 
@@ -14,10 +12,6 @@ def create_engine(spec: EngineSpec) -> Engine:
         from mii_hpc.engine.echo import EchoEngine
 
         return EchoEngine(spec)
-    # A waiting thread spins for about a millisecond, then sleeps; OpenMP reads this when torch is first imported.
-    # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads
-    # were hardly faster than one); for longer, as is the default, they would take the cores from those who serve.
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     from mii_hpc.engine.batching import BatchingEngine
 
     return BatchingEngine(spec)

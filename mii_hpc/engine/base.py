@@ -1,4 +1,4 @@
-"""What a replica asks of an engine, and what it gets back. Imports no torch."""
+"""What an engine is, and what it is started with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mii_hpc.generation import Deliver, Description, GenerationRequest, Load, Pr
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One rank's place in a replica.
+    """The model that an engine serves, and its rank in a replica.
 
     Attributes:
         model: the model to serve, with `model_name_or_path` resolved to a folder where it is one.
@@ -40,7 +40,7 @@ class EngineSpec:
 
     @classmethod
     def alone(cls, model: ModelConfig) -> Self:
-        """Return the place of a rank that is a whole replica, and alone on its host."""
+        """Return the spec of a rank that is a whole replica, alone on its host."""
         return cls(
             model,
             rank=0,
@@ -86,7 +86,7 @@ class Engine(Protocol):
     def run(self) -> None:
         """Generate until `close` is called on rank 0; then return on every rank.
 
-        Raises whatever makes the engine unable to go on. Errors of a single request never do.
+        Raises the error that keeps the engine from going on. An error of a single request is not raised.
         """
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:

@@ -1,4 +1,4 @@
-"""How the ranks of one replica meet, and how the leader tells the others what to do."""
+"""The process group of one replica, and the broadcast of the leader's steps to the other ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mii_hpc.engine.extensions import extensions_folder
 _log = logging.getLogger(__name__)
 
 MEETING_TIMEOUT = timedelta(minutes=30)
-# Followers wait for the next step as long as nobody asks for anything.
+# The other ranks wait for the next step as long as there is no request.
 IDLE_TIMEOUT = timedelta(days=3650)
 HEADER = 4096
 
@@ -48,12 +48,12 @@ class Ranks:
         import deepspeed
 
         if not use_shared_memory:
-            # Its all-reduce then goes through the group above.
+            # Its all-reduce goes through the group above then.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         with quiet():
             deepspeed.init_distributed()
         if use_shared_memory:
-            _unname_shared_memory(spec, host, port)
+            _unlink_shared_memory(spec, host, port)
 
     def broadcast(self, numbers: Sequence[int]) -> None:
         """Send the numbers to all other ranks; for the leader."""
@@ -65,7 +65,7 @@ class Ranks:
             dist.broadcast(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int64), 0, group=self._plans)
 
     def receive(self) -> list[int]:
-        """Wait for the leader's next numbers; raises RuntimeError when the leader is gone."""
+        """Wait for the leader's next numbers; raises RuntimeError when the leader has ended."""
         head = torch.empty(HEADER, dtype=torch.int64)
         dist.broadcast(head, 0, group=self._plans)
         count = int(head[0])
@@ -89,7 +89,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Send what libraries print within this context to stderr: stdout is not theirs."""
+    """Send what libraries print within this context to standard error: the script's output is its own."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -107,7 +107,7 @@ def _store(spec: EngineSpec, host: str, port: int) -> TCPStore:
 
 
 def _set_environment(spec: EngineSpec, host: str, port: str, device: torch.device) -> None:
-    """Set the variables from which DeepSpeed, gloo and NCCL read who and where they are."""
+    """Set the variables from which DeepSpeed, gloo and NCCL read ranks, addresses and interfaces."""
     interface = _interface_of(spec.host)
     os.environ |= {
         "RANK": str(spec.rank),
@@ -152,7 +152,7 @@ def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
         return False
     with (folder / "build.lock").open("w") as lock, quiet():
         # One rank builds and the others wait. The kernel drops this lock with its process, unlike torch's
-        # own, which would block everybody for ever; whoever holds ours knows that torch's is left over.
+        # own, which would block all for ever; the process that holds ours knows that torch's is left over.
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / builder.NAME / "lock").unlink(missing_ok=True)
         try:
@@ -163,11 +163,11 @@ def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
     return True
 
 
-def _unname_shared_memory(spec: EngineSpec, host: str, port: str) -> None:
-    """Take the name from this rank's shared buffer once all ranks have it open, so that it ends with them.
+def _unlink_shared_memory(spec: EngineSpec, host: str, port: str) -> None:
+    """Unlink this rank's shared buffer once all ranks have it open, so that it ends with them.
 
     DeepSpeed leaves it when its processes end: 66 MiB of the host's memory for each rank that was ever started.
-    The name is put together in its csrc/cpu/comm/shm.cpp.
+    The name is made in its csrc/cpu/comm/shm.cpp.
     """
     dist.barrier()
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_{spec.rank}"

@@ -96,8 +96,8 @@ class EchoEngine:
         for echo in running:
             if not echo.due:
                 self._start(echo, now)
-            if echo.due <= now and self._in_hand(echo):
-                self._say_next_words(echo)
+            if echo.due <= now and self._is_running(echo):
+                self._generate(echo)
                 echo.due = max(echo.due + self._config.echo_delay, now)
         with self._changed:
             if self._running and not self._closed:
@@ -112,7 +112,7 @@ class EchoEngine:
         except InvalidRequestError as error:
             self._deliver(echo, error)
 
-    def _say_next_words(self, echo: _Echo) -> None:
+    def _generate(self, echo: _Echo) -> None:
         for answer in echo.answers:
             token_id = echo.tokens[answer.generated % len(echo.tokens)]
             if not answer.ended:
@@ -121,7 +121,7 @@ class EchoEngine:
                 if piece:
                     self._deliver(echo, piece)
 
-    def _in_hand(self, echo: _Echo) -> bool:
+    def _is_running(self, echo: _Echo) -> bool:
         with self._changed:
             return self._running.get(echo.request.id) is echo
 
@@ -137,7 +137,7 @@ class EchoEngine:
 
 @dataclass
 class _Echo:
-    """A request in hand; `due` is when its next words are to be said, 0 before its start."""
+    """A request that waits or runs; `due` is when its next tokens are due, 0 before its start."""
 
     request: GenerationRequest
     deliver: Deliver

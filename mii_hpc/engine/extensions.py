@@ -13,7 +13,7 @@ import torch
 
 
 def extensions_folder() -> Path:
-    """Return a folder for compiled operators that is this user's alone: what lies there gets executed."""
+    """Return a folder for compiled operators that only this user can write to, because its files are executed."""
     base = Path(tempfile.gettempdir()) / f"mii_hpc-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         base.mkdir(mode=0o700)

@@ -1,4 +1,4 @@
-"""The ranks of a pipeline, as torchrun or DeepSpeed's launcher has started them: each runs the user's whole script.
+"""The ranks of a pipeline that torchrun or DeepSpeed's launcher has started: each runs the user's whole script.
 
 Loads torch when the ranks meet, not before.
 """
@@ -23,7 +23,7 @@ from mii_hpc.errors import MIIError, RequestCancelledError, RequestError, Unavai
 from mii_hpc.generation import Response
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each rank."""
+"""The variables that a launcher sets for each rank."""
 MEETING_TIMEOUT = timedelta(minutes=30)
 POLL = timedelta(seconds=1)
 
@@ -39,7 +39,7 @@ class LaunchedRanks:
     """All ranks of a launcher as one replica.
 
     Every rank makes the same pipelines, and the same calls of them, in the same order. Rank 0 answers; the others
-    wait for the end of each call, of which rank 0 tells them through the launcher's store.
+    wait for the end of each call, which rank 0 writes to the launcher's store.
     """
 
     def __init__(self, all_rank_output: bool) -> None:
@@ -55,7 +55,7 @@ class LaunchedRanks:
         self._hosts = [self._store.get(f"host/{rank}").decode() for rank in range(self._world_size)]
 
     def spec(self, model: ModelConfig) -> EngineSpec:
-        """Return this rank's place."""
+        """Return this rank's spec."""
         on_this_host = self._hosts.count(self._hosts[self.rank])
         host = "127.0.0.1" if on_this_host == self._world_size else _address_towards(os.environ["MASTER_ADDR"])
         listening = None
@@ -77,31 +77,31 @@ class LaunchedRanks:
 
     @contextlib.contextmanager
     def lead(self) -> Iterator[list[Response]]:
-        """Make a call on rank 0: the list that is filled in this context, or the error, is what others are told."""
+        """Make a call on rank 0: the other ranks get the list that this context fills, or the error that it raises."""
         number, answers = next(self._calls), list[Response]()
         try:
             yield answers
         except GeneratorExit:
-            self._tell(number, answers)
+            self._write(number, answers)
             raise
         except BaseException as error:
-            self._tell(number, error)
+            self._write(number, error)
             raise
-        self._tell(number, answers)
+        self._write(number, answers)
 
     def follow(self, ended: Callable[[], str | None]) -> list[Response]:
         """Wait on another rank for the end of a call; return what rank 0 has answered, if all ranks return that.
 
-        Raises the error that rank 0 has raised, and UnavailableError when `ended` tells why the engine has.
+        Raises the error that rank 0 has raised, and UnavailableError when `ended` returns why the engine has ended.
         """
         key = f"call/{next(self._calls)}"
         while not self._is_there(key):
             if (reason := ended()) is not None:
                 raise UnavailableError(reason)
         told = json.loads(self._store.get(key))
-        if self._store.add(f"{key}/heard", 1) == self._world_size - 1:
+        if self._store.add(f"{key}/read", 1) == self._world_size - 1:
             self._store.delete_key(key)
-            self._store.delete_key(f"{key}/heard")
+            self._store.delete_key(f"{key}/read")
         if "error" in told:
             raise getattr(errors, told["error"])(told["message"])
         return [_response(answer) for answer in told["answers"]]
@@ -114,10 +114,10 @@ class LaunchedRanks:
         except DistStoreError:
             return False
         except DistNetworkError as error:
-            raise UnavailableError(f"rank 0 is gone: {error}") from error
+            raise UnavailableError(f"rank 0 has ended: {error}") from error
         return True
 
-    def _tell(self, number: int, outcome: list[Response] | BaseException) -> None:
+    def _write(self, number: int, outcome: list[Response] | BaseException) -> None:
         told: dict[str, Any]
         if isinstance(outcome, MIIError):
             told = {"error": type(outcome).__name__, "message": str(outcome)}
@@ -130,18 +130,8 @@ class LaunchedRanks:
         self._store.set(f"call/{number}", json.dumps(told))
 
 
-@contextlib.contextmanager
-def environment_kept() -> Iterator[None]:
-    """Restore on leaving what a launcher has told this rank; an engine changes it while it loads."""
-    before = {name: os.environ[name] for name in VARIABLES}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-
-
 def end_at_exit(close: Callable[[], None]) -> None:
-    """Close a pipeline and leave the other ranks when the interpreter ends: scripts end without a word."""
+    """Close a pipeline and leave the process group when the interpreter ends, as scripts need not close a pipeline."""
     import torch.distributed as dist
 
     def end() -> None:

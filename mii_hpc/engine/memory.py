@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def plan_budget(
     num_blocks = config.num_blocks
     if num_blocks is None:
         block_bytes = page_size * sum(layer.token_bytes() for layer in layers)
-        room = (_free_share(spec, device) + weights) * config.memory_fraction - weights
+        room = _share(spec, device, weights) * config.memory_fraction - weights
         wanted = max_batch_size * -(-context // page_size)
         num_blocks = min(wanted, int(room // block_bytes))
         if num_blocks < 1:
@@ -74,22 +75,38 @@ def threads(spec: EngineSpec) -> int:
     return configured or max(1, len(os.sched_getaffinity(0)) // spec.local_world_size)
 
 
-def _free_share(spec: EngineSpec, device: torch.device) -> float:
+def compute_with(number: int) -> None:
+    """Let the calling thread compute with so many CPU threads, and all other threads of the process as before.
+
+    torch.set_num_threads() sets the number of the calling thread and that of threads which have not computed yet.
+    """
+    import torch
+
+    with ThreadPoolExecutor(1) as unused:
+        default = unused.submit(torch.get_num_threads).result()
+        torch.set_num_threads(number)
+        unused.submit(torch.set_num_threads, default).result()
+
+
+def _share(spec: EngineSpec, device: torch.device, weights: int) -> float:
+    """Return the bytes that are for this rank, its weights among them.
+
+    Ranks that share a GPU measure it at different moments, when some have loaded their weights and others have taken
+    their caches too. So each counts on an equal part of the whole, or on what is left if that is less.
+    """
     if device.type == "cuda":
         import torch
 
-        sharing = ranks_per_device(spec.local_world_size, torch.cuda.device_count(), os.environ)
-        return torch.cuda.mem_get_info(device)[0] / sharing
-    return free_host_memory() / spec.local_world_size
+        from mii_hpc.engine.devices import ranks_per_device
+
+        free, total = torch.cuda.mem_get_info(device)
+        return share_of_device(free, total, weights, ranks_per_device(spec, torch.cuda.device_count(), os.environ))
+    return free_host_memory() / spec.local_world_size + weights
 
 
-def ranks_per_device(ranks: int, visible: int, environment: Mapping[str, str]) -> int:
-    """Return how many of the host's ranks use the same device, when each of them sees so many.
-
-    With srun's --gpus-per-task each rank sees but its own, and Slurm says how many the host gives to all of them.
-    """
-    allocated = environment.get("SLURM_GPUS_ON_NODE", "")
-    return -(-ranks // max(visible, int(allocated) if allocated.isdecimal() else 0))
+def share_of_device(free: int, total: int, weights: int, sharing: int) -> float:
+    """Return the bytes of a GPU that are for one of the `sharing` ranks on it, whose weights it holds already."""
+    return min(total / sharing, free + weights)
 
 
 def free_cached() -> None:

@@ -1,6 +1,6 @@
 """What this host's processor computes well. Every choice that depends on its instruction set is made here.
 
-`ATEN_CPU_CAPABILITY=avx2` in the environment has a processor with AVX-512 taken for one without, by torch too.
+With `ATEN_CPU_CAPABILITY=avx2` in the environment, a processor with AVX-512 counts as one without, for torch too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 def multiplies(dtype: torch.dtype) -> bool:
     """Return whether oneDNN multiplies matrices of a dtype on this processor.
 
-    On x86, bfloat16 takes AVX-512 or newer, and float16 takes AVX-512 FP16; what lacks them is most AMD before Zen 4,
-    and older Intel.
+    On x86, bfloat16 needs AVX-512 or newer, and float16 needs AVX-512 FP16. AMD before Zen 4 and older Intel lack them.
     """
     if not torch._C._has_mkldnn:
         return False

@@ -10,12 +10,13 @@ from mii_hpc.engine.attention import create_backend
 from mii_hpc.engine.attention.interface import attach
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
+from mii_hpc.engine.devices import choose_device
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
-from mii_hpc.engine.memory import plan_budget, threads
-from mii_hpc.engine.model.loading import choose_device, load_model
+from mii_hpc.engine.memory import compute_with, plan_budget, threads
+from mii_hpc.engine.model.loading import load_model
 from mii_hpc.engine.step import Step
-from mii_hpc.heap import give_memory_back
+from mii_hpc.heap import trim_heap
 
 
 class ModelRunner:
@@ -35,7 +36,7 @@ class ModelRunner:
         """
         config = spec.model.inference_engine_config
         self._spec = spec
-        self._device = choose_device(spec)
+        self._device = choose_device(spec, progress)
         self.bind_thread()
         self._ranks: Ranks | None = None
         if spec.world_size > 1:
@@ -60,7 +61,7 @@ class ModelRunner:
 
     def bind_thread(self) -> None:
         """Give the calling thread, which is to execute steps, the device and the CPU threads of this rank."""
-        torch.set_num_threads(threads(self._spec))
+        compute_with(threads(self._spec))
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
@@ -112,6 +113,6 @@ class ModelRunner:
         """Free the model and the cache. Nothing can be executed afterwards."""
         self._graphs = None
         del self._module, self._attention, self._cache
-        give_memory_back()
+        trim_heap()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

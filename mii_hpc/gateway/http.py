@@ -24,9 +24,9 @@ from mii_hpc.errors import (
     RequestTimeoutError,
 )
 from mii_hpc.gateway.schema import RefusedError
-from mii_hpc.rpc import transport
+from mii_hpc.rpc import wire
 
-MAX_BODY_BYTES = transport.MAX_MESSAGE_BYTES
+MAX_BODY_BYTES = wire.MAX_MESSAGE_BYTES
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no token."""
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Tell(Protocol):
-    """Tells the supervisor something: `progress`, a sentence; or `ready`, the address of a leader, "" of the others."""
+    """Sends a note to the supervisor: `progress`, a sentence; or `ready`, the address of a leader, "" of the others."""
 
     def __call__(self, **note: str) -> None: ...
 
@@ -37,14 +37,14 @@ class Tell(Protocol):
 async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell: Tell) -> None:
     """Load the engine and, on the leader, answer requests at `listen_host` until the task is cancelled.
 
-    Raises whatever the engine raises when it cannot load or go on.
+    Raises the engine's error when it cannot load or go on.
     """
     loop = asyncio.get_running_loop()
     loaded = asyncio.Event()
     ended: asyncio.Future[None] = loop.create_future()
 
     def end(error: Exception | None) -> None:
-        if not ended.done():  # else nobody waits for it any more
+        if not ended.done():  # else it was cancelled, and nothing waits for it
             ended.set_exception(error) if error else ended.set_result(None)
 
     def work() -> None:
@@ -96,6 +96,10 @@ def main(run_path: str, spec: str, listen_host: str) -> None:
     """
     end_with_rank()
     log_to_stderr()
+    # A waiting thread spins for about a millisecond, then sleeps; OpenMP reads this when torch is first imported.
+    # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads
+    # were hardly faster than one); for longer, as is the default, they would take the cores from those who serve.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     run = RunDir(Path(run_path))
     status = 0
     try:

@@ -16,7 +16,7 @@ import grpc.aio
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.engine.base import Codec, Engine
-from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.errors import InvalidRequestError, MIIError, RequestError
 from mii_hpc.generation import GenerationRequest, Response, joined
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Context, Method
@@ -50,32 +50,34 @@ class InferenceService(pb_grpc.EngineServicer):
 
         The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
         """
-        try:
-            async with aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
-                async for piece in pieces:
-                    yield wire.pack_response(piece).SerializeToString()
-        except MIIError as error:
-            await wire.abort(context, error)
+        async with wire.answering(context), aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
+            async for piece in pieces:
+                message = wire.pack_response(piece).SerializeToString()
+                if len(message) > wire.MAX_MESSAGE_BYTES:
+                    raise InvalidRequestError(
+                        f"a piece of the answer has {len(message)} bytes; {wire.MAX_MESSAGE_BYTES} are allowed"
+                    )
+                yield message
 
     async def tokenize(self, payload: bytes, context: Context) -> bytes:
         """Return a prompt's tokens."""
-        try:
+        async with wire.answering(context):
             prompt, plain = wire.unpack_tokenize(payload)
             result = await self._with_codec(lambda: self._codec.tokenize(prompt, plain))
-        except MIIError as error:
-            await wire.abort(context, error)
-        return wire.pack_tokenization(result).SerializeToString()
+            return wire.pack_tokenization(result).SerializeToString()
 
     async def describe(self, payload: bytes, context: Context) -> bytes:
         """Return what is served."""
-        return wire.pack_description(await self._with_codec(self._codec.describe)).SerializeToString()
+        async with wire.answering(context):
+            return wire.pack_description(await self._with_codec(self._codec.describe)).SerializeToString()
 
     async def _with_codec(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenising, work)
 
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
-        """Return what the engine has in hand."""
-        return wire.pack_load(self._engine.stats())
+        """Return the engine's load."""
+        async with wire.answering(context):
+            return wire.pack_load(self._engine.stats())
 
     async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
         loop = asyncio.get_running_loop()

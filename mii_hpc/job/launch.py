@@ -22,7 +22,7 @@ def main(run_path: str) -> None:
 
     SIGTERM and SIGUSR2 end the deployment in order. Raises SubmissionError when there is no mpiexec.
     """
-    # Whatever serve()'s process has blocked or ignored.
+    # serve()'s process may have blocked or ignored signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     world_size = RunDir(Path(run_path)).load_config().model_conf.world_size

@@ -28,7 +28,7 @@ class ChildProcess(Protocol):
         """Its process id."""
 
     async def next_note(self) -> dict[str, Any] | None:
-        """Return what the child says next, or None when it has ended, whatever children of its own live on."""
+        """Return the child's next note; None when it has ended, even if children of its own go on."""
 
     async def wait(self) -> int:
         """Wait for its end and return its exit status: negative, a signal's number, when a signal killed it."""
@@ -39,7 +39,7 @@ class ChildProcess(Protocol):
 
 @dataclass
 class Child:
-    """A running child process and the pipe on which it tells of itself.
+    """A running child process and the pipe on which it sends notes.
 
     SIGTERM and SIGUSR2, which Slurm sends to every process of a job step, are for the rank alone, which then ends
     its children in order: by SIGINT. The child's output is appended to a log.
@@ -117,7 +117,7 @@ async def _end_notes(
     """End a child's notes with the child itself: a process that it has forked may hold the pipe open."""
     await process.wait()
     if not transport.is_closing():
-        while rest := pipe.read(_PIPE_BYTES):  # what it said last; none when all is read
+        while rest := pipe.read(_PIPE_BYTES):  # its last notes; none when all are read
             notes.feed_data(rest)
         transport.close()
 
@@ -125,19 +125,19 @@ async def _end_notes(
 def end_with_rank() -> None:
     """Make this process, which a rank has started, end when the rank tells it to and when the rank ends. Linux.
 
-    Whatever disposition of SIGINT it has inherited: shells and nohup have what runs in the background ignore it. When
-    the rank ends, however it ends, the kernel kills this process.
+    The inherited disposition of SIGINT does not count: shells and nohup have background processes ignore it. When the
+    rank ends, in whatever way, the kernel kills this process.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:  # it ended before the kernel was told
+    if os.getppid() != parent or parent == 1:  # it ended before prctl() took effect
         os._exit(1)
 
 
 def tell(**note: Any) -> None:
-    """Say something to the rank that started this process. Nothing happens outside such a child."""
+    """Send a note to the rank that started this process. Nothing happens in any other process."""
     descriptor = os.environ.get(_NOTES)
     if descriptor is not None:
         os.write(int(descriptor), json.dumps(note).encode() + b"\n")

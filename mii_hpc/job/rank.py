@@ -1,4 +1,4 @@
-"""One rank's life: meet the others over MPI, then supervise until the deployment ends.
+"""One rank: the rendezvous with the others over MPI, then supervision until the deployment ends.
 
 `python -m mii_hpc.job.rank RUN_DIR` is what every rank of every deployment runs, under srun or mpiexec.
 """
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def live(run: RunDir) -> None:
-    """Live this rank's life; return when the deployment has ended well.
+    """Run this rank; return when the deployment has ended well.
 
     Raises DeploymentFailedError when it failed. On rank 0, the registry has no entry of this run afterwards.
     """
@@ -70,9 +70,8 @@ def main(run_path: str) -> None:
     os.umask(0o077)
     # A core dump would hold the deployment's secrets.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Whatever was inherited: submitit ignores SIGTERM and SIGCONT, a shell has what runs in the background ignore
-    # SIGINT, and serve() blocks SIGINT and SIGHUP so that a closed terminal does not reach a local deployment. Until
-    # the supervisor listens to them, a signal shall simply end the rank.
+    # Inherited dispositions do not count: submitit ignores SIGTERM and SIGCONT, and a shell has background processes
+    # ignore SIGINT. Until the supervisor handles them, a signal simply ends the rank.
     inherited = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT, signal.SIGHUP, signal.SIGCHLD}
     for signum in inherited:
         signal.signal(signum, signal.SIG_DFL)

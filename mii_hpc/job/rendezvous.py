@@ -1,4 +1,4 @@
-"""How the ranks of a job meet: once, over MPI, which is finalised before any work begins.
+"""The rendezvous of a job's ranks: once, over MPI, which is finalised before any work begins.
 
 While MPI is live, one rank that dies takes the whole job step with it; afterwards it does not. So MPI is only
 for meeting, and this is the only module that imports mpi4py.
@@ -73,13 +73,13 @@ class World:
 def meet(world_size: int, tensor_parallel: int, introduce: Callable[[int], Member]) -> World:
     """Meet the other ranks and return the world; MPI is finalised on return.
 
-    `introduce` tells what the others shall know of this process, once its rank is known.
+    `introduce` returns what the others need to know of this process, given its rank.
     Raises DeploymentFailedError when MPI gives a world of another size than was promised. Ends the process
     with a traceback when the others do not come within `DEADLINE_SECONDS`.
     """
     # MPI blocks in C, where no Python handler runs; faulthandler's watchdog thread still can end the process.
     faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)
-    # Ranks may share cores, and a rank that spins while it waits keeps the others from coming.
+    # Ranks may share cores, and a rank that spins while it waits keeps the others from their rendezvous.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         import mpi4py

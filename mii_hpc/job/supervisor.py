@@ -1,7 +1,7 @@
 """One rank after the rendezvous: it keeps its engine process as the balancer orders, and leaves when told to.
 
 The balancer forms the replicas; supervisors report and obey. A supervisor holds one stream to the balancer; if
-that breaks (the balancer was restarted) the engine goes on, and the stream is opened anew. Rank 0 also keeps the
+that breaks (the balancer was restarted) the engine goes on, and the stream is opened again. Rank 0 also keeps the
 balancer process.
 """
 
@@ -116,7 +116,7 @@ class Supervisor:
             self._tell(leaving=True)
 
     async def start_engine(self, order: pb.StartEngine) -> None:
-        """Replace whatever engine process runs by a new one."""
+        """Start an engine process, in place of the one that runs, if any."""
         await self.stop_engine()
         role, store = self.world.role, None
         store_address = order.store_address
@@ -191,7 +191,7 @@ class Supervisor:
                             case "stop_engine":
                                 await self.stop_engine()
                 except grpc.aio.AioRpcError as error:
-                    log.debug("the balancer is away: %s", error.details())
+                    log.debug("the balancer does not answer: %s", error.details())
                 if connected:
                     last_heard = time.monotonic()
             if time.monotonic() > last_heard + BALANCER_DEADLINE_SECONDS:
@@ -213,7 +213,7 @@ class Supervisor:
         self._changed.set()
 
     async def _watch_engine(self, engine: ChildProcess) -> None:
-        """Pass on what the engine process says, and notice its end at once."""
+        """Report the engine process's notes, and its end at once."""
         reason = ""
         while (note := await engine.next_note()) is not None:
             if "ready" in note:
@@ -224,9 +224,9 @@ class Supervisor:
                 reason = note["failed"]
         status = await engine.wait()
         reason = reason or f"the engine process {_ended(status)}"
-        log.warning("engine process %d is gone: %s", engine.pid, reason)
-        words = tail(self.run.engine_log(self.world.role.rank))
-        self._tell(engine=pb.DOWN, address="", detail=reason, log=words)
+        log.warning("engine process %d has ended: %s", engine.pid, reason)
+        log_tail = tail(self.run.engine_log(self.world.role.rank))
+        self._tell(engine=pb.DOWN, address="", detail=reason, log=log_tail)
 
 
 def _ended(status: int) -> str:

@@ -12,15 +12,14 @@ import grpc.aio
 
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.deployments.credentials import TLS_NAME, ClientCredentials, ServerCredentials
-from mii_hpc.rpc.wire import Context, Method
+from mii_hpc.rpc.wire import MAX_MESSAGE_BYTES, Context, Method
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_STREAMS_PER_CONNECTION = 4096
 KEEPALIVE_SECONDS = 5
-"""A peer that stays silent for twice this is gone."""
+"""A peer that stays silent for twice this counts as lost."""
 IDLE_SECONDS = 2
 """A connection without a call, or that does not get through TLS, is closed after this.
 
@@ -38,7 +37,7 @@ Admits = Callable[[str, str], bool]
 
 
 def open_channel(address: str, credentials: ClientCredentials) -> grpc.aio.Channel:
-    """Return a channel to "host:port" that believes only the holder of the deployment's key."""
+    """Return a channel to "host:port" that accepts only a server with the deployment's key."""
     return grpc.aio.secure_channel(
         address,
         grpc.ssl_channel_credentials(root_certificates=credentials.certificate),
@@ -129,7 +128,7 @@ def is_being_cancelled() -> bool:
 
 
 class _Gate(grpc.aio.ServerInterceptor):
-    """Looks at the token before a method is even looked up: nothing of a stranger's call is decoded or answered."""
+    """Checks the token before the method is looked up: a call without a valid token is neither decoded nor answered."""
 
     def __init__(self, admits: Admits) -> None:
         self._admits = admits

@@ -1,4 +1,4 @@
-"""Schedulers: a file per back end, behind one face. Nobody outside this package asks which one it is."""
+"""Schedulers: a module per back end, behind one interface. No code outside this package asks which one it is."""
 
 from __future__ import annotations
 

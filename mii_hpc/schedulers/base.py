@@ -1,4 +1,4 @@
-"""The face of a scheduler: what submits a deployment's job, and tells of it."""
+"""The interface of a scheduler: it submits a deployment's job and knows its state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class JobState:
     """What the scheduler says of a job.
 
     phase: "pending" in the queue; "running"; "gone" when it has ended or was never there; "unknown" when the
-    scheduler did not answer. name and reason are the scheduler's own words.
+    scheduler did not answer. name and reason are the scheduler's.
     """
 
     phase: Literal["pending", "running", "gone", "unknown"]
@@ -30,7 +30,7 @@ class Job(ABC):
 
     Attributes:
         id: what the scheduler calls it.
-        host: the only machine that can tell of it; "" when every machine of the cluster can.
+        host: the only machine that knows its state; "" when every machine of the cluster does.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Job(ABC):
 
     @abstractmethod
     def ends(self) -> float | None:
-        """Return when the walltime is over, in seconds since the epoch; None without one, or when nobody knows."""
+        """Return when the walltime is over, in seconds since the epoch; None without one, or when it is not known."""
 
     @abstractmethod
     def cancel(self) -> None:
@@ -65,8 +65,15 @@ class Scheduler(ABC):
         """Raise SubmissionError, with what to do, when nothing can be submitted from this machine."""
 
     @abstractmethod
+    def fit(self, config: MIIConfig) -> MIIConfig:
+        """Return the configuration with what it leaves to the cluster filled in: GPUs, and so the device.
+
+        Raises ConfigError for what the cluster does not have.
+        """
+
+    @abstractmethod
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> Job:
-        """Submit the ranks of a prepared run as one job. Raises SubmissionError in the scheduler's own words."""
+        """Submit the ranks of a prepared run as one job. Raises SubmissionError with the scheduler's message."""
 
     @abstractmethod
     def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:

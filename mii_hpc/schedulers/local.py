@@ -1,4 +1,4 @@
-"""No scheduler but this machine: a job is a process that runs the ranks under mpiexec, and goes by its process id."""
+"""The local machine, without a scheduler: a job is a process that runs the ranks under mpiexec; its id is the job's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mii_hpc.placement import Placement
 from mii_hpc.schedulers.base import Job, JobState, Scheduler
 
 JOB_ID = "MII_HPC_JOB_ID"
-"""The environment variable that tells the job's processes its id."""
+"""The environment variable with the job's id, in the job's processes."""
 _AROUND_US = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
 """Variables of a job that this process may be in; mpiexec would take our ranks for that job's."""
 
@@ -35,6 +35,10 @@ class Local(Scheduler):
 
     def check(self) -> None:
         """Do nothing: a process can be started anywhere."""
+
+    def fit(self, config: MIIConfig) -> MIIConfig:
+        """Return it as it is: the ranks share this machine's GPUs."""
+        return config
 
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> LocalJob:
         """See Scheduler.submit()."""

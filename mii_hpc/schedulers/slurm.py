@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mii_hpc.config import MIIConfig
+from mii_hpc import gres
+from mii_hpc.config import MIIConfig, SlurmConfig
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, SubmissionError
-from mii_hpc.placement import Placement
+from mii_hpc.placement import Placement, place
 from mii_hpc.schedulers.base import Job, JobState, Scheduler
+
+log = logging.getLogger(__name__)
 
 COMMAND_SECONDS = 30.0
 """How long a Slurm command may take to answer."""
@@ -42,6 +46,25 @@ class Slurm(Scheduler):
         """See Scheduler.check()."""
         if not self.is_here():
             raise SubmissionError("cluster='slurm': there is no sbatch on PATH; on a machine without Slurm use 'local'")
+
+    def fit(self, config: MIIConfig) -> MIIConfig:
+        """Ask for one GPU per rank where the partition has GPUs, and nobody has said what else to ask for.
+
+        Where the job gets GPUs, device "auto" is CUDA: a rank that finds none there is a mistake to be told of. Raises
+        ConfigError when device is "cuda", and only other partitions have GPUs.
+        """
+        model = config.model_conf
+        if model.inference_engine_config.engine == "echo" or model.device == "cpu" or _asks_for_gpus(config.slurm):
+            return _with_device(config, "cpu") if config.slurm.gpus == 0 else config
+        try:
+            answer = _run("sinfo", "--all", "--noheader", f"--format={gres.SINFO_FORMAT}", *_nodes_named(config.slurm))
+            problem = answer.stderr.strip() if answer.returncode else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = str(error)
+        if problem:
+            log.warning("no GPU is asked for, since sinfo does not say whether there are any: %s", problem)
+            return config
+        return with_gpus(config, gres.read_nodes(answer.stdout), os.environ)
 
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> SlurmJob:
         """See Scheduler.submit()."""
@@ -124,6 +147,51 @@ def own_allocation() -> Allocation:
         ) from None
 
 
+def with_gpus(config: MIIConfig, nodes: list[gres.Nodes], environment: Mapping[str, str]) -> MIIConfig:
+    """Return a configuration that asks for one GPU per rank, if the partition has any. A pure function, but for a log.
+
+    `nodes` are those of the whole cluster. sbatch puts what the environment says before the configuration. Raises
+    ConfigError when device is "cuda", and only other partitions have GPUs.
+    """
+    model, slurm = config.model_conf, config.slurm
+    partition = environment.get("SBATCH_PARTITION") or slurm.partition
+    own = gres.of_partitions(nodes, partition, environment.get("SBATCH_CONSTRAINT") or slurm.constraint)
+    if not own:
+        return config  # sbatch says what is wrong with that
+    named = f"partition '{partition}'" if partition else "the default partition"
+    if (chosen := gres.choose(own, model.tensor_parallel, model.replica_num)) is None:
+        if others := sorted({each.partition for each in nodes if each.gpus}):
+            there = f"{named} has no GPUs; partitions that have some: {', '.join(map(repr, others))}"
+            if model.device == "cuda":
+                raise ConfigError(f"device='cuda': {there} (slurm.partition)")
+            log.warning("%s (slurm.partition); here the model is served on CPUs", there)
+        return config
+    placement = place(model, slurm.model_copy(update={"gpus_per_node": chosen.per_node}))
+    request = chosen.request(min(placement.tasks_per_node, chosen.per_node))
+    log.info("%s has nodes with GPUs: asking for --gres=%s on %d node(s)", named, request, placement.nodes)
+    requests = ",".join(filter(None, (slurm.gres, request)))
+    return _with_device(config.model_copy(update={"slurm": slurm.model_copy(update={"gres": requests})}), "cuda")
+
+
+def _asks_for_gpus(slurm: SlurmConfig) -> bool:
+    """Whether the user has said what GPUs to ask for, in whatever way sbatch reads."""
+    elsewhere = {name.removeprefix("SBATCH_").lower() for name in os.environ if name.startswith("SBATCH_")}
+    directives = {name.replace("-", "_") for name in slurm.extra} | elsewhere
+    return slurm.gpus is not None or any(name.startswith(("gpus", "gres", "tres_per")) for name in directives)
+
+
+def _nodes_named(slurm: SlurmConfig) -> list[str]:
+    """Return what restricts sinfo to the nodes that the job is for."""
+    return [f"--nodes={slurm.nodelist}"] if slurm.nodelist and "/" not in slurm.nodelist else []
+
+
+def _with_device(config: MIIConfig, device: Literal["cuda", "cpu"]) -> MIIConfig:
+    """Return the configuration with this device where it says "auto"."""
+    if config.model_conf.device != "auto":
+        return config
+    return config.model_copy(update={"model_conf": config.model_conf.model_copy(update={"device": device})})
+
+
 def _executor(run: RunDir, config: MIIConfig, placement: Placement) -> Any:
     import submitit
 
@@ -133,7 +201,7 @@ def _executor(run: RunDir, config: MIIConfig, placement: Placement) -> Any:
 
 
 def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, Any]:
-    """Return what submitit's Slurm executor is told: a pure function of the configuration."""
+    """Return the parameters of submitit's Slurm executor: a pure function of the configuration."""
     slurm = config.slurm
     srun_args = [
         f"--mpi={slurm.mpi}",
@@ -146,7 +214,7 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
     if slurm.cpus_per_task is not None:
         srun_args.append(f"--cpus-per-task={slurm.cpus_per_task}")  # not inherited by srun from 22.05 until 23.11
     additional: dict[str, Any] = {"ntasks": placement.world_size, "no-kill": True}
-    for name in ("time", "mem", "reservation"):
+    for name in ("time", "mem", "reservation", "gres"):
         if getattr(slurm, name) is not None:
             additional[name] = getattr(slurm, name)
     return {
@@ -158,7 +226,7 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
         "nodes": placement.nodes,
         "ntasks_per_node": placement.tasks_per_node,
         "cpus_per_task": slurm.cpus_per_task,
-        "gpus_per_node": slurm.gpus_per_node,
+        "gpus_per_node": slurm.gpus_per_node or None,
         "constraint": slurm.constraint,
         "nodelist": slurm.nodelist,
         "exclude": slurm.exclude,
@@ -173,7 +241,7 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
 
 
 def _run_rank(run_path: str) -> None:
-    """Run one rank: what submitit calls in each task. By name, because nobody imports it but the job itself."""
+    """Run one rank: submitit calls this in each task. It imports the module by name, because only the job needs it."""
     importlib.import_module("mii_hpc.job.rank").main(run_path)
 
 

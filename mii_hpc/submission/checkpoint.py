@@ -75,6 +75,6 @@ def _from_hub(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"model_name_or_path='{name}': no such folder, and not to be had from the Hugging Face hub or its cache: "
+            f"model_name_or_path='{name}': no such folder, and neither the Hugging Face hub nor its cache gives it: "
             f"{reason}"
         ) from error

@@ -1,4 +1,4 @@
-"""Waiting, visibly, until a submitted deployment is ready: pending, loading, ready, or dead with its last words."""
+"""Waiting until a submitted deployment is ready, with its progress shown: pending, starting, loading."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ SCHEDULER_SECONDS = (2.0, 15.0)
 def wait_until_ready(run: RunDir, entry: Entry, config: MIIConfig) -> None:
     """Return when every replica of the deployment has generated something.
 
-    Whatever else happens ends the job: raises DeploymentFailedError as soon as a rank or the job dies, with its
-    last words, and DeploymentTimeoutError when `queue_timeout` or `startup_timeout` has passed. On Ctrl-C, too,
-    the job is cancelled.
+    Cancels the job in all other cases: raises DeploymentFailedError as soon as a rank or the job dies, with the end
+    of its log, and DeploymentTimeoutError when `queue_timeout` or `startup_timeout` has passed. Ctrl-C cancels it too.
     """
     job = job_of(entry)
     try:
@@ -53,6 +52,7 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
         if failure is not None:
             raise DeploymentFailedError(
                 f"job {job.id} of deployment '{entry.deployment_name}' failed while starting: {failure.message}",
+                deployment_name=entry.deployment_name,
                 job_id=job.id,
                 state="FAILED",
                 log=failure.log,
@@ -80,7 +80,8 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
             if config.queue_timeout is not None and now > submitted + config.queue_timeout:
                 raise DeploymentTimeoutError(
                     f"job {job.id} is still in the queue after queue_timeout={config.queue_timeout:.0f} s"
-                    f" ({state.reason or 'no reason given'}); it was cancelled"
+                    f" ({state.reason or 'no reason given'}); it was cancelled",
+                    deployment_name=entry.deployment_name,
                 )
         elif published is None or published.state == "pending":
             show("starting: the ranks are meeting")
@@ -88,36 +89,38 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
             detail = (published.detail if published is not None else "") or "its ranks have not met"
             raise DeploymentTimeoutError(
                 f"job {job.id} is not ready after startup_timeout={config.startup_timeout:.0f} s ({detail}); "
-                "it was cancelled"
+                "it was cancelled",
+                deployment_name=entry.deployment_name,
             )
         time.sleep(POLL_SECONDS)
 
 
 def _died(run: RunDir, entry: Entry, job: Job, state: JobState) -> DeploymentFailedError:
-    words = next((text for text in map(tail, run.outputs()) if text.strip()), "")
+    log_tail = next((text for text in map(tail, run.outputs()) if text.strip()), "")
     name = state.name or "gone"
     return DeploymentFailedError(
         f"job {job.id} of deployment '{entry.deployment_name}' ended before it was ready (state {name}"
         + (f", {state.reason})" if state.reason not in ("", "None") else ")"),
+        deployment_name=entry.deployment_name,
         job_id=job.id,
         state=name,
-        log=words,
+        log=log_tail,
     )
 
 
 @contextlib.contextmanager
 def _shown(entry: Entry) -> Iterator[Callable[[str], None]]:
-    """Yield what shows progress: one living line on a terminal, and the log, at each change, everywhere."""
-    said = ""
+    """Yield what shows progress: a line on a terminal that is updated, and a line in the log at each change."""
+    shown = ""
     console = Console(stderr=True)
-    with console.status("") if sys.stderr.isatty() else contextlib.nullcontext() as living:
+    with console.status("") if sys.stderr.isatty() else contextlib.nullcontext() as line:
 
         def show(sentence: str) -> None:
-            nonlocal said
-            if sentence != said:
-                said = sentence
+            nonlocal shown
+            if sentence != shown:
+                shown = sentence
                 log.info("deployment '%s' (job %s): %s", entry.deployment_name, entry.job_id, sentence)
-                if living is not None:
-                    living.update(f"{entry.deployment_name} (job {entry.job_id}): {sentence}")
+                if line is not None:
+                    line.update(f"{entry.deployment_name} (job {entry.job_id}): {sentence}")
 
         yield show

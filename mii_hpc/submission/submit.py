@@ -21,8 +21,8 @@ from mii_hpc.submission.checkpoint import check_model
 log = logging.getLogger(__name__)
 
 
-def check(config: MIIConfig) -> tuple[MIIConfig, Placement]:
-    """Check on the login node all that can be known before the queue, and return the resolved configuration.
+def check(config: MIIConfig) -> MIIConfig:
+    """Check all that can be known before the ranks run, and return the resolved configuration.
 
     Raises ConfigError, SubmissionError when there is no such cluster, or RegistryError when the home directory cannot
     be used.
@@ -30,7 +30,15 @@ def check(config: MIIConfig) -> tuple[MIIConfig, Placement]:
     cluster = schedulers.choose(config.cluster).name
     if config.shared_group is not None:
         Share(config.home, config.deployment_name, config.shared_group).check()
-    config = config.model_copy(update={"cluster": cluster, "model_conf": check_model(config.model_conf)})
+    return config.model_copy(update={"cluster": cluster, "model_conf": check_model(config.model_conf)})
+
+
+def shape(config: MIIConfig) -> tuple[MIIConfig, Placement]:
+    """Return the configuration of a job that is yet to be submitted, with what the cluster has, and the job's shape.
+
+    `config` is a checked one. Raises ConfigError when the cluster, or nodes as described, cannot hold the deployment.
+    """
+    config = schedulers.scheduler(config.cluster).fit(config)
     return config, place(config.model_conf, config.slurm)
 
 
@@ -58,7 +66,7 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
         )
         Registry(config.home).claim(entry, schedulers.is_live)
         try:
-            sharing.withdraw(config.home, config.deployment_name)  # what a run that was killed has left behind
+            sharing.withdraw(config.home, config.deployment_name)  # what a killed run has left
             if config.shared_group is not None:
                 Share(config.home, config.deployment_name, config.shared_group).create(run)
         except BaseException:
@@ -73,7 +81,7 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
 def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -> Entry:
     """Submit a prepared run and return its entry, now with the job's id.
 
-    Raises SubmissionError with the scheduler's own words; the name is free again then.
+    Raises SubmissionError with the scheduler's message, after which the name is free again.
     """
     registry = Registry(config.home)
     try:

@@ -1,28 +1,32 @@
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from mii_hpc.cli.main import app
+from tests.live import InThread
 
 
 class Ran:
     """A command that has ended."""
 
-    def __init__(self, result):
+    def __init__(self, result: Result) -> None:
         self.status, self.output, self.errors = result.exit_code, result.stdout, result.stderr
         self.exception = result.exception
 
     @property
-    def data(self):
+    def data(self) -> Any:
         return json.loads(self.output)
 
 
 @pytest.fixture
-def run():
+def run() -> Callable[..., Ran]:
     """Run a command of mii-hpc in this process."""
 
-    def invoke(*arguments, input=None):
+    def invoke(*arguments: str | Path, input: str | None = None) -> Ran:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -32,7 +36,7 @@ def run():
 
 
 @pytest.fixture
-def chat(deploy_in_thread, monkeypatch):
+def chat(deploy_in_thread: Callable[..., InThread], monkeypatch: pytest.MonkeyPatch) -> InThread:
     """A running deployment named "chat" with two echo engines, in the default home."""
     deployment = deploy_in_thread()
     monkeypatch.setenv("MII_HPC_HOME", str(deployment.config.home))

@@ -8,6 +8,7 @@ from mii_hpc.clients import asynchronous as clients
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import MIIConfig
 from mii_hpc.errors import (
+    AuthenticationError,
     ConfigError,
     DeploymentNotFoundError,
     DeploymentStoppingError,
@@ -125,6 +126,8 @@ async def test_wrong_options_are_refused_before_anything_is_sent(tmp_path):
         client.generate("x", top_p=7),
         client.generate("x", max_tokens=7),
         client.generate(["x", 7]),
+        client.generate({"query": ["x"]}),
+        anext(client.stream(7)),
         client.generate(["x", "y"], print),
         anext(client.stream("x", top_k=0)),
         client.generate("bad\ud800"),
@@ -141,18 +144,20 @@ async def test_a_client_needs_a_name():
 @pytest.mark.parametrize("prompts", ["one", ["one", "two", "three"]], ids=["one", "several"])
 async def test_a_timeout_ends_the_requests_everywhere(deploy, prompts):
     deployment = await deploy(echo_delay=0.01)
-    with pytest.raises(RequestTimeoutError):
+    with pytest.raises(RequestTimeoutError) as failure:
         await deployment.client().generate(prompts, timeout=0.2, **FOREVER)
+    assert failure.value.deployment_name == "chat"
     await until(deployment.is_idle)
 
 
 async def test_a_stream_has_a_timeout_too(deploy):
     deployment = await deploy(echo_delay=0.01)
     pieces = []
-    with pytest.raises(RequestTimeoutError):
+    with pytest.raises(RequestTimeoutError) as failure:
         async for piece in deployment.client().stream("one two", timeout=0.3, **FOREVER):
             pieces.append(piece)
     assert pieces
+    assert (failure.value.deployment_name, failure.value.replica) == ("chat", 0)
     await until(deployment.is_idle)
 
 
@@ -223,8 +228,9 @@ async def test_without_a_live_replica(deploy):
         rank.comes_back = False
         rank.engine.die()
     await until(lambda: not deployment.balancer.router.live)
-    with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve"):
+    with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve") as failure:
         await deployment.client().generate("x")
+    assert (failure.value.deployment_name, failure.value.replica) == ("chat", None)
 
 
 async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
@@ -233,8 +239,9 @@ async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
 
     monkeypatch.setattr(InferenceService, "generate", cut)
     client = (await deploy()).client()
-    with pytest.raises(RequestError, match="cut short"):
+    with pytest.raises(RequestError, match="cut short") as failure:
         await client.generate("x")
+    assert (failure.value.deployment_name, failure.value.replica) == ("chat", 0)
     with pytest.raises(RequestError, match="cut short"):
         [piece async for piece in client.stream("x")]
 
@@ -299,8 +306,9 @@ async def test_after_the_end(deploy):
         UnavailableError, DeploymentNotFoundError
     ):  # when the end of the connection is noticed only by the call
         await client.generate("x")
-    with pytest.raises(DeploymentNotFoundError, match="'chat' is not in the registry"):
+    with pytest.raises(DeploymentNotFoundError, match="'chat' is not in the registry") as failure:
         await client.generate("x")
+    assert failure.value.deployment_name == "chat"
     with pytest.raises(DeploymentNotFoundError):
         await client.terminate_server()
 
@@ -320,8 +328,9 @@ async def test_a_client_follows_its_deployment_to_another_address(deploy):
 async def test_before_the_balancer_listens(tmp_path):
     deployment = Deployment(tmp_path)
     client = deployment.client()
-    with pytest.raises(UnavailableError, match=r"^deployment 'chat' is not serving yet: job  is pending$"):
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' is not serving yet: job  is pending$") as failure:
         await client.generate("x")
+    assert failure.value.deployment_name == "chat"
     assert (await client.status()).state == "pending"
     deployment.end_job()
 
@@ -330,8 +339,17 @@ async def test_nobody_at_the_address(deploy, monkeypatch):
     monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
     deployment = await deploy()
     await deployment.balancer.server.stop(None)
-    with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} "):
+    with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} ") as failure:
         await deployment.client().generate("x")
+    assert failure.value.deployment_name == "chat"
+
+
+async def test_a_token_that_is_not_good(deploy):
+    deployment = await deploy()
+    deployment.run.owner_token.write_text("another")
+    with pytest.raises(AuthenticationError) as failure:
+        await deployment.client().generate("x")
+    assert failure.value.deployment_name == "chat"
 
 
 async def test_through_a_tunnel(deploy):

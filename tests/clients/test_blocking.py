@@ -50,6 +50,10 @@ def test_errors_are_the_same(sync_client):
     assert str(failure.value.responses[0][0]) == "a "
     with pytest.raises(InvalidRequestError, match="one prompt at a time"):
         sync_client.generate(["a", "b"], print)
+    for refused in ({"query": ["a"]}, 7, ["a", 7], {"a"}):
+        for ask in (sync_client, lambda prompts: sync_client(prompts, print), lambda p: list(sync_client.stream(p))):
+            with pytest.raises(InvalidRequestError, match=r"prompts.*must be a string or a list of strings"):
+                ask(refused)
     with pytest.raises(RequestTimeoutError):
         sync_client.generate("a", timeout=0.1, **FOREVER)
     sync_client.threaded.until(sync_client.threaded.deployment.is_idle)

@@ -12,7 +12,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="mii-cluster-") as folder, Cluster(folder) as cluster:
-        print(f"Four nodes ({', '.join(cluster.nodes)}) are up. In another shell, as root:\n")
+        print(f"The nodes {', '.join(cluster.nodes)} are up. In another shell, as root:\n")
         print(f"    export SLURM_CONF={shlex.quote(cluster.env['SLURM_CONF'])}")
         print("    sinfo")
         print("    srun --mpi=pmix -N2 -n4 hostname\n")

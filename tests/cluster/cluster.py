@@ -57,11 +57,9 @@ exec "$@"
 
 
 # Slurm takes any device for a GPU. It hands them out and sets CUDA_VISIBLE_DEVICES; nobody opens them.
-GPUS = """
-AutoDetect=off
-Name=gpu File=/dev/null
-Name=gpu File=/dev/zero
-"""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
+GPUS = {"g1": "gpu:2", "g2": "gpu:2", "g3": "gpu:a100:4"}
+"""The GRES of the nodes in the partitions "gpu" and "typed"."""
 
 
 class ClusterError(RuntimeError):
@@ -102,7 +100,7 @@ def missing() -> str:
 
 
 class Cluster:
-    """A Slurm cluster whose nodes are called n1, n2, ...; use it as a context manager.
+    """A Slurm cluster whose nodes are called n1, n2, ..., and those with GPUs g1, ...; use it as a context manager.
 
     `folder` holds its configuration, keys, logs and state. Every user must be able to enter it, because
     munge's socket is there. Stopping leaves the folder, for its logs.
@@ -110,7 +108,7 @@ class Cluster:
 
     def __init__(self, folder: str | Path, nodes: int = 4, cpus_per_node: int = 4) -> None:
         self.folder = Path(folder).absolute()
-        self.nodes = [f"n{i + 1}" for i in range(nodes)]
+        self.nodes = [*(f"n{i + 1}" for i in range(nodes)), *GPUS]
         self.cpus_per_node = cpus_per_node
         self._addresses = {CONTROLLER: NETWORK[2]} | {n: NETWORK[11 + i] for i, n in enumerate(self.nodes)}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -282,7 +280,7 @@ class Cluster:
         for node in self.nodes:
             (self.folder / "tmp" / node).chmod(0o1777)
         (self.folder / "slurm.conf").write_text(self._slurm_conf())
-        (self.folder / "gres.conf").write_text(GPUS)
+        (self.folder / "gres.conf").write_text(_gres_conf())
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         names = self._addresses | {f"login {socket.gethostname()}": LOGIN_ADDRESS}
         hosts = "".join(f"{address} {name}\n" for name, address in names.items())
@@ -293,6 +291,7 @@ class Cluster:
 
     def _slurm_conf(self) -> str:
         folder, cpus = self.folder, self.cpus_per_node
+        plain = ",".join(node for node in self.nodes if node not in GPUS)
         lines = [
             "ClusterName=mii",
             f"SlurmctldHost={CONTROLLER}({self.address(CONTROLLER)})",
@@ -324,11 +323,14 @@ class Cluster:
             "BatchStartTimeout=10",
             "ReturnToService=2",
             *(
-                f"NodeName={node} NodeAddr={self.address(node)} CPUs={cpus} RealMemory=65536 Gres=gpu:2"
+                f"NodeName={node} NodeAddr={self.address(node)} CPUs={cpus} RealMemory=65536"
+                + (f" Gres={GPUS[node]}" if node in GPUS else "")
                 for node in self.nodes
             ),
-            "PartitionName=debug Nodes=ALL Default=YES MaxTime=UNLIMITED",
-            "PartitionName=short Nodes=ALL MaxTime=00:02:00",
+            f"PartitionName=debug Nodes={plain} Default=YES MaxTime=UNLIMITED",
+            f"PartitionName=short Nodes={plain} MaxTime=00:02:00",
+            "PartitionName=gpu Nodes=g1,g2 MaxTime=UNLIMITED",
+            "PartitionName=typed Nodes=g3 MaxTime=UNLIMITED",
         ]
         return "\n".join(lines) + "\n"
 
@@ -421,6 +423,15 @@ class Cluster:
             env |= {"USER": user, "LOGNAME": user, "HOME": entry.pw_dir}
             enter += ["setpriv", f"--reuid={entry.pw_uid}", f"--regid={entry.pw_gid}", "--init-groups"]
         return [*enter, *map(str, argv)], options | {"env": env}
+
+
+def _gres_conf() -> str:
+    lines = ["AutoDetect=off"]
+    for node, gres in GPUS.items():
+        name, *kind, count = gres.split(":")
+        types = f" Type={kind[0]}" if kind else ""
+        lines += [f"NodeName={node} Name={name}{types} File={device}" for device in DEVICES[: int(count)]]
+    return "\n".join(lines) + "\n"
 
 
 def _path() -> str:

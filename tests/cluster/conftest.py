@@ -16,7 +16,7 @@ GUEST = "mii-guest"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running Slurm cluster of four nodes, which this process's environment points to."""
+    """A running Slurm cluster, which this process's environment points to."""
     if reason := missing():
         lacking(reason)
     # Not pytest's temporary folder: other users cannot enter that one.

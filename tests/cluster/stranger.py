@@ -12,6 +12,8 @@ import os
 import pwd
 import ssl
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -20,11 +22,21 @@ from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
 
-METHODS = (*Method, "/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
-TOKENS = {"none": (), "wrong": (("authorization", "Bearer wrong"),), "other": (("authorization", "Basic cm9vdDo="),)}
+Outcome = tuple[str, str, str, str, str]
+"""Address, way, token, method, and the status that came of it."""
+METHODS: tuple[str, ...] = (
+    *Method,
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+TOKENS: dict[str, tuple[tuple[str, str], ...]] = {
+    "none": (),
+    "wrong": (("authorization", "Bearer wrong"),),
+    "other": (("authorization", "Basic cm9vdDo="),),
+}
 
 
-def become(user):
+def become(user: str) -> None:
     entry = pwd.getpwnam(user)
     os.setgroups([group.gr_gid for group in grp.getgrall() if user in group.gr_mem] + [entry.pw_gid])
     os.setgid(entry.pw_gid)
@@ -32,16 +44,17 @@ def become(user):
     os.environ["HOME"] = entry.pw_dir
 
 
-async def call(channel, method, metadata):
+async def call(channel: grpc.aio.Channel, method: str, metadata: tuple[tuple[str, str], ...]) -> str:
     """The status of one call, whatever its kind; all calls look alike on the wire."""
-    answer = channel.unary_stream(method)(b"", metadata=metadata, timeout=4)
+    ask: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
+    answer = ask(b"", metadata=metadata, timeout=4)
     try:
         return "ANSWERED" if [part async for part in answer] else "OK"
     except grpc.aio.AioRpcError as error:
         return error.code().name
 
 
-async def knock(address):
+async def knock(address: str) -> list[Outcome]:
     """Every method with no token and with wrong ones, over TLS and in the clear; reflection and health, too."""
     host, port = address.rsplit(":", 1)
     certificate = await asyncio.to_thread(certificate_of, host, int(port))
@@ -60,18 +73,18 @@ async def knock(address):
     return [(address, way, token, method, status) for (way, token, method), status in zip(tried, statuses, strict=True)]
 
 
-async def knock_everywhere(addresses):
+async def knock_everywhere(addresses: Sequence[str]) -> list[list[Outcome]]:
     return await asyncio.gather(*map(knock, addresses))
 
 
-def certificate_of(host, port):
+def certificate_of(host: str, port: int) -> bytes | None:
     try:
         return ssl.get_server_certificate((host, port), timeout=4).encode()
     except (OSError, ssl.SSLError):
         return None
 
 
-def read(path):
+def read(path: str) -> str | list[str]:
     try:
         if os.path.isdir(path):  # noqa: PTH112
             return os.listdir(path)  # noqa: PTH208
@@ -81,7 +94,7 @@ def read(path):
         return type(error).__name__
 
 
-def replace(path):
+def replace(path: str) -> str:
     try:
         with open(f"{path}.mine", "w"):  # noqa: PTH123
             pass
@@ -91,16 +104,16 @@ def replace(path):
         return type(error).__name__
 
 
-def main(user, task):
+def main(user: str, task: dict[str, Any]) -> None:
     become(user)
-    result = {"uid": os.getuid()}
+    result: dict[str, Any] = {"uid": os.getuid()}
     result["calls"] = [outcome for outcomes in asyncio.run(knock_everywhere(task["knock"])) for outcome in outcomes]
     result["read"] = {path: read(path) for path in task.get("read", ())}
     result["replaced"] = {path: replace(path) for path in task.get("replace", ())}
     print(json.dumps(result))
 
 
-def use(user, home, name):
+def use(user: str, home: str, name: str) -> None:
     """As a member of the group: generate, then try to terminate."""
     import mii_hpc as mii
 

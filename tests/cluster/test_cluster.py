@@ -142,7 +142,7 @@ def test_scancel_ends_a_job(cluster: Cluster, tmp_path: Path):
 
 
 def test_gpus_can_be_asked_for(cluster: Cluster):
-    text = run("srun", "--nodes=1", "--gpus-per-node=2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    text = run("srun", "--partition=gpu", "--nodes=1", "--gpus-per-node=2", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     assert text == "0,1\n"
 
 
@@ -239,9 +239,9 @@ def test_starting_clears_what_a_killed_run_left(cluster: Cluster):
             env = os.environ | {"TMPDIR": folder}
             with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=root, env=env) as player:
                 assert player.stdout
-                assert b"Four nodes" in next_line(player.stdout)
+                assert b"n4, g1, g2, g3 are up" in next_line(player.stdout)
                 player.kill()
-            assert namespaces() == 5
+            assert namespaces() == 1 + len(cluster.nodes)
     finally:
         cluster.start()
     assert len(cluster.listening_sockets("n1")) == 1

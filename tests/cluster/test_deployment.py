@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 import mii_hpc as mii
 from mii_hpc._proto import mii_hpc_pb2 as pb
@@ -290,7 +292,7 @@ def test_two_deployments_and_a_stale_entry(cluster, home, ended):
     eventually(lambda: not job_processes(cluster), PATIENCE, "every process is gone")
     assert Registry(home).get("first").state == "ready"
     eventually(lambda: not is_live(Registry(home).get("first")), PATIENCE, "Slurm knows that the job is gone")
-    with pytest.raises(mii.DeploymentNotFoundError, match="is gone"):
+    with pytest.raises(mii.DeploymentNotFoundError, match="no longer runs"):
         mii.client("first", mii_config={"home": home})
     again = mii.serve(deployment_name="first", cluster="slurm", home=home, **ECHO)
     assert str(again("three")[0]).strip() == "three"
@@ -332,6 +334,34 @@ def test_serve_inside_of_another_job(cluster, home, ended):
     client.terminate_server()
 
 
+@pytest.mark.parametrize(
+    ("partition", "nodes", "gres"), [("gpu", "2", "gres:gpu:2"), ("typed", "1", "gres:gpu:a100:4")]
+)
+def test_an_unchanged_script_gets_gpus_where_there_are_some(
+    cluster, home, llama, ended, monkeypatch, partition, nodes, gres
+):
+    """Four GPUs, on as many nodes as they take. torch can use none of them here, and the start says so."""
+    if torch.cuda.is_available():
+        pytest.skip("torch finds a GPU here, although the test cluster has none to give")
+    monkeypatch.setenv("SBATCH_PARTITION", partition)
+    with pytest.raises(mii.DeploymentFailedError) as caught:
+        mii.serve(str(llama), tensor_parallel=2, replica_num=2, home=home)
+    given = {"gpu": "2 GPU(s) on g[12]", "typed": "4 GPU(s) on g3"}[partition].replace("(s)", r"\(s\)")
+    assert re.search(f"Slurm has given this job {given}, but torch finds none that it can use on g", str(caught.value))
+    shape = [_show(caught.value.job_id, field) for field in ("NumNodes", "NumTasks", "TresPerNode")]
+    assert shape == [nodes, "4", gres]
+    assert Registry(home).get("tiny-llama") is None
+
+
+def test_an_unchanged_script_gets_cpus_where_there_are_no_gpus(cluster, home, llama, ended, caplog):
+    client = mii.serve(str(llama), tensor_parallel=2, replica_num=2, home=home, wait=False)
+    entry = Registry(home).get("tiny-llama")
+    assert "TresPerNode" not in _shown(entry.job_id)
+    assert _show(entry.job_id, "NumNodes") in ("2", "2-2")
+    assert "partitions that have some: 'gpu', 'typed'" in caplog.text
+    assert client.mii_config.model_conf.device == "auto"
+
+
 def test_what_sbatch_refuses(home, cluster):
     with pytest.raises(mii.SubmissionError, match=r"nvalid partition"):
         mii.serve(cluster="slurm", home=home, slurm={"partition": "nowhere"}, **ECHO)
@@ -339,13 +369,17 @@ def test_what_sbatch_refuses(home, cluster):
 
 
 @pytest.mark.parametrize(
-    ("template", "replicas"), [("one-node.sbatch", 1), ("many-nodes.sbatch", 2), ("cpu.sbatch", 2)]
+    ("template", "partition", "replicas"),
+    [("one-node.sbatch", "gpu", 1), ("many-nodes.sbatch", "gpu", 2), ("cpu.sbatch", "debug", 2)],
 )
-def test_template_comes_up_and_answers(cluster, shared, home, llama, template, replicas, ended):
-    export = {"MODEL": llama, "NAME": "by-hand", "PYTHON": sys.executable, "MII_HPC_HOME": home}
+def test_template_comes_up_and_answers(cluster, shared, home, llama, template, partition, replicas, ended):
+    on_cpus = shared / "on-cpus.yaml"  # whatever GPUs the job has
+    on_cpus.write_text("model_config: {device: cpu}")
+    export = {"MODEL": llama, "CONFIG": on_cpus, "NAME": "by-hand", "PYTHON": sys.executable, "MII_HPC_HOME": home}
     variables = ",".join(f"{name}={value}" for name, value in export.items())
+    options = ["--parsable", f"--partition={partition}", f"--export=ALL,{variables}"]
     submitted = subprocess.run(
-        ["sbatch", "--parsable", f"--export=ALL,{variables}", REPOSITORY / "slurm" / template],
+        ["sbatch", *options, REPOSITORY / "slurm" / template],
         check=True, capture_output=True, text=True, timeout=60, cwd=shared,
     )  # fmt: skip
     job_id = submitted.stdout.strip()
@@ -372,5 +406,9 @@ def assert_greedy_like_transformers(client, model):
 
 
 def _show(job_id, field):
-    shown = subprocess.run(["scontrol", "show", "job", job_id], check=True, capture_output=True, text=True, timeout=30)
-    return next(word.split("=", 1)[1] for word in shown.stdout.split() if word.startswith(f"{field}="))
+    return next(word.split("=", 1)[1] for word in _shown(job_id).split() if word.startswith(f"{field}="))
+
+
+def _shown(job_id):
+    argv = ["scontrol", "show", "job", job_id]
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=30).stdout

@@ -46,7 +46,7 @@ def test_what_others_can_read_is_not_used(run, which):
     credentials.create(run)
     path = getattr(run, which)
     path.chmod(path.stat().st_mode | 0o040)
-    with pytest.raises(RegistryError, match=rf"^{path}: mode 0\d40 lets others in; mend it with: chmod"):
+    with pytest.raises(RegistryError, match=rf"^{path}: mode 0\d40 gives others access; correct it with: chmod"):
         credentials.load_server(run)
 
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from mii_hpc.config import resolve
+from mii_hpc.config import ModelConfig, resolve
 from mii_hpc.deployments import credentials, lookup, sharing
 from mii_hpc.deployments.lookup import OwnHome, SharedHome, free_name
 from mii_hpc.deployments.registry import Entry, Registry
@@ -20,11 +20,12 @@ def home(request, tmp_path):
     return request.param(tmp_path / "home")
 
 
-def deploy(home, name, model="m"):
+def deploy(home, name, model="m", tensor_parallel=1, replica_num=1):
     """Write all that there is of a deployment, shared and all, and return its entry."""
-    run = RunDir.create(resolve(model, home=home.path, deployment_name=name))
+    shape = {"tensor_parallel": tensor_parallel, "replica_num": replica_num}
+    run = RunDir.create(resolve(model, home=home.path, deployment_name=name, **shape))
     entry = Entry(
-        deployment_name=name, model=model, tensor_parallel=1, replica_num=1, cluster="local", run_dir=run.path,
+        deployment_name=name, model=model, **shape, cluster="local", run_dir=run.path,
         submitted=1.0, heartbeat=1.0, fingerprint=credentials.create(run).fingerprint,
     )  # fmt: skip
     Registry(home.path).claim(entry, lambda _entry: True)
@@ -58,6 +59,31 @@ def test_by_name_and_by_model(home, tmp_path):
         assert home.find(str(path)).entry.deployment_name == "two"
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["our-small-model", "our small model", "our/small model", "our/small model-mii-deployment", "org/m-mii-deployment"],
+)
+def test_a_name_as_a_deepspeed_mii_script_writes_it(home, written):
+    deploy(home, "our-small-model", model="org/m")
+    deploy(home, "other")
+    assert home.find(written).entry.deployment_name == "our-small-model"
+
+
+def test_a_name_that_deepspeed_mii_has_made_of_a_folders(home):
+    deploy(home, "small", model="/models/small")
+    assert home.find("small-mii-deployment").entry.deployment_name == "small"
+
+
+def test_its_own_configuration(home):
+    entry = deploy(home, "chat", tensor_parallel=2, replica_num=3)
+    assert home.get("chat").config.port_number == 0
+    Registry(home.path).publish(entry.model_copy(update={"address": "10.0.0.1:4711"}))
+    Share(home.path, "chat", GROUP).publish(Registry(home.path).get("chat"))
+    config = home.find("m").config
+    assert (config.deployment_name, config.home, config.port_number) == ("chat", home.path, 4711)
+    assert config.model_conf == ModelConfig(model_name_or_path="m", tensor_parallel=2, replica_num=3)
+
+
 def test_the_name_comes_before_the_model(home):
     deploy(home, "gpt2", model="other")
     deploy(home, "mine", model="gpt2")
@@ -77,8 +103,9 @@ def test_what_is_not_there_is_answered_with_what_is(home):
     deploy(home, "one")
     with pytest.raises(DeploymentNotFoundError, match=r"'chat' in .*; there: 'one' \(m\)$"):
         home.find("chat")
-    with pytest.raises(DeploymentNotFoundError, match="'chat'"):
+    with pytest.raises(DeploymentNotFoundError, match="'chat'") as failure:
         home.get("chat")
+    assert failure.value.deployment_name == "chat"
 
 
 def test_a_certificate_that_the_registry_does_not_name_is_not_believed(home):

@@ -49,8 +49,11 @@ def test_entries_and_folder_are_private(registry):
 
 def test_a_live_name_is_refused_and_says_by_whom(registry):
     registry.claim(entry(state="ready"), live)
-    with pytest.raises(DeploymentExistsError, match=r"^deployment_name='chat': taken by job 7, which is ready;"):
+    with pytest.raises(
+        DeploymentExistsError, match=r"^deployment_name='chat': taken by job 7, which is ready;"
+    ) as taken:
         registry.claim(entry(run="/runs/b"), live)
+    assert taken.value.deployment_name == "chat"
     assert str(registry.get("chat").run_dir) == "/runs/a"
 
 
@@ -118,11 +121,12 @@ def test_withdrawing_does_not_remove_what_was_claimed_meanwhile(registry, monkey
 def test_a_deployment_that_lost_its_name_does_not_take_it_back(registry):
     registry.claim(entry(), live)
     registry.withdraw(entry())
-    with pytest.raises(DeploymentNotFoundError):
+    with pytest.raises(DeploymentNotFoundError) as withdrawn:
         registry.publish(entry())
     registry.claim(entry(run="/runs/b"), live)
-    with pytest.raises(DeploymentExistsError):
+    with pytest.raises(DeploymentExistsError) as taken:
         registry.publish(entry())
+    assert withdrawn.value.deployment_name == taken.value.deployment_name == "chat"
 
 
 def test_half_written_entries_are_never_seen(registry):
@@ -158,7 +162,7 @@ def test_a_folder_open_to_others_is_refused_with_the_remedy(registry):
     registry.folder.chmod(0o777)
     for act in everything(registry):
         with pytest.raises(
-            RegistryError, match=rf"mode 0777 lets others in; mend it with: chmod 700 {registry.folder}"
+            RegistryError, match=rf"mode 0777 gives others access; correct it with: chmod 700 {registry.folder}"
         ):
             act()
 

@@ -58,7 +58,7 @@ def test_a_tokenizer_is_kept_and_found_by_its_path(tmp_path):
 
 def test_a_directory_open_to_others_is_not_trusted(run):
     run.path.chmod(0o750)
-    with pytest.raises(RegistryError, match=f"mode 0750 lets others in; mend it with: chmod 700 {run.path}"):
+    with pytest.raises(RegistryError, match=f"mode 0750 gives others access; correct it with: chmod 700 {run.path}"):
         run.load_config()
 
 

@@ -1,12 +1,14 @@
 """What the tests of every engine share: running one on a thread, and gathering its answers."""
 
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Self
 
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine import create_engine
-from mii_hpc.engine.base import EngineSpec
-from mii_hpc.generation import GenerationRequest
+from mii_hpc.engine.base import Engine, EngineSpec
+from mii_hpc.generation import GenerationRequest, Response
 from tests.waiting import PATIENCE
 
 attention = "auto"
@@ -14,7 +16,7 @@ attention = "auto"
 
 
 @contextmanager
-def running(engine):
+def running(engine: Engine) -> Iterator[Engine]:
     engine.load(lambda sentence: None)
     thread = threading.Thread(target=engine.run)
     thread.start()
@@ -29,14 +31,15 @@ def running(engine):
 class Collected:
     """Everything that was delivered for one request."""
 
-    def __init__(self, sequences=1):
-        self.pieces = []
-        self.error = None
+    def __init__(self, id: str, sequences: int = 1) -> None:
+        self.id = id
+        self.pieces: list[Response] = []
+        self.error: Exception | None = None
         self.done = threading.Event()
         self.began = threading.Event()
         self._open = sequences
 
-    def __call__(self, item):
+    def __call__(self, item: Response | Exception) -> None:
         assert not self.done.is_set(), "delivered after the end"
         if isinstance(item, Exception):
             self.error = item
@@ -48,44 +51,43 @@ class Collected:
                 self.done.set()
         self.began.set()
 
-    def wait(self):
+    def wait(self) -> Self:
         assert self.done.wait(PATIENCE), "no answer"
         if self.error:
             raise self.error
         return self
 
-    def of(self, index=0):
+    def of(self, index: int = 0) -> list[Response]:
         return [piece for piece in self.pieces if piece.index == index]
 
-    def text(self, index=0):
+    def text(self, index: int = 0) -> str:
         return "".join(piece.generated_text for piece in self.of(index))
 
-    def token_ids(self, index=0):
+    def token_ids(self, index: int = 0) -> list[int]:
         return [token for piece in self.of(index) for token in piece.token_ids]
 
-    def logprobs(self, index=0):
+    def logprobs(self, index: int = 0) -> list[float]:
         return [value for piece in self.of(index) for value in piece.logprobs]
 
-    def finish_reason(self, index=0):
+    def finish_reason(self, index: int = 0) -> str:
         return self.of(index)[-1].finish_reason
 
 
 _ids = iter(range(10**9))
 
 
-def submit(engine, prompt, id=None, **options):
+def submit(engine: Engine, prompt: str, id: str | None = None, **options: Any) -> Collected:
     params = GenerateParamsConfig(**options)
-    collected = Collected(params.num_return_sequences)
-    collected.id = id or f"r{next(_ids)}"
+    collected = Collected(id or f"r{next(_ids)}", params.num_return_sequences)
     engine.submit(GenerationRequest(collected.id, prompt, params), collected)
     return collected
 
 
-def make(**model):
+def make(**model: Any) -> Engine:
     return create_engine(EngineSpec.alone(ModelConfig(**with_attention(model))))
 
 
-def with_attention(model):
+def with_attention(model: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a ModelConfig with the attention to test."""
     config = {"attention": attention, **model.get("inference_engine_config", {})}
     return {**model, "inference_engine_config": config}

@@ -1,41 +1,41 @@
+from typing import Any
+
 import pytest
 
 from tests.engine import collect
 
-try:
-    from mii_hpc.engine import runner
-except ImportError:  # without torch, only the echo engine is tested
-    runner = None
-
 
 @pytest.fixture(autouse=True, scope="session")
-def attention(request):
+def attention(request: pytest.FixtureRequest) -> None:
     collect.attention = request.config.getoption("--attention")
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The steps that the engines of this process execute."""
-    steps = []
-    execute = runner.ModelRunner.execute
+    from mii_hpc.engine.runner import ModelRunner
 
-    def note(self, step):
+    steps = []
+    execute = ModelRunner.execute
+
+    def note(self: ModelRunner, step: Any) -> Any:
         steps.append(step)
         return execute(self, step)
 
-    monkeypatch.setattr(runner.ModelRunner, "execute", note)
+    monkeypatch.setattr(ModelRunner, "execute", note)
     return steps
 
 
 @pytest.fixture
-def models(monkeypatch):
+def models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that the engines of this process load."""
-    models = []
-    load = runner.load_model
+    from mii_hpc.engine.model.loading import load_model
 
-    def note(*arguments):
-        models.append(load(*arguments))
+    models = []
+
+    def note(*arguments: Any) -> Any:
+        models.append(load_model(*arguments))
         return models[-1]
 
-    monkeypatch.setattr(runner, "load_model", note)
+    monkeypatch.setattr("mii_hpc.engine.runner.load_model", note)
     return models

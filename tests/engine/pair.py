@@ -6,20 +6,22 @@ import socket
 import sys
 import threading
 import traceback
-from multiprocessing.connection import wait
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any, Self
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
-from tests.engine.collect import submit, with_attention
+from tests.engine.collect import Collected, submit, with_attention
 from tests.waiting import PATIENCE
 
 
 class Replica:
     """Starts the ranks; `answers` sends requests to the leader, all at once, and waits for all."""
 
-    def __init__(self, ranks=2, **model):
+    def __init__(self, ranks: int = 2, **model: Any) -> None:
         context = multiprocessing.get_context("spawn")
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
@@ -47,33 +49,33 @@ class Replica:
         theirs.close()
         listener.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.connection.close()
         for process in self.processes:
             process.join(PATIENCE)
             if process.is_alive():
                 process.kill()
 
-    def ready(self):
+    def ready(self) -> Any:
         """Return None, or what load() raised on the leader."""
         wait([self.connection, *(process.sentinel for process in self.processes)], 240)
         assert self.connection.poll(10), "the ranks are not ready"
         return self.connection.recv()
 
-    def answers(self, requests):
+    def answers(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> Any:
         """Send (prompt, options) pairs; return (text, token ids, finish reason) or an error for each."""
         self.connection.send(requests)
         assert self.connection.poll(PATIENCE), "no answers"
         return self.connection.recv()
 
 
-def _process(*place):
+def _process(*arguments: Any) -> None:
     status = 0
     try:
-        _rank(*place)
+        _rank(*arguments)
     except Exception:  # noqa: BLE001 (whatever it is ends the rank)
         traceback.print_exc()
         status = 1
@@ -84,10 +86,18 @@ def _process(*place):
     os._exit(status)
 
 
-def _rank(model, rank, ranks, address, listener, connection, grown):
+def _rank(
+    model: dict[str, Any],
+    rank: int,
+    ranks: int,
+    address: str,
+    listener: socket.socket | None,
+    connection: Connection | None,
+    grown: Any,
+) -> None:
     before = 0
 
-    def progress(sentence):
+    def progress(sentence: str) -> None:
         nonlocal before
         # By now the libraries are imported and have been used on a small model, and nothing of the real one is read.
         if sentence.startswith("DeepSpeed shards"):
@@ -131,7 +141,7 @@ def _rank(model, rank, ranks, address, listener, connection, grown):
         grown[rank] = _resident("VmHWM") - before
 
 
-def _have_deepspeed_see_torchs_processor():
+def _have_deepspeed_see_torchs_processor() -> None:
     """DeepSpeed asks the processor itself what it knows, whatever ATEN_CPU_CAPABILITY says."""
     import deepspeed
     import torch
@@ -140,12 +150,12 @@ def _have_deepspeed_see_torchs_processor():
         deepspeed.comm.comm.cdb.shm_vector_kernel_level = 1
 
 
-def _resident(field):
+def _resident(field: str) -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) * 1024
 
 
-def _result(collected):
+def _result(collected: Collected) -> str | tuple[str, list[int], str]:
     collected.done.wait(PATIENCE)
     if collected.error:
         return repr(collected.error)

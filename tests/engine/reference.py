@@ -1,6 +1,12 @@
 """What transformers' own generate answers, one prompt at a time."""
 
 import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 PROMPTS = [
     "Hello there, how are",
@@ -11,14 +17,14 @@ PROMPTS = [
 ]
 
 
-def tokenizer_of(folder):
+def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 class Reference:
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,7 +33,7 @@ class Reference:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device)
 
-    def greedy(self, prompt, ignore_eos=False, **options):
+    def greedy(self, prompt: str, ignore_eos: bool = False, **options: Any) -> list[int]:
         from transformers import GenerationConfig
 
         ids = self._tokenizer(prompt, return_tensors="pt").input_ids.to(self._model.device)
@@ -44,30 +50,35 @@ class Reference:
             answer = self._model.generate(ids, generation_config=config)
         finally:
             self._model.generation_config = GenerationConfig(eos_token_id=ends)
-        return answer[0, ids.shape[1] :].tolist()
+        token_ids: list[int] = answer[0, ids.shape[1] :].tolist()
+        return token_ids
 
-    def buffers(self):
-        return self._model.named_buffers()
+    def buffers(self) -> "Iterable[tuple[str, torch.Tensor]]":
+        buffers: Iterable[tuple[str, torch.Tensor]] = self._model.named_buffers()
+        return buffers
 
-    def logprobs(self, prompt, token_ids):
+    def logprobs(self, prompt: str, token_ids: list[int]) -> list[float]:
         """What the model gives each of the tokens after the prompt and those before it."""
         import torch
 
         ids = self._tokenizer(prompt).input_ids + token_ids
         with torch.inference_mode():
             logits = self._model(torch.tensor([ids], device=self._model.device)).logits[0, -len(token_ids) - 1 : -1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None].to(logits.device))[:, 0].tolist()
+        chosen = torch.tensor(token_ids, device=logits.device)[:, None]
+        values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+        return values
 
-    def decode(self, token_ids):
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
 
 
-def option_sets():
+def option_sets() -> list[tuple[str, dict[str, Any]]]:
     """Return 64 prompts, each with options of its own; the first 32 are greedy, the others have a seed."""
     draw = random.Random(4)
     result = []
     for number in range(64):
-        options = {"max_new_tokens": 10 + number % 23, "stream": number % 3 == 0}
+        options: dict[str, Any] = {"max_new_tokens": 10 + number % 23, "stream": number % 3 == 0}
         if number % 4 == 1:
             options["repetition_penalty"] = draw.choice([0.8, 1.3, 2.0])
         if number % 4 == 2:

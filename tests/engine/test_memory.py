@@ -1,20 +1,27 @@
+from itertools import permutations
+
 import pytest
 
-from mii_hpc.engine.memory import ranks_per_device
+from mii_hpc.engine.memory import share_of_device
+
+GPU, WEIGHTS, FRACTION = 80, 10, 0.8
 
 
-@pytest.mark.parametrize(
-    ("ranks", "visible", "allocated", "sharing"),
-    [
-        (4, 4, None, 1),  # all ranks see all devices
-        (8, 4, "4", 2),
-        (2, 1, None, 2),  # two replicas on the one device of this machine
-        (4, 1, "4", 1),  # --gpus-per-task: each sees its own
-        (4, 1, "2", 2),
-        (4, 1, "", 4),
-        (1, 8, "1", 1),
-    ],
-)
-def test_ranks_that_share_a_device_are_counted(ranks, visible, allocated, sharing):
-    environment = {} if allocated is None else {"SLURM_GPUS_ON_NODE": allocated}
-    assert ranks_per_device(ranks, visible, environment) == sharing
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_that_share_a_gpu_plan_alike_whenever_they_measure_it(ranks):
+    """A rank loads its weights, then measures and takes its cache; between the two, others may do either."""
+    for order in set(permutations([*range(ranks)] * 2)):
+        used, caches = 0, {}
+        for rank in order:
+            if rank not in caches:
+                used, caches[rank] = used + WEIGHTS, None
+            else:
+                caches[rank] = share_of_device(GPU - used, GPU, WEIGHTS, ranks) * FRACTION - WEIGHTS
+                used += caches[rank]
+        assert len(set(caches.values())) == 1
+        assert used == pytest.approx(FRACTION * GPU)
+
+
+def test_what_strangers_have_of_a_gpu_is_not_planned_with():
+    assert share_of_device(free=20, total=80, weights=10, sharing=1) == 30
+    assert share_of_device(free=20, total=80, weights=10, sharing=2) == 30

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -142,6 +145,39 @@ def test_a_model_answers_as_transformers_does(tmp_path):
     with mii.pipeline(folder, tokenizer=tokenizer) as pipe:
         assert pipe.tokenizer is tokenizer
         assert len(pipe("a", max_new_tokens=2, ignore_eos=True)[0].token_ids) == 2
+
+
+LEAVES_ALONE = """
+import os, sys, threading
+import torch
+import mii_hpc as mii
+
+def state():
+    number = []
+    fresh = threading.Thread(target=lambda: number.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    return dict(os.environ), torch.get_num_threads(), number, torch.get_default_dtype(), torch.is_grad_enabled()
+
+torch.set_num_threads(3)
+before = state()
+with mii.pipeline(sys.argv[1], device="cpu", inference_engine_config={"threads": 1}) as pipe:
+    assert state() == before
+    pipe("a", max_new_tokens=2)
+    assert state() == before
+assert state() == before
+"""
+
+
+@pytest.mark.engine
+def test_a_pipeline_leaves_the_process_as_it_was(tmp_path):
+    pytest.importorskip("torch")
+    from tests.models import tiny_model
+
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    script = [sys.executable, "-c", LEAVES_ALONE, str(tiny_model(tmp_path))]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])

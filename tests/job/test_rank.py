@@ -215,7 +215,7 @@ def test_what_was_killed_hard_does_not_block_its_name(serve):
     killed.kill()
     assert Registry(killed.home).get("killed").state == "ready"
     eventually(lambda: not is_live(Registry(killed.home).get("killed")), PATIENCE, "its job is known to be gone")
-    with pytest.raises(mii_hpc.DeploymentNotFoundError, match="has ended without notice"):
+    with pytest.raises(mii_hpc.DeploymentNotFoundError, match="no longer runs"):
         killed.client()
     again = serve("killed")
     assert again.entry.run_dir != killed.entry.run_dir

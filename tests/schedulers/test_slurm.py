@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import submitit
 
-from mii_hpc.config import SlurmConfig
+from mii_hpc.config import SlurmConfig, resolve
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.errors import ConfigError, SubmissionError
 from mii_hpc.placement import place
 from mii_hpc.schedulers import JobState
 from mii_hpc.schedulers import slurm as slurm_module
-from mii_hpc.schedulers.slurm import Allocation, SlurmJob, executor_parameters, own_allocation
+from mii_hpc.schedulers.slurm import Allocation, Slurm, SlurmJob, executor_parameters, own_allocation
 from tests.submitting import calls, submitted
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -23,6 +23,7 @@ EVERYTHING = {
     "qos": "high",
     "time": "8:00:00",
     "gpus_per_node": 8,
+    "gres": "nvme:1",
     "cpus_per_task": 6,
     "mem": "500G",
     "constraint": "a100",
@@ -73,6 +74,118 @@ def test_every_slurm_setting_reaches_the_batch_script(slurm, echo_config):
         run, _ = submitted(echo_config(**fields, slurm=without, deployment_name=f"without-{name}".replace("_", "-")))
         plain = re.sub(r"without-[\w-]*|chat[\w-]*", "NAME", batch_script(run))
         assert plain != re.sub(r"chat[\w-]*", "NAME", everything), name
+
+
+# GPUs.
+
+TWO_PARTITIONS = "printf 'batch*|9|(null)|\\ngpu|8|gpu:a100:4(S:0-1)|\\n'"
+
+
+@pytest.fixture
+def fitted(slurm, tmp_path):
+    """Fill in what the cluster has: the batch script's directives, and the device, of a deployment of a real engine."""
+
+    def fit(sinfo=TWO_PARTITIONS, **fields):
+        slurm(sinfo=sinfo)
+        shape = {"tensor_parallel": 2, "replica_num": 2, **fields}
+        config = Slurm().fit(resolve("model", cluster="slurm", home=tmp_path, **shape))
+        parameters = executor_parameters(config, place(config.model_conf, config.slurm))
+        given = {**parameters, **parameters["additional_parameters"]}
+        kept = ("nodes", "ntasks_per_node", "gres", "gpus_per_node", "gpus")
+        return {name: given[name] for name in kept if given.get(name)} | {"device": config.model_conf.device}
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"slurm": {"partition": "gpu"}}, {"nodes": 1, "ntasks_per_node": 4, "gres": "gpu:a100:4", "device": "cuda"}),
+        (
+            {"slurm": {"extra": {"partition": "gpu"}}, "replica_num": 3},
+            {"nodes": 2, "ntasks_per_node": 4, "gres": "gpu:a100:4", "device": "cuda"},
+        ),
+        (
+            {"slurm": {"partition": "gpu", "gres": "nvme:1"}, "replica_num": 1},
+            {"nodes": 1, "ntasks_per_node": 2, "gres": "nvme:1,gpu:a100:2", "device": "cuda"},
+        ),
+        (
+            {"slurm": {"partition": "gpu", "tasks_per_node": 2}},
+            {"nodes": 2, "ntasks_per_node": 2, "gres": "gpu:a100:2", "device": "cuda"},
+        ),
+        # What the user says comes first.
+        ({"slurm": {"partition": "gpu"}, "device": "cpu"}, {"nodes": 2, "ntasks_per_node": 2, "device": "cpu"}),
+        (
+            {"slurm": {"partition": "gpu", "gpus_per_node": 0}},
+            {"nodes": 2, "ntasks_per_node": 2, "device": "cpu"},
+        ),
+        (
+            {"slurm": {"partition": "gpu", "gpus_per_node": 2}},
+            {"nodes": 2, "ntasks_per_node": 2, "gpus_per_node": 2, "device": "auto"},
+        ),
+        (
+            {"slurm": {"partition": "gpu", "gres": "gpu:v100:8"}},
+            {"nodes": 1, "ntasks_per_node": 4, "gres": "gpu:v100:8", "device": "auto"},
+        ),
+        (
+            {"slurm": {"extra": {"gpus-per-node": "v100:4"}}},
+            {"nodes": 1, "ntasks_per_node": 4, "gres": "gpu:v100:4", "device": "auto"},
+        ),
+        (
+            {"slurm": {"partition": "gpu", "extra": {"gpus": 4}}},
+            {"nodes": 2, "ntasks_per_node": 2, "gpus": 4, "device": "auto"},
+        ),
+    ],
+)
+def test_the_gpus_that_are_asked_for(fitted, fields, asked):
+    assert fitted(**fields) == asked
+
+
+def test_the_environment_says_what_sbatch_reads_from_it(fitted, monkeypatch):
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    assert fitted()["gres"] == "gpu:a100:4"
+    assert fitted(slurm={"partition": "batch"})["gres"] == "gpu:a100:4", "sbatch puts the environment first"
+    monkeypatch.setenv("SBATCH_GPUS_PER_NODE", "1")
+    assert "gres" not in fitted()
+
+
+def test_a_partition_without_gpus_is_told_of(fitted, caplog):
+    assert fitted() == {"nodes": 2, "ntasks_per_node": 2, "device": "auto"}
+    assert caplog.messages == [
+        "the default partition has no GPUs; partitions that have some: 'gpu' (slurm.partition); here the model is "
+        "served on CPUs"
+    ]
+    sentence = r"^device='cuda': partition 'batch' has no GPUs; partitions that have some: 'gpu' \(slurm\.partition\)$"
+    with pytest.raises(ConfigError, match=sentence):
+        fitted(device="cuda", slurm={"partition": "batch"})
+
+
+def test_a_cluster_that_knows_of_no_gpus_may_have_some(fitted, caplog):
+    assert fitted("echo 'batch*|9|(null)|'", device="cuda") == {"nodes": 2, "ntasks_per_node": 2, "device": "cuda"}
+    assert caplog.messages == []
+
+
+def test_a_partition_that_does_not_exist_is_left_to_sbatch(fitted, caplog):
+    assert fitted(slurm={"partition": "gpuu"})["device"] == "auto"
+    assert caplog.messages == []
+
+
+def test_the_nodes_asked_for_are_those_that_are_looked_at(fitted, slurm):
+    fitted(slurm={"partition": "gpu", "nodelist": "g[1-2]"})
+    assert calls(slurm)[-1] == "sinfo --all --noheader --format=%P|%D|%G|%f --nodes=g[1-2]"
+
+
+@pytest.mark.parametrize("sinfo", ['echo "sinfo: error: no controller" >&2; exit 1', "exec sleep 60"])
+def test_without_an_answer_no_gpu_is_asked_for(fitted, caplog, monkeypatch, sinfo):
+    monkeypatch.setattr(slurm_module, "COMMAND_SECONDS", 0.1 if "sleep" in sinfo else 30)
+    assert fitted(sinfo) == {"nodes": 2, "ntasks_per_node": 2, "device": "auto"}
+    assert caplog.messages[0].startswith("no GPU is asked for, since sinfo does not say whether there are any: ")
+
+
+def test_what_extra_says_of_a_field_must_not_contradict_it():
+    with pytest.raises(ConfigError, match=r"^slurm: extra\['gres'\]='gpu:4': gres='gpu:2' says otherwise; give one"):
+        resolve("model", slurm={"gres": "gpu:2", "extra": {"gres": "gpu:4"}})
+    assert resolve("model", slurm={"gres": None, "extra": {"gres": "gpu:4"}}).slurm.gpus == 4
 
 
 def test_the_parameters_are_submitits(echo_config):

@@ -114,7 +114,7 @@ def test_hub_names_come_from_the_cache_when_offline(tmp_path):
     found, wrong_shape, absent = done.stdout.splitlines()
     assert found == "org/cached"
     assert wrong_shape.startswith("tensor_parallel=3: does not divide the model's 32 attention heads")
-    assert absent.startswith("model_name_or_path='org/absent': no such folder, and not to be had from the Hugging Face")
+    assert absent.startswith("model_name_or_path='org/absent': no such folder, and neither the Hugging Face")
 
 
 def test_tokenizer_is_checked_before_the_queue(tmp_path):

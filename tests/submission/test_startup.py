@@ -98,7 +98,7 @@ def test_a_job_that_dies_shows_its_last_words_at_once(submitted, wrote):
         submitted.wait()
     assert submitted.job.asked <= 2, "once to wait, once for its phase after it was cancelled"
     error = failure.value
-    assert (error.job_id, error.state) == ("4711", "FAILED")
+    assert (error.deployment_name, error.job_id, error.state) == ("chat", "4711", "FAILED")
     assert str(error) == (
         "job 4711 of deployment 'chat' ended before it was ready (state FAILED, NonZeroExitCode)\n"
         "Traceback (most recent call last):\nImportError: no MPI here\n"
@@ -114,15 +114,16 @@ def test_a_rank_that_fails_shows_its_own_message(submitted):
     assert str(failure.value) == (
         "job 4711 of deployment 'chat' failed while starting: rank 3: no weights\nTraceback ..."
     )
-    assert failure.value.log == "Traceback ..."
+    assert (failure.value.deployment_name, failure.value.log) == ("chat", "Traceback ...")
     assert submitted.job.cancelled == 1, "what is left of it does not keep its allocation"
 
 
 def test_the_queue_has_a_timeout_when_asked_for(submitted):
     with pytest.raises(
         DeploymentTimeoutError, match=r"^job 4711 is still in the queue after queue_timeout=0 s \(Priority\); it was"
-    ):
+    ) as failure:
         submitted.wait(queue_timeout=0.05, startup_timeout=0.01)
+    assert failure.value.deployment_name == "chat"
     assert submitted.job.cancelled == 1
     assert submitted.registry.get("chat") is None
 
@@ -144,8 +145,9 @@ def test_starting_has_a_timeout(submitted, state, detail, says):
     submitted.publish(state=state, detail=detail)
     with pytest.raises(
         DeploymentTimeoutError, match=rf"^job 4711 is not ready after startup_timeout=0 s {says}.*; it was cancelled$"
-    ):
+    ) as failure:
         submitted.wait(startup_timeout=0.05, queue_timeout=60)
+    assert failure.value.deployment_name == "chat"
     assert submitted.job.cancelled == 1
 
 

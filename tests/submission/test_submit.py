@@ -115,10 +115,8 @@ def test_a_home_open_to_others_is_refused_before_sbatch(slurm, echo_config):
 
 def test_the_entry_names_the_job_that_its_caller_names(slurm, echo_config, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "98")
-    assert prepare(check(echo_config())[0])[1].job_id == "", (
-        "a job that happens to be around us is not the deployment's"
-    )
-    assert prepare(check(echo_config(deployment_name="by-hand"))[0], "99")[1].job_id == "99"
+    assert prepare(check(echo_config()))[1].job_id == "", "a job that happens to be around us is not the deployment's"
+    assert prepare(check(echo_config(deployment_name="by-hand")), "99")[1].job_id == "99"
 
 
 def test_the_configuration_is_in_the_run_directory(slurm, echo_config):

@@ -87,7 +87,7 @@ class _Shape(ctypes.Structure):
 
 
 class DecodeKernel:
-    """Attends for one new token per sequence, reading the paged cache where it lies.
+    """Attends for one new token per sequence, reading the paged cache in place.
 
     Measured with 16 sequences of 100 tokens: under half the time of gathering and
     torch's attention, and a third with 500 tokens.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,19 +46,6 @@ class LoadedModel:
     context: int
     eos_token_ids: tuple[int, ...]
     weights: int
-
-
-def choose_device(spec: EngineSpec) -> torch.device:
-    """Return the device of this rank, and make it the current one. Raises ConfigError if there is none."""
-    wanted = spec.model.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda': this host has no usable CUDA device")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        return torch.device("cpu")
-    device = torch.device("cuda", spec.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> LoadedModel:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from mii_hpc.engine.processor import packed_dtype
-from mii_hpc.heap import give_memory_back
+from mii_hpc.heap import trim_heap
 
 # The layout is chosen for this many rows: decode steps have few, and for many the choice makes no difference.
 ROWS = 16
@@ -68,7 +68,7 @@ def pack_linears(module: nn.Module) -> None:
                 replaced = True
         if replaced:
             # A packed weight does not fit into the hole that a plain one of the same size has left.
-            give_memory_back()
+            trim_heap()
 
 
 def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 from mii_hpc.config import ModelConfig
@@ -74,7 +76,7 @@ def _sharding_error(config: Any, ranks: int) -> float:
 
 
 def _small(config: Any, ranks: int) -> Any:
-    """Return a configuration of the same architecture with few layers, few heads and few words."""
+    """Return a configuration of the same architecture with few layers, few heads and a small vocabulary."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     heads = text.num_attention_heads
@@ -160,16 +162,13 @@ def _fill(part: nn.Module, whole: dict[str, nn.Parameter], device: torch.device,
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Within this context, parameters of new modules take no memory; buffers are real."""
-    register = nn.Module.register_parameter
+    """Within this context, parameters of modules that this thread makes take no memory; buffers are real."""
+    thread = threading.get_ident()
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
-        register(module, name, parameter)
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
+    with register_module_parameter_registration_hook(on_meta):  # type: ignore[arg-type]
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -59,7 +59,7 @@ def main(run_path: str, address: str, spans_hosts: str) -> None:
     """Run the balancer process."""
     end_with_rank()
     log_to_stderr()
-    # A stranger's idle connections, each closed after a moment, must not take the place of anybody's.
+    # So that idle connections without a token, each closed after a moment, keep no client from connecting.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sys.exit(asyncio.run(serve(RunDir(Path(run_path)), address, spans_hosts == "1")))

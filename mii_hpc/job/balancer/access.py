@@ -26,7 +26,7 @@ class Access:
         self._guest = credentials.read_token(run.guest_token)
 
     def admits(self, method: str, token: str) -> bool:
-        """Whether a token may call a method. Takes the same time whatever the answer."""
+        """Whether a token may call a method. Takes the same time for every token."""
         rank, owner, guest = (transport.same_token(token, own) for own in (self._rank, self._owner, self._guest))
         return (
             (rank and method in RANK_METHODS)

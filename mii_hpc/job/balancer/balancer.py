@@ -1,4 +1,4 @@
-"""The balancer of one deployment: its parts, and how they hang together."""
+"""The balancer of one deployment, made of its parts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Balancer:
         return port
 
     async def serve(self, entry: Entry) -> None:
-        """Serve under a registry entry until the deployment has ended, and the entry is gone."""
+        """Serve under a registry entry until the deployment has ended and its entry is withdrawn."""
         await self.lifetime.run(entry)
         await self.server.stop(STOP_SECONDS)
 

@@ -1,4 +1,4 @@
-"""The way from the balancer to one replica."""
+"""The connection of the balancer to one replica."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mii_hpc.job.balancer.membership import Replica
 from mii_hpc.rpc import transport, wire
 
 LOAD_SECONDS = 2.0
-"""A replica's load is left out of the status when the replica does not tell it within this time."""
+"""A replica's load is left out of the status when the replica does not answer within this time."""
 TRIAL_SECONDS = 120.0
 """A replica's first generation may take this long; it warms up what is compiled on first use."""
 
@@ -37,7 +37,7 @@ class ReplicaConnection:
     async def open(cls, replica: Replica, address: str, keys: ClientCredentials) -> Self:
         """Connect to a replica, and send a small request through it.
 
-        Raises the request's error, or UnavailableError when nobody answers at the address.
+        Raises the request's error, or UnavailableError when there is no answer from the address.
         """
         connection = cls(replica.index, replica.epoch, replica.host, transport.open_channel(address, keys), keys)
         params = GenerateParamsConfig(max_new_tokens=2, do_sample=False, ignore_eos=True)
@@ -83,7 +83,7 @@ class ReplicaConnection:
         return await call(payload, timeout=timeout, metadata=self._authorization)
 
     async def load(self) -> pb.LoadResponse | None:
-        """Return what the engine has in hand; None when it does not tell at once."""
+        """Return the engine's load; None when it does not answer at once."""
         try:
             return await self._engine.Load(pb.LoadRequest(), timeout=LOAD_SECONDS, metadata=self._authorization)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError):

@@ -1,4 +1,4 @@
-"""The life of a deployment, as its balancer keeps it: the registry entry, the deadlines, and the end."""
+"""The life of a deployment in its balancer: the registry entry, the deadlines, and the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mii_hpc.deployments.registry import HEARTBEAT_SECONDS, Entry, Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.errors import DeploymentError, RegistryError
-from mii_hpc.heap import give_memory_back
+from mii_hpc.heap import trim_heap
 from mii_hpc.job.balancer.membership import EngineDeath, Membership
 from mii_hpc.job.balancer.router import Router
 
@@ -105,7 +105,7 @@ class Lifetime:
             await self._membership.end(self._ending.failure, LEAVE_SECONDS)
         finally:
             watching.cancel()
-            # Not cancelled: a write that is under way on its thread must not come after the withdrawal.
+            # Not cancelled: a write that runs on its thread must not come after the withdrawal.
             self._ended = True
             self._membership.changed.set()
             await asyncio.gather(keeping, watching, return_exceptions=True)
@@ -124,7 +124,7 @@ class Lifetime:
     async def _watch_deadlines(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            give_memory_back()
+            trim_heap()
             timeout = self._config.startup_timeout
             if not self._membership.has_been_ready and time.monotonic() > self._started + timeout:
                 details = "; ".join(
@@ -137,7 +137,7 @@ class Lifetime:
             self._membership.expire(timeout)
 
     async def _keep_entry(self) -> None:
-        """Publish the entry whenever something changes, and at least as a heartbeat."""
+        """Publish the entry at every change, and otherwise as a heartbeat."""
         changed = self._membership.changed
         while not self._ended:
             assert self._entry is not None

@@ -1,4 +1,4 @@
-"""Which ranks are there, and which replicas they form."""
+"""The ranks that have joined, and the replicas that they form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc.errors import InvalidRequestError, MIIError
+from mii_hpc.errors import InvalidRequestError
 from mii_hpc.placement import role_of
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Replica:
     failures: int = 0
     since: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
-    """What is under way between two states: the wait before forming, or the first generation."""
+    """What runs between two states: the wait before forming, or the first generation."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Membership:
             if self._members.get(first.rank) is member:
                 del self._members[first.rank]
                 log.info("rank %d on %s has left", first.rank, first.host)
-                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} is gone")
+                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} has left")
             if not self._members:
                 self._all_left.set()
 
@@ -237,7 +237,7 @@ class Membership:
         began = time.monotonic()
         try:
             await self._admit(replica, address)
-        except MIIError as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the replica is formed anew)
             replica.task = None
             leader = pb.RankReport()
             leader.CopyFrom(self._members[replica.ranks[0]].report)

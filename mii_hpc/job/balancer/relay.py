@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-import grpc
 import grpc.aio
 
-from mii_hpc.errors import DeploymentStoppingError, MIIError, ReplicaLostError, RequestError, RequestTimeoutError
+from mii_hpc.errors import (
+    DeploymentStoppingError,
+    InvalidRequestError,
+    MIIError,
+    ReplicaLostError,
+    RequestError,
+    RequestTimeoutError,
+)
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.balancer.router import Router
@@ -34,27 +41,34 @@ class Relay:
         It takes the requests as a stream, of one, because such a handler runs as soon as a call arrives: so requests
         take their turns in the order of the client's calls, however long their messages are.
         """
+        async with wire.answering(context), contextlib.aclosing(self._relayed(requests, context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _relayed(self, requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes]:
+        if self._ending.has_begun:
+            raise self._located(DeploymentStoppingError(self._says(f"is ending ({self._ending.reason})")))
         try:
-            if self._ending.has_begun:
-                raise DeploymentStoppingError(self._says(f"is ending ({self._ending.reason})"))
             replica = self._router.next(_position(context))
         except MIIError as error:
-            await wire.abort(context, self._located(error))
-        payload = await anext(requests)
+            raise self._located(error) from None
         try:
+            payload = await anext(requests, None)
+            if payload is None:
+                raise self._located(InvalidRequestError("the call has ended without a request"))
             with replica.request(payload, context.time_remaining()) as call:
                 await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
                 async for chunk in call:
                     yield chunk
         except grpc.aio.AioRpcError as failure:
-            await wire.abort(context, self._error_of(failure, replica))
+            raise self._error_of(failure, replica) from None
         except grpc.aio.UsageError:  # lost, and its connection closed, since it was chosen
-            await wire.abort(context, self._interrupted(replica))
+            raise self._interrupted(replica) from None
         except asyncio.CancelledError:
             # Cancelled by us, because the replica is lost or the time to drain is over; or by the client.
             if transport.is_being_cancelled():
                 raise
-            await wire.abort(context, self._interrupted(replica))
+            raise self._interrupted(replica) from None
 
     def passing(self, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return a handler that passes calls of a method to any replica, and the answers back."""
@@ -71,14 +85,13 @@ class Relay:
         return grpc.unary_unary_rpc_method_handler(ask)
 
     def _error_of(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> MIIError:
-        if wire.is_ours(failure):
-            return self._located(wire.error_of(failure), replica)
-        if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if wire.is_lost(failure):  # before the rank's supervisor could say that its engine is gone
+            self._on_broken(replica.index, replica.epoch, "its connection broke")
+            return self._interrupted(replica)
+        error = wire.error_of(failure)
+        if isinstance(error, RequestTimeoutError):
             error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
-            return self._located(error, replica)
-        # The connection broke before the rank's supervisor could say that its engine is gone.
-        self._on_broken(replica.index, replica.epoch, "its connection broke")
-        return self._interrupted(replica)
+        return self._located(error, replica)
 
     def _interrupted(self, replica: ReplicaConnection) -> MIIError:
         if self._ending.has_begun:

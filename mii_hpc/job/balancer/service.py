@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
-from mii_hpc.errors import MIIError
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.lifetime import Ending, Lifetime
 from mii_hpc.job.balancer.membership import Membership
@@ -38,6 +37,10 @@ class DeploymentService(pb_grpc.DeploymentServicer):
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Return the state of the deployment and its replicas."""
+        async with wire.answering(context):
+            return await self._status()
+
+    async def _status(self) -> pb.StatusResponse:
         live = {replica.index: replica for replica in self._router.live}
         loads = dict(zip(live, await asyncio.gather(*(replica.load() for replica in live.values())), strict=True))
         return pb.StatusResponse(
@@ -66,9 +69,10 @@ class DeploymentService(pb_grpc.DeploymentServicer):
 
     async def RotateToken(self, request: pb.RotateTokenRequest, context: Context) -> pb.RotateTokenResponse:
         """Refuse the clients' tokens from now on, and write new ones to their files."""
-        self._access.rotate()
-        log.info("the clients' tokens were replaced")
-        return pb.RotateTokenResponse()
+        async with wire.answering(context):
+            await asyncio.to_thread(self._access.rotate)
+            log.info("the clients' tokens were replaced")
+            return pb.RotateTokenResponse()
 
 
 class MembershipService(pb_grpc.MembershipServicer):
@@ -81,9 +85,6 @@ class MembershipService(pb_grpc.MembershipServicer):
         self, request_iterator: AsyncIterator[pb.RankReport], context: Context
     ) -> AsyncIterator[pb.RankOrder]:
         """Serve the stream of one rank."""
-        try:
-            async with contextlib.aclosing(self._membership.join(request_iterator)) as orders:
-                async for order in orders:
-                    yield order
-        except MIIError as error:
-            await wire.abort(context, error)
+        async with wire.answering(context), contextlib.aclosing(self._membership.join(request_iterator)) as orders:
+            async for order in orders:
+                yield order

@@ -144,7 +144,7 @@ async def test_a_rank_that_is_gone_takes_its_replica_out_until_it_is_back(deploy
     await deployment.form(0, 1)
     await deployment.ranks[1].vanish()
     await until(lambda: deployment.lost == [0])
-    assert deployment.membership.replicas[0].detail == "rank 1 on node1 is gone"
+    assert deployment.membership.replicas[0].detail == "rank 1 on node1 has left"
     assert deployment.deaths == []
     await deployment.ranks[0].ordered("stop_engine")
     deployment.ranks[0].report(engine=pb.DOWN)
