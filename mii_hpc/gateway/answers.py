@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mii_hpc.gateway.schema import Generation
 from mii_hpc.generation import Response as Answer
@@ -16,8 +16,9 @@ from mii_hpc.generation import Response as Answer
 class Shape:
     """How answers are written: an id for them all, and what each begins with."""
 
-    prefix: str
-    kind: str
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+
     model: str
     before: list[str] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -56,6 +57,9 @@ class Shape:
 @dataclass
 class CompletionShape(Shape):
     """Completions, whole or in chunks."""
+
+    prefix = "cmpl"
+    kind = "text_completion"
 
     offsets: dict[int, int] = field(default_factory=dict)
 
@@ -96,6 +100,9 @@ class CompletionShape(Shape):
 @dataclass
 class ChatShape(Shape):
     """Chat completions, whole or in chunks."""
+
+    prefix = "chatcmpl"
+    kind = "chat.completion"
 
     begun: set[int] = field(default_factory=set)
 

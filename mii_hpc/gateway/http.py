@@ -14,16 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mii_hpc.errors import (
-    DeploymentError,
-    InvalidRequestError,
-    MIIError,
-    QueueFullError,
-    RegistryError,
-    RequestError,
-    RequestTimeoutError,
-)
-from mii_hpc.gateway.schema import RefusedError
+from mii_hpc.errors import MIIError
+from mii_hpc.gateway.schema import body_of, error_body, status_of
 from mii_hpc.rpc import wire
 
 MAX_BODY_BYTES = wire.MAX_MESSAGE_BYTES
@@ -122,32 +114,5 @@ def _bounded(receive: Receive) -> Receive:
     return receive_no_more
 
 
-def status_of(error: MIIError) -> int:
-    match error:
-        case InvalidRequestError():
-            return 400
-        case QueueFullError():
-            return 429
-        case RequestTimeoutError():
-            return 504
-        case RequestError() if type(error) is RequestError:
-            return 500
-        case RequestError() | DeploymentError() | RegistryError():
-            return 503
-        case _:
-            return 500
-
-
-def error_body(error: MIIError, status: int) -> dict[str, Any]:
-    param = error.param if isinstance(error, RefusedError) else None
-    code = {429: "queue_full", 503: "service_unavailable"}.get(status)
-    return _body(str(error), status, code, param)
-
-
 def error_response(message: str, status: int, code: str | None) -> JSONResponse:
-    return JSONResponse(_body(message, status, code, None), status)
-
-
-def _body(message: str, status: int, code: str | None, param: str | None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(body_of(message, status, code, None), status)

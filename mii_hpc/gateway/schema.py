@@ -10,7 +10,15 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mii_hpc.errors import InvalidRequestError
+from mii_hpc.errors import (
+    DeploymentError,
+    InvalidRequestError,
+    MIIError,
+    QueueFullError,
+    RegistryError,
+    RequestError,
+    RequestTimeoutError,
+)
 from mii_hpc.generation import Chat, Prompt, as_prompts
 
 COMPLETION_TOKENS = 16
@@ -42,11 +50,13 @@ class RefusedError(InvalidRequestError):
 
     Attributes:
         param: its name.
+        status: HTTP's status for it.
+        code: OpenAI's code for it, where there is one.
     """
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.status, self.code = param, status, code
 
 
 class StreamOptions(BaseModel):
@@ -138,6 +148,10 @@ class Generation(BaseModel):
             "logprobs": self.top_logprobs_wanted is not None,
         }
 
+    def prompts(self) -> list[Prompt]:
+        """Return what to answer. Raises InvalidRequestError when there is nothing, or it cannot be read."""
+        raise NotImplementedError
+
     @property
     def top_logprobs_wanted(self) -> int | None:
         """How many likely tokens to tell of at each place; None asks for no log probabilities at all."""
@@ -153,7 +167,7 @@ class Completion(Generation):
     logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
 
     def prompts(self) -> list[Prompt]:
-        """Return the prompts. Raises InvalidRequestError when there is none."""
+        """See Generation."""
         prompts = as_prompts(self.prompt)
         if not prompts:
             raise RefusedError("prompt: there is none", "prompt")
@@ -185,7 +199,7 @@ class ChatCompletion(Generation):
         return self
 
     def prompts(self) -> list[Prompt]:
-        """Return the conversation. Raises InvalidRequestError when it is none, or is of more than text."""
+        """See Generation."""
         continues = self.continue_final_message or not self.add_generation_prompt
         return [_conversation(self.messages, continues, self.chat_template_kwargs)]
 
@@ -211,6 +225,39 @@ def parse(model: type[Body], body: bytes) -> Body:
         names = [str(part) for part in mistake["loc"][:1]]
         said = mistake["msg"].removeprefix("Value error, ")
         raise RefusedError(": ".join([*names, said]), names[0] if names else None) from None
+
+
+def status_of(error: MIIError) -> int:
+    """Return HTTP's status for an error."""
+    match error:
+        case RefusedError():
+            return error.status
+        case InvalidRequestError():
+            return 400
+        case QueueFullError():
+            return 429
+        case RequestTimeoutError():
+            return 504
+        case RequestError() if type(error) is RequestError:
+            return 500
+        case RequestError() | DeploymentError() | RegistryError():
+            return 503
+        case _:
+            return 500
+
+
+def error_body(error: MIIError, status: int) -> dict[str, Any]:
+    """Return an error as OpenAI's clients read it."""
+    if isinstance(error, RefusedError):
+        return body_of(str(error), status, error.code, error.param)
+    code = {429: "queue_full", 503: "service_unavailable"}.get(status)
+    return body_of(str(error), status, code, None)
+
+
+def body_of(message: str, status: int, code: str | None, param: str | None) -> dict[str, Any]:
+    """Return the body of a refusal."""
+    kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _conversation(messages: list[dict[str, Any]], continues: bool, arguments: dict[str, Any]) -> Chat:

@@ -17,6 +17,7 @@ from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
 from mii_hpc.errors import DeploymentNotFoundError, RegistryError
 from mii_hpc.gateway.app import Gateway
+from mii_hpc.gateway.model import ServedModel
 from mii_hpc.rpc import transport
 
 TOKEN_SECONDS = 1.0
@@ -97,7 +98,7 @@ def create_server(
     client = AsyncMIIClient(MIIConfig(deployment_name=name, home=home.path), home=home)
     keys = keys or Keys(lambda: [home.get(name).credentials.token])
     config = uvicorn.Config(
-        Gateway(client, home, keys.admits).app(),
+        Gateway(ServedModel(client, home), keys.admits).app(),
         host=listening.host,
         port=listening.port,
         uds=str(listening.path) if listening.path else None,
