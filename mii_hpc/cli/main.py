@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from mii_hpc.cli.ask import generate
+from mii_hpc.cli.batch import batch
 from mii_hpc.cli.chat import chat
 from mii_hpc.cli.gateway import gateway
 from mii_hpc.cli.manage import prune, stop
@@ -29,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (serve, ls, status, wait, logs, generate, chat, gateway, env, stop, prune, prepare):
+for command in (serve, ls, status, wait, logs, generate, chat, batch, gateway, env, stop, prune, prepare):
     app.command()(command)
