@@ -18,6 +18,7 @@ from mii_hpc.errors import DeploymentError, RegistryError
 from mii_hpc.heap import trim_heap
 from mii_hpc.job.balancer.membership import EngineDeath, Membership
 from mii_hpc.job.balancer.router import Router
+from mii_hpc.job.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class Ending:
 class Lifetime:
     """Keeps a deployment and its registry entry from its start to its end."""
 
-    def __init__(self, config: MIIConfig, ending: Ending, membership: Membership, router: Router) -> None:
-        self._config = config
+    def __init__(self, config: MIIConfig, ending: Ending, membership: Membership, router: Router, tasks: Tasks) -> None:
+        self._config, self._tasks = config, tasks
         self._ending, self._membership, self._router = ending, membership, router
         self._registry = Registry(config.home)
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
@@ -96,22 +97,20 @@ class Lifetime:
     async def run(self, entry: Entry) -> None:
         """Keep the entry until the end has begun; then drain, let the ranks leave, and withdraw the entry."""
         self._entry = entry
-        keeping = asyncio.create_task(self._keep_entry())
-        watching = asyncio.create_task(self._watch_deadlines())
-        try:
-            await self._ending.wait()
-            self._membership.changed.set()
-            await self._drain()
-            await self._membership.end(self._ending.failure, LEAVE_SECONDS)
-        finally:
-            watching.cancel()
-            # Not cancelled: a write that runs on its thread must not come after the withdrawal.
-            self._ended = True
-            self._membership.changed.set()
-            await asyncio.gather(keeping, watching, return_exceptions=True)
-            for replica in self._router.live:
-                await replica.close()
-            free_name(self._config.home, self._entry)
+        keeping = self._tasks.start(self._keep_entry())
+        watching = self._tasks.start(self._watch_deadlines())
+        await self._ending.wait()
+        self._membership.changed.set()
+        await self._drain()
+        await self._membership.end(self._ending.failure, LEAVE_SECONDS)
+        watching.cancel()
+        # Not cancelled: a write that is under way on its thread must not come after the withdrawal.
+        self._ended = True
+        self._membership.changed.set()
+        await keeping
+        for replica in self._router.live:
+            await replica.close()
+        await asyncio.to_thread(free_name, self._config.home, self._entry)
 
     async def _drain(self) -> None:
         """Let the requests that run end by themselves for a while, then cancel them."""

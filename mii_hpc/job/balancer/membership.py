@@ -11,6 +11,7 @@ from typing import Literal
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError
+from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Membership:
         dismiss: Callable[[int], None],
         on_death: Callable[[EngineDeath], None],
         on_leaving: Callable[[str], None],
+        tasks: Tasks,
     ) -> None:
         self.replicas = [
             Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks)
@@ -88,6 +90,7 @@ class Membership:
         self.changed = asyncio.Event()
         self._admit, self._dismiss = admit, dismiss
         self._on_death, self._on_leaving = on_death, on_leaving
+        self._tasks = tasks
         self._members: dict[int, Member] = {}
         self._leave: pb.RankOrder | None = None
         self._all_left = asyncio.Event()
@@ -107,7 +110,9 @@ class Membership:
 
         Raises InvalidRequestError when the job has no such rank.
         """
-        first = await anext(reports)
+        first = await anext(reports, None)
+        if first is None:
+            raise InvalidRequestError("the call has ended without a report")
         if not 0 <= first.rank < len(self.replicas) * self._tensor_parallel:
             raise InvalidRequestError(f"rank {first.rank}: no such rank")
         member = Member(first)
@@ -120,8 +125,13 @@ class Membership:
         try:
             self._on_report(member)
             while True:
-                order = await member.orders.get()
-                yield order
+                getting = asyncio.create_task(member.orders.get())
+                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    getting.cancel()
+                    reading.result()
+                    return
+                yield (order := getting.result())
                 if order.WhichOneof("order") == "leave":
                     await asyncio.wait({reading})  # until the rank closes its side, which it does last
                     return
@@ -194,7 +204,7 @@ class Membership:
             if self._adopt(replica):
                 self._advance(replica)
             elif replica.task is None:
-                replica.task = asyncio.create_task(self._form(replica))
+                replica.task = self._tasks.start(self._form(replica))
         elif replica.state == "forming" and leader.epoch == replica.epoch and leader.engine != pb.DOWN:
             self._enter(replica, "loading")
             start = pb.StartEngine(epoch=replica.epoch, store_address=leader.store_address)
@@ -206,7 +216,7 @@ class Membership:
             and all(report.engine == pb.READY for report in current)
             and replica.task is None
         ):
-            replica.task = asyncio.create_task(self._try(replica, leader.address))
+            replica.task = self._tasks.start(self._try(replica, leader.address))
 
     def _adopt(self, replica: Replica) -> bool:
         """Take over engines that already run together: this balancer was started in place of one that died."""

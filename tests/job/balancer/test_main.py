@@ -10,7 +10,7 @@ from mii_hpc.errors import UnavailableError
 from mii_hpc.job.net import reserve_port
 from mii_hpc.schedulers.local import JOB_ID
 from tests.live import Deployment
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 
 class OwnProcess(Deployment):
@@ -31,7 +31,7 @@ class OwnProcess(Deployment):
 
     async def stop_balancer(self):
         self.process.kill()
-        self.process.wait()
+        self.process.wait(PATIENCE)
         self.reserved.close()
 
 
@@ -43,7 +43,7 @@ async def test_a_new_balancer_adopts_the_running_engines(deploy):
     await until(lambda: [stats.running for stats in deployment.stats()[:2]] == [3, 3])
     heartbeat = deployment.registry.get("chat").heartbeat
     deployment.process.kill()
-    deployment.process.wait()
+    deployment.process.wait(PATIENCE)
     with pytest.raises(UnavailableError) as failure:
         await running
     assert [type(error) for error in failure.value.responses] == [UnavailableError] * 6
@@ -61,5 +61,5 @@ async def test_a_balancer_without_a_claim_does_not_serve(tmp_path):
     deployment = OwnProcess(tmp_path)
     deployment.registry.withdraw(deployment.entry)
     await deployment.start_balancer()
-    assert await asyncio.to_thread(deployment.process.wait, 20) == 1
+    assert await asyncio.to_thread(deployment.process.wait, PATIENCE) == 1
     await deployment.stop()
