@@ -143,6 +143,7 @@ class Deployment:
         tensor_parallel: int = 1,
         replica_num: int = 2,
         max_length: int | None = None,
+        chat_template: str | None = None,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -151,6 +152,7 @@ class Deployment:
             tensor_parallel=tensor_parallel,
             replica_num=replica_num,
             max_length=max_length,
+            chat_template=chat_template,
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",
