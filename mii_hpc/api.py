@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mii_hpc import schedulers
+from mii_hpc.clients.asynchronous import check_live
 from mii_hpc.clients.blocking import MIIClient
 from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
 from mii_hpc.deployments import lookup
 from mii_hpc.deployments.lookup import OwnHome, SharedHome
-from mii_hpc.deployments.registry import heartbeat_is_fresh
-from mii_hpc.errors import ConfigError, DeploymentNotFoundError
+from mii_hpc.errors import ConfigError
 from mii_hpc.submission import startup
 from mii_hpc.submission import submit as submission
 
@@ -60,11 +59,5 @@ def client(
     paths = str(registry) if registry is not None else os.environ.get("MII_HPC_PATH", "")
     shared = [SharedHome(Path(path).expanduser()) for path in paths.split(":") if path]
     found = lookup.find(model_or_deployment_name, [OwnHome(home), *shared])
-    entry = found.entry
-    # A cluster may hide the jobs of other users.
-    if not (schedulers.is_live(entry) if found.home.is_own else heartbeat_is_fresh(entry)):
-        raise DeploymentNotFoundError(
-            f"deployment '{entry.deployment_name}' has ended: its job {entry.job_id} no longer runs",
-            deployment_name=entry.deployment_name,
-        )
+    check_live(found)
     return MIIClient(found.config, home=found.home)

@@ -30,6 +30,8 @@ class MIIError(Exception):
     """Base of all errors of this package."""
 
     retryable = False
+    responses: "list[object]" = []  # noqa: RUF012 (replaced, never changed)
+    """When one call had several prompts, what came of each of them, in order: a list of answers, or the error."""
     facts: "tuple[str, ...]" = ()
     """The names of the attributes that tell what the error is about. Each is also a keyword of the class."""
 
@@ -107,12 +109,9 @@ class RequestError(MIIError):
         deployment_name: the deployment that was asked; "" where none was, as in a pipeline.
         replica: the index of the replica that worked on the request, or would have; None where it came to none.
         host: the node of that replica's leader; "" where it came to none.
-        responses: when one call had several prompts, what came of each of them, in order: a list of answers, or
-            the error. Empty otherwise.
     """
 
     facts = ("deployment_name", "replica", "host")
-    responses: "list[object]" = []  # noqa: RUF012 (replaced, never changed)
 
     def __init__(
         self, message: str = "", *, deployment_name: str = "", replica: "int | None" = None, host: str = ""

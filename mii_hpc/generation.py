@@ -175,10 +175,11 @@ def as_prompts(prompts: Prompts) -> list[Prompt]:
     if not isinstance(prompts, Iterable) or isinstance(prompts, Set | bytes):
         raise InvalidRequestError(_NO_PROMPT)
     several = list(prompts)
-    return [tuple(several)] if _are_token_ids(several) else [_as_prompt(prompt) for prompt in several]
+    return [tuple(several)] if _are_token_ids(several) else [as_prompt(prompt) for prompt in several]
 
 
-def _as_prompt(prompt: Any) -> Prompt:
+def as_prompt(prompt: Any) -> Prompt:
+    """Return one prompt. Raises InvalidRequestError when it is none."""
     if isinstance(prompt, str | Chat):
         return prompt
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and _are_token_ids(prompt):

@@ -26,7 +26,7 @@ from mii_hpc.errors import (
     UnavailableError,
     UnknownArgument,
 )
-from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompts, joined
+from mii_hpc.generation import GenerationRequest, Prompt, Prompts, Response, as_prompt, as_prompts, joined
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ class MIIPipeline:
         self.model_config = model
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        # All threads together queue no more than the engine takes.
+        self._room = threading.Semaphore(model.inference_engine_config.queue_bound)
         self._calls: set[queue.SimpleQueue[Arrived]] = set()
         self._end: str | None = None
         self._ranks: LaunchedRanks | None = None
@@ -102,7 +104,8 @@ class MIIPipeline:
             spec = self._ranks.spec(model)
         self.is_rank_0 = spec.rank == 0
         """Whether this rank answers."""
-        self._engine: Engine | None = create_engine(spec)
+        with _environment_kept():
+            self._engine: Engine | None = create_engine(spec)
         loaded: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._work, args=(self._engine, loaded), name="mii-pipeline", daemon=True
@@ -179,7 +182,7 @@ class MIIPipeline:
             return
         with (
             self._leading() as answers,
-            contextlib.closing(self._pieces(as_prompts([prompt]), timeout, {**options, "stream": True})) as arriving,
+            contextlib.closing(self._pieces([as_prompt(prompt)], timeout, {**options, "stream": True})) as arriving,
         ):
             for _, item in arriving:
                 if isinstance(item, RequestError):
@@ -224,38 +227,46 @@ class MIIPipeline:
         """Yield what comes for each prompt, by its number. Closing the iterator cancels the requests that run."""
         params = validate(GenerateParamsConfig, options)
         deadline = None if timeout is None else time.monotonic() + timeout
+        late = RequestTimeoutError(f"timeout={timeout}: it passed before the answer was complete")
         arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         waiting = list(enumerate(prompts))[::-1]
         running: dict[int, str] = {}
         unfinished = [params.num_return_sequences] * len(prompts)
-        room = min(IN_FLIGHT, self.model_config.inference_engine_config.queue_bound)
         with self._call(arrived) as engine:
             try:
                 while waiting or running:
-                    while waiting and len(running) < room:
+                    while waiting and len(running) < IN_FLIGHT:
+                        # Other threads' requests may take all the room; then this call's own go on, or it waits.
+                        if not self._room.acquire(timeout=0 if running else _left(deadline)):
+                            if running:
+                                break
+                            raise late
                         number, prompt = waiting.pop()
-                        running[number] = self._submit(engine, number, prompt, params, arrived)
+                        try:
+                            running[number] = self._submit(engine, number, prompt, params, arrived)
+                        except BaseException:
+                            self._room.release()
+                            raise
                     try:
-                        number, item = arrived.get(
-                            timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
-                        )
+                        number, item = arrived.get(timeout=_left(deadline))
                     except queue.Empty:
-                        raise RequestTimeoutError(
-                            f"timeout={timeout}: it passed before the answer was complete"
-                        ) from None
+                        raise late from None
                     if number < 0:
                         raise UnavailableError(str(item))
                     if isinstance(item, Exception):
                         del running[number]
+                        self._room.release()
                         yield number, item if isinstance(item, RequestError) else RequestError(str(item))
                         continue
                     unfinished[number] -= item.ended
                     if not unfinished[number]:
                         del running[number]
+                        self._room.release()
                     yield number, item
             finally:
                 for request_id in running.values():
                     engine.cancel(request_id)
+                    self._room.release()
 
     def submit(
         self, number: int, prompt: Prompt, options: Mapping[str, Any], arrived: queue.SimpleQueue[Arrived]
@@ -264,7 +275,7 @@ class MIIPipeline:
 
         When the engine ends, `arrived` gets an error with a negative number.
         """
-        (whole,) = as_prompts([prompt])
+        whole = as_prompt(prompt)
         request = GenerationRequest(f"async-{number}", whole, validate(GenerateParamsConfig, options))
         with self._lock:
             engine = self._open_engine()
@@ -331,7 +342,7 @@ class MIIPipeline:
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Restore the variables of the process on leaving: an engine, and what it imports, set some for what they load."""
+    """Restore the variables of the process on leaving: an engine, and what it imports, set some."""
     before = dict(os.environ)
     try:
         yield
@@ -341,6 +352,10 @@ def _environment_kept() -> Iterator[None]:
                 del os.environ[name]
             elif before[name] == value:
                 os.environ[name] = value
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 class MIIAsyncPipeline:

@@ -23,9 +23,10 @@ from mii_hpc.job import engine_process
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.rendezvous import Member, World
 from mii_hpc.job.supervisor import Supervisor
+from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
 from mii_hpc.submission import submit as submission
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 T = TypeVar("T")
 
@@ -103,7 +104,7 @@ class Rank(Supervisor):
     def __init__(self, number: int, run: RunDir, config: MIIConfig, address: str) -> None:
         model = config.model_conf
         members = tuple(Member(rank, f"node{rank}", "127.0.0.1") for rank in range(model.world_size))
-        super().__init__(run, World(role_of(number, model.tensor_parallel), members), address)
+        super().__init__(run, World(role_of(number, model.tensor_parallel), members), address, Tasks())
         self.epochs: list[int] = []
         """The epoch of each engine that it was ordered to start."""
         self.comes_back = True
@@ -112,7 +113,7 @@ class Rank(Supervisor):
         """Once it has been told to leave: why."""
 
     async def live(self) -> None:
-        self.left = await self.work()
+        self.left = await self.tasks.guard(self.work())
 
     async def start_engine(self, order: pb.StartEngine) -> None:
         self.epochs.append(order.epoch)
@@ -142,6 +143,7 @@ class Deployment:
         tensor_parallel: int = 1,
         replica_num: int = 2,
         max_length: int | None = None,
+        chat_template: str | None = None,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -150,6 +152,7 @@ class Deployment:
             tensor_parallel=tensor_parallel,
             replica_num=replica_num,
             max_length=max_length,
+            chat_template=chat_template,
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",
@@ -159,7 +162,7 @@ class Deployment:
         self.registry = Registry(self.config.home)
         self.job = subprocess.Popen(["sh", "-c", "read _", "job", str(self.run.path)], stdin=subprocess.PIPE)
         self.ranks: list[Rank] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tasks: list[asyncio.Task[None]] = []
         self._clients: list[AsyncMIIClient] = []
         self.address = ""
 
@@ -171,7 +174,7 @@ class Deployment:
         return self
 
     async def start_balancer(self) -> str:
-        self.balancer = Balancer(self.run, self.config, self.keys)
+        self.balancer = Balancer(self.run, self.config, self.keys, self.run.begin(0))
         address = f"127.0.0.1:{await self.balancer.listen('127.0.0.1:0')}"
         self.entry = self.entry.model_copy(
             update={
@@ -189,7 +192,7 @@ class Deployment:
         self.ranks = [
             Rank(number, self.run, self.config, self.address) for number in range(self.config.model_conf.world_size)
         ]
-        self._tasks = [asyncio.create_task(rank.live()) for rank in self.ranks]
+        self.tasks = [asyncio.create_task(rank.live()) for rank in self.ranks]
 
     def state(self) -> str | None:
         entry = self.registry.get(self.config.deployment_name)
@@ -213,19 +216,19 @@ class Deployment:
         for client in self._clients:
             await client.close()
         await self.stop_balancer()
-        for task in self._tasks:
+        for task in self.tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self.tasks, return_exceptions=True)
         self.end_job()
 
     async def stop_balancer(self) -> None:
         self.balancer.ending.begin("the test is over")
-        await self.working
+        await asyncio.wait({self.working})
 
     def end_job(self) -> None:
         assert self.job.stdin is not None
         self.job.stdin.close()
-        self.job.wait()
+        self.job.wait(PATIENCE)
 
 
 class InThread:
@@ -241,7 +244,7 @@ class InThread:
 
     def do(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Run something in the deployment's event loop."""
-        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(PATIENCE)
 
     def until(self, condition: Callable[[], T]) -> T:
         return self.do(until(condition))
@@ -249,5 +252,5 @@ class InThread:
     def stop(self) -> None:
         self.do(self.deployment.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(PATIENCE)
         self._loop.close()

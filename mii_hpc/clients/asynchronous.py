@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import time
 import uuid
@@ -15,11 +16,11 @@ import grpc.aio
 
 from mii_hpc import schedulers
 from mii_hpc._proto import mii_hpc_pb2 as pb
-from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.clients.status import DeploymentStatus, ReplicaStatus
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
-from mii_hpc.deployments.registry import Entry
+from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import (
     ConfigError,
     DeploymentError,
@@ -39,16 +40,26 @@ from mii_hpc.generation import (
     Prompts,
     Response,
     Tokenization,
+    as_prompt,
     as_prompts,
     joined,
 )
 from mii_hpc.rpc import transport, wire
 
-CONNECT_SECONDS = 20.0
+CONNECT_SECONDS = (1.0, 3.0, 3.0, 3.0)
+"""How long a client waits for a connection, between the times that it asks whether the job still runs."""
+ANSWER_SECONDS = 10.0
+"""How long it waits for the scheduler's answer, and for the balancer's to anything but a request."""
+REMEMBERED_SECONDS = 2.0
+"""For so long after a connection has failed, every call fails alike: many callers wait once, not one after another."""
 TERMINATE_SECONDS = 60.0
 """How long terminate_server() waits for the job's end."""
+SCHEDULER_SECONDS = 3.0
+"""How often terminate_server() asks the scheduler; many users share it."""
 IN_FLIGHT = 256
 """Requests of one generate() call that run at once."""
+
+CLOSED = "the client was closed before the answer was complete"
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -71,7 +82,9 @@ class AsyncMIIClient:
         self._connection: transport.Connection | None = None
         self._target = ("", b"")  # address and certificate that the connection is for
         self._metadata: tuple[tuple[str, str], ...] | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[transport.Connection] | None = None
+        self._failure: tuple[float, MIIError] = (-REMEMBERED_SECONDS, MIIError())
+        """When a connection has last failed, and why."""
 
     async def generate(
         self,
@@ -85,7 +98,8 @@ class AsyncMIIClient:
 
         Each prompt is a request of its own, so a list uses all replicas. `options` are those of
         GenerateParamsConfig. With `streaming_fn` there is one prompt, and the function gets each piece of its answer
-        as a list of one Response. `timeout` is in seconds, for the whole call.
+        as a list of one Response. `timeout` is in seconds, for the whole call: for finding the deployment, connecting,
+        queueing and generating.
 
         Raises InvalidRequestError before anything is sent if an option is wrong. If some of the prompts fail, the
         first one's error is raised after all have ended, and its `responses` lists what came of each.
@@ -94,17 +108,17 @@ class AsyncMIIClient:
         params = validate(
             GenerateParamsConfig, {**options, "stream": streaming_fn is not None or options.get("stream", False)}
         )
-        async with self._deadline(timeout) as deadline:
-            if streaming_fn is not None:
-                if len(several) != 1:
-                    raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
-                pieces = []
-                async with contextlib.aclosing(self._pieces(several[0], params, deadline)) as stream:
-                    async for piece in stream:
-                        pieces.append(piece)
-                        streaming_fn([piece])
-                return joined(pieces)
-            return await self._generate_all(several, params, deadline)
+        deadline = _Deadline(timeout)
+        if streaming_fn is not None:
+            if len(several) != 1:
+                raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
+            pieces = []
+            async with contextlib.aclosing(self._pieces(several[0], params, deadline)) as stream:
+                async for piece in stream:
+                    pieces.append(piece)
+                    streaming_fn([piece])
+            return joined(pieces)
+        return await self._generate_all(several, params, deadline)
 
     __call__ = generate
 
@@ -113,40 +127,36 @@ class AsyncMIIClient:
     ) -> AsyncGenerator[Response]:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         params = validate(GenerateParamsConfig, {**options, "stream": True})
-        (whole,) = as_prompts([prompt])
-        deadline = None if timeout is None else time.monotonic() + timeout
-        async with contextlib.aclosing(self._pieces(whole, params, deadline)) as pieces:
+        whole = as_prompt(prompt)
+        async with contextlib.aclosing(self._pieces(whole, params, _Deadline(timeout))) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
-        (whole,) = as_prompts([prompt])
-        connection = await self._connected()
+        whole = as_prompt(prompt)
         message = wire.pack_tokenize(whole, plain)
-        try:
-            answer = await connection.inference.Tokenize(message, timeout=CONNECT_SECONDS, metadata=self._metadata)
-        except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
-        return wire.unpack_tokenization(answer)
+        return wire.unpack_tokenization(await self._call(lambda way: way.inference.Tokenize, message))
 
     async def describe(self) -> Description:
         """Return what is served: its context, its tokenizer, and what its makers recommend."""
-        connection = await self._connected()
-        try:
-            answer = await connection.inference.Describe(
-                pb.DescribeRequest(), timeout=CONNECT_SECONDS, metadata=self._metadata
-            )
-        except grpc.aio.AioRpcError as failure:
-            raise self._failed(failure, connection) from None
-        return wire.unpack_description(answer)
+        return wire.unpack_description(await self._call(lambda way: way.inference.Describe, pb.DescribeRequest()))
 
     async def status(self) -> DeploymentStatus:
-        """Return the state of the deployment and of its replicas."""
+        """Return the state of the deployment and of its replicas.
+
+        Raises DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not answer.
+        """
         entry = self._find().entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-        return _status(entry, await self._call(lambda deployment: deployment.Status, pb.StatusRequest()))
+        try:
+            return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
+        except DeploymentNotFoundError:
+            entry = self._find().entry
+            return DeploymentStatus(
+                entry.deployment_name, DeploymentState.ENDED, entry.job_id, entry.host, entry.started, entry.ends, ()
+            )
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -159,17 +169,19 @@ class AsyncMIIClient:
         if found.entry.address or not found.home.is_own:
             try:
                 # The balancer refuses it unless the deployment is ours.
-                await self._call(lambda deployment: deployment.Terminate, pb.TerminateRequest())
-            except UnavailableError:
+                await self._call(lambda way: way.deployment.Terminate, pb.TerminateRequest())
+            except (UnavailableError, DeploymentNotFoundError):
                 if not found.home.is_own:
                     raise
                 await asyncio.to_thread(job.cancel)  # the balancer does not answer; the scheduler may
         else:
             await asyncio.to_thread(job.cancel)
-        deadline = time.monotonic() + TERMINATE_SECONDS
-        while (entry := self._entry_of_run(found)) is not None:
-            if not await asyncio.to_thread(schedulers.is_live, entry):
-                free_name(found.home.path, entry)
+        deadline, asked = time.monotonic() + TERMINATE_SECONDS, 0.0
+        while (entry := await asyncio.to_thread(self._entry_of_run, found)) is not None:
+            if found.home.is_own and time.monotonic() > asked + SCHEDULER_SECONDS:
+                if not await asyncio.to_thread(schedulers.is_live, entry):
+                    await asyncio.to_thread(free_name, found.home.path, entry)
+                asked = time.monotonic()
             if time.monotonic() > deadline:
                 raise self._unavailable(
                     f"has not ended after {TERMINATE_SECONDS:.0f} s: job {entry.job_id} still runs; try scancel"
@@ -182,11 +194,15 @@ class AsyncMIIClient:
 
         The owner's other clients, and those of the group it is shared with, read the new ones from their files.
         """
-        await self._call(lambda deployment: deployment.RotateToken, pb.RotateTokenRequest())
-        self._metadata = None
+        try:
+            await self._call(lambda way: way.deployment.RotateToken, pb.RotateTokenRequest())
+        finally:
+            self._metadata = None
 
     async def close(self) -> None:
-        """Close the connection. The deployment goes on."""
+        """Close the connection. The deployment goes on; calls that run raise RequestCancelledError."""
+        if self._connecting is not None:
+            self._connecting.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.channel.close()
@@ -198,20 +214,22 @@ class AsyncMIIClient:
         await self.close()
 
     async def _generate_all(
-        self, prompts: list[Prompt], params: GenerateParamsConfig, deadline: float | None
+        self, prompts: list[Prompt], params: GenerateParamsConfig, deadline: _Deadline
     ) -> list[Response]:
         room = asyncio.Semaphore(IN_FLIGHT)  # first come, first served: requests leave in the prompts' order
-
         batch = uuid.uuid4().hex
 
         async def one(prompt: Prompt, index: int = 0) -> list[Response]:
             position = wire.BatchPosition(batch, index, len(prompts))
-            async with room, contextlib.aclosing(self._pieces(prompt, params, deadline, position)) as pieces:
+            async with (
+                self._by(deadline),
+                room,
+                contextlib.aclosing(self._pieces(prompt, params, deadline, position)) as pieces,
+            ):
                 return joined([piece async for piece in pieces])
 
         if len(prompts) == 1:
             return await one(prompts[0])
-        await self._connected()
         tasks = [asyncio.create_task(one(prompt, index)) for index, prompt in enumerate(prompts)]
         try:
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -221,8 +239,7 @@ class AsyncMIIClient:
             raise
         failed = next((outcome for outcome in outcomes if isinstance(outcome, BaseException)), None)
         if failed is not None:
-            if isinstance(failed, RequestError):
-                failed.responses = list(outcomes)
+            failed.responses = list(outcomes)  # type: ignore[attr-defined]
             raise failed
         return list(itertools.chain.from_iterable(outcomes))  # type: ignore[arg-type]
 
@@ -230,19 +247,26 @@ class AsyncMIIClient:
         self,
         prompt: Prompt,
         params: GenerateParamsConfig,
-        deadline: float | None,
+        deadline: _Deadline,
         position: wire.BatchPosition | None = None,
     ) -> AsyncGenerator[Response]:
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
-        connection = await self._connected()
         placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
-        call = connection.inference.Generate(
-            message, timeout=_left(deadline), metadata=(*(self._metadata or ()), *placed)
-        )
+
+        async def begin() -> tuple[transport.Connection, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
+            async with self._by(deadline):
+                connection = await self._connected()
+            metadata = (*(self._metadata or ()), *placed)
+            return connection, connection.inference.Generate(message, timeout=deadline.left, metadata=metadata)
+
+        connection, call = await begin()
         unfinished = set(range(params.num_return_sequences))
         replica: int | None = None
         try:
             served_by = dict(await call.initial_metadata())
+            if wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code()):
+                connection, call = await begin()
+                served_by = dict(await call.initial_metadata())
             if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
                 replica = int(served_by[wire.REPLICA_KEY])
             async for chunk in call:
@@ -250,12 +274,15 @@ class AsyncMIIClient:
                 unfinished -= {piece.index} if piece.ended else set()
                 yield piece
         except grpc.aio.AioRpcError as failure:
+            if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise self._located(deadline.passed(), replica) from None
             raise self._failed(failure, connection, replica) from None
         except asyncio.CancelledError:
             if transport.is_being_cancelled():
                 raise
-            closed = RequestCancelledError("the client was closed before the answer was complete")
-            raise self._located(closed, replica) from None
+            raise self._located(RequestCancelledError(CLOSED), replica) from None
+        except grpc.aio.UsageError:  # closed between two awaits
+            raise self._located(RequestCancelledError(CLOSED), replica) from None
         finally:
             call.cancel()
         if unfinished:
@@ -264,14 +291,31 @@ class AsyncMIIClient:
 
     async def _call(
         self,
-        method: Callable[[pb_grpc.DeploymentStub], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
+        method: Callable[[transport.Connection], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
         request: Request,
     ) -> Answer:
         connection = await self._connected()
         try:
-            return await method(connection.deployment)(request, timeout=CONNECT_SECONDS, metadata=self._metadata)
+            return await method(connection)(request, timeout=ANSWER_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as failure:
+            if self._has_new_token(failure.code()):
+                return await self._call(method, request)
+            if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise self._unavailable(f"does not answer within {ANSWER_SECONDS:.0f} s") from None
             raise self._failed(failure, connection) from None
+        except asyncio.CancelledError:
+            if transport.is_being_cancelled():
+                raise
+            raise self._located(RequestCancelledError(CLOSED)) from None
+
+    def _has_new_token(self, code: grpc.StatusCode) -> bool:
+        """Whether a call was refused for a token that was rotated; the next one shows the new one."""
+        if code is not grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        with contextlib.suppress(RegistryError, DeploymentNotFoundError):
+            shown, self._metadata = self._metadata, transport.authorization(self._find().credentials)
+            return self._metadata != shown
+        return False
 
     def _failed(
         self, failure: grpc.aio.AioRpcError, connection: transport.Connection, replica: int | None = None
@@ -302,22 +346,51 @@ class AsyncMIIClient:
         return UnavailableError(f"deployment '{name}' {predicate}", deployment_name=name)
 
     async def _connected(self) -> transport.Connection:
-        """Return the connection to the balancer, once it is there; a request must not overtake another."""
-        async with self._connecting:
-            if self._connection is None or not self._connection.is_ready or self._metadata is None:
-                found = self._find()
+        """Return the connection to the balancer, once it is there; all callers wait for one, and learn one's failure.
+
+        They go on in the order in which they came, so that no request overtakes another.
+        """
+        if self._connecting is None or self._connecting.done():
+            if self._connection is not None and self._connection.is_ready and self._metadata is not None:
+                return self._connection
+            at, failure = self._failure
+            if time.monotonic() < at + REMEMBERED_SECONDS:
+                raise copy.copy(failure)
+            self._connecting = asyncio.create_task(self._connect())
+            self._connecting.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if all left
+        connecting = self._connecting
+        try:
+            await asyncio.wait({connecting})
+            return connecting.result()
+        except asyncio.CancelledError:
+            if transport.is_being_cancelled():
+                raise
+            raise self._located(RequestCancelledError(CLOSED)) from None
+        except MIIError as error:
+            raise copy.copy(error) from None  # each caller its own, to which its `responses` belong
+
+    async def _connect(self) -> transport.Connection:
+        """Connect; ask whether the job still runs as soon as that takes long."""
+        try:
+            for seconds in CONNECT_SECONDS:
+                found = await asyncio.to_thread(self._find)
                 self._metadata = transport.authorization(found.credentials)
                 target = self._way_to(found.entry), found.credentials.certificate
                 if self._connection is None or target != self._target:
                     self._connection, self._target = transport.Connection(target[0], found.credentials), target
-            try:
-                await asyncio.wait_for(self._connection.channel.channel_ready(), CONNECT_SECONDS)
-            except TimeoutError:
-                await self.close()
-                raise self._unavailable(
-                    f"does not answer at {self._target[0]} within {CONNECT_SECONDS:.0f} s"
-                ) from None
-            return self._connection
+                connection = self._connection
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(connection.channel.channel_ready(), seconds)
+                    return connection
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.to_thread(check_live, found), ANSWER_SECONDS)
+            raise self._unavailable(f"does not answer at {self._target[0]} within {sum(CONNECT_SECONDS):.0f} s")
+        except MIIError as error:
+            self._failure = time.monotonic(), error
+            stale, self._connection = self._connection, None
+            if stale is not None:
+                await stale.channel.close()
+            raise
 
     def _find(self) -> Found:
         return self._home.get(self.mii_config.deployment_name)
@@ -337,26 +410,49 @@ class AsyncMIIClient:
         return f"{self._host}:{self.mii_config.port_number or entry.address.rpartition(':')[2]}"
 
     @contextlib.asynccontextmanager
-    async def _deadline(self, timeout: float | None) -> AsyncIterator[float | None]:
-        """Yield the time by which all must be done; raise RequestTimeoutError if it is not."""
+    async def _by(self, deadline: _Deadline) -> AsyncIterator[None]:
+        """Raise RequestTimeoutError when what is done within takes longer; any other TimeoutError passes."""
         try:
-            async with asyncio.timeout(timeout):
-                yield None if timeout is None else time.monotonic() + timeout
+            async with asyncio.timeout(deadline.left) as scope:
+                yield
         except TimeoutError as error:
-            if isinstance(error, MIIError):
+            if not scope.expired() or isinstance(error, MIIError):
                 raise
-            message = f"timeout={timeout}: it passed before the answer was complete"
-            raise self._located(RequestTimeoutError(message)) from None
+            raise self._located(deadline.passed()) from None
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.001, deadline - time.monotonic())
+class _Deadline:
+    """By when a call must be done; its timeout is in seconds, None without one."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._at = None if timeout is None else time.monotonic() + timeout
+
+    @property
+    def left(self) -> float | None:
+        """The seconds until then, some even when it has passed; None when there is no deadline."""
+        return None if self._at is None else max(0.001, self._at - time.monotonic())
+
+    def passed(self) -> RequestTimeoutError:
+        """Return the error of a call that took longer."""
+        return RequestTimeoutError(f"timeout={self._timeout}: it passed before the answer was complete")
+
+
+def check_live(found: Found) -> None:
+    """Raise DeploymentNotFoundError when the job of a deployment that is in the registry no longer runs."""
+    entry = found.entry
+    # A cluster may hide the jobs of other users.
+    if not (schedulers.is_live(entry) if found.home.is_own else heartbeat_is_fresh(entry)):
+        raise DeploymentNotFoundError(
+            f"deployment '{entry.deployment_name}' has ended: its job {entry.job_id} no longer runs",
+            deployment_name=entry.deployment_name,
+        )
 
 
 def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
     return DeploymentStatus(
         deployment_name=answer.deployment_name,
-        state=answer.state,
+        state=DeploymentState(answer.state),
         job_id=answer.job_id,
         host=entry.host,
         started=entry.started,

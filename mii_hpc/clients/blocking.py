@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import os
@@ -11,11 +12,11 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 
-from mii_hpc.clients.asynchronous import AsyncMIIClient
+from mii_hpc.clients.asynchronous import CLOSED, AsyncMIIClient
 from mii_hpc.clients.status import DeploymentStatus
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
-from mii_hpc.errors import InvalidRequestError, UnavailableError
+from mii_hpc.errors import InvalidRequestError, RequestCancelledError, UnavailableError
 from mii_hpc.generation import Description, Prompt, Prompts, Response, Tokenization, as_prompts, joined
 
 T = TypeVar("T")
@@ -69,7 +70,8 @@ class MIIClient:
                 while (piece := worker.run(lambda _: anext(pieces, None))) is not None:
                     yield piece
             finally:
-                worker.run(lambda _: pieces.aclose())
+                with contextlib.suppress(RequestCancelledError):  # closed meanwhile, and with it the stream
+                    worker.run(lambda _: pieces.aclose())
 
     def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it. See AsyncMIIClient.tokenize()."""
@@ -88,9 +90,14 @@ class MIIClient:
         self._run(lambda client: client.terminate_server())
 
     def close(self) -> None:
-        """Close the connection. The deployment goes on, and a later call connects again."""
+        """Close the connection. The deployment goes on, and a later call connects again.
+
+        Calls that other threads are in raise RequestCancelledError.
+        """
         with self._lock:
-            self._stop()
+            worker, self._worker = self._worker, None
+        if worker is not None and worker.pid == os.getpid():
+            worker.stop()
 
     def rotate_token(self) -> None:
         """Make the deployment's old tokens open nothing from now on. See AsyncMIIClient.rotate_token()."""
@@ -129,16 +136,12 @@ class MIIClient:
     def _new_client(self) -> AsyncMIIClient:
         return AsyncMIIClient(self.mii_config, self._host, home=self._home)
 
-    def _stop(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None and worker.pid == os.getpid():
-            worker.stop()
-
     def _before_fork(self) -> None:
         """Let go of gRPC, which survives a fork only while none of its threads is at work."""
         self._lock.acquire()
-        if self._calls == 0:
-            self._stop()
+        if self._calls == 0 and self._worker is not None and self._worker.pid == os.getpid():
+            self._worker.stop()
+            self._worker = None
 
     def _after_fork(self) -> None:
         """Go on, in the parent as in the child; the next call connects anew."""
@@ -178,23 +181,44 @@ class _Worker:
     def __init__(self, client: AsyncMIIClient) -> None:
         self.client = client
         self.pid = os.getpid()
+        self._lock = threading.Lock()
+        self._stopped = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mii-client", daemon=True)
         self._thread.start()
 
     def run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
+        """Run a call in the loop and return its result. Raises RequestCancelledError when the worker is stopped."""
+
         async def awaited() -> T:
             return await call(self.client)
 
-        future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        with self._lock:  # what is submitted runs before stop() ends the loop, or is not submitted
+            if self._stopped:
+                raise RequestCancelledError(CLOSED)
+            future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise RequestCancelledError(CLOSED) from None
         except BaseException:
             future.cancel()  # Ctrl-C here ends the request there
             raise
 
     def stop(self) -> None:
-        self.run(lambda client: client.close())
+        """Close the client, end the calls that run, and then the thread."""
+        with self._lock:
+            self._stopped = True
+            ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        await self.client.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()

@@ -65,7 +65,8 @@ class Share:
         self._write(_ENTRY, entry.model_dump_json(indent=2))
 
     def _write(self, name: str, text: str) -> None:
-        write_atomically(self._folder / name, text, mode=0o640, group_id=self._group_id())
+        # The folder's group, not the database's: that may be away for a while.
+        write_atomically(self._folder / name, text, mode=0o640, group_id=self._folder.stat().st_gid)
 
     def _group_id(self) -> int:
         try:

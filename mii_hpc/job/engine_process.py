@@ -52,8 +52,8 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
             engine.load(lambda sentence: tell(progress=sentence))
             loop.call_soon_threadsafe(loaded.set)
             engine.run()
-        except Exception as error:  # noqa: BLE001 (the thread's boundary: whatever it is ends the process)
-            loop.call_soon_threadsafe(end, error)
+        except BaseException as error:  # noqa: BLE001 (the thread's boundary: whatever it is ends the process)
+            loop.call_soon_threadsafe(end, error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
             loop.call_soon_threadsafe(end, None)
 

@@ -18,6 +18,9 @@ from typing import Any, Protocol
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
 _PIPE_BYTES = 65536
+_NOTE_CHARACTERS = 16384
+"""What a note says is cut to this; a long error's beginning and end tell."""
+_LINE_BYTES = 2**20
 
 
 class ChildProcess(Protocol):
@@ -67,7 +70,7 @@ class Child:
                 start_new_session=True,
             )
         os.close(writing)
-        notes = asyncio.StreamReader()
+        notes = asyncio.StreamReader(_LINE_BYTES)
         pipe = os.fdopen(reading, "rb", buffering=0)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(notes), pipe
@@ -115,10 +118,12 @@ async def _end_notes(
     process: asyncio.subprocess.Process, pipe: RawIOBase, notes: asyncio.StreamReader, transport: asyncio.ReadTransport
 ) -> None:
     """End a child's notes with the child itself: a process that it has forked may hold the pipe open."""
-    await process.wait()
-    if not transport.is_closing():
-        while rest := pipe.read(_PIPE_BYTES):  # its last notes; none when all are read
-            notes.feed_data(rest)
+    try:
+        await process.wait()
+        if not transport.is_closing():
+            while rest := pipe.read(_PIPE_BYTES):  # what it said last; none when all is read
+                notes.feed_data(rest)
+    finally:
         transport.close()
 
 
@@ -140,4 +145,12 @@ def tell(**note: Any) -> None:
     """Send a note to the rank that started this process. Nothing happens in any other process."""
     descriptor = os.environ.get(_NOTES)
     if descriptor is not None:
-        os.write(int(descriptor), json.dumps(note).encode() + b"\n")
+        short = {name: _cut(value) if isinstance(value, str) else value for name, value in note.items()}
+        line = json.dumps(short).encode() + b"\n"
+        while line:
+            line = line[os.write(int(descriptor), line) :]
+
+
+def _cut(text: str) -> str:
+    half = _NOTE_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"

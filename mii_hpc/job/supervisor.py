@@ -8,7 +8,6 @@ balancer process.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import signal
@@ -27,6 +26,7 @@ from mii_hpc.errors import DeploymentFailedError
 from mii_hpc.job.net import LOOPBACK, listening_socket
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
+from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,10 @@ BALANCER_DEADLINE_SECONDS = 60.0
 LEAVE_DEADLINE_SECONDS = 10.0
 """Told to end by a signal, a rank waits this long for the balancer's order to leave, then leaves without it."""
 ENGINE_GRACE_SECONDS = 2.0
+CRASHES = 5
+"""A balancer that dies so often in a row is not started again: the deployment has failed."""
+STEADY_SECONDS = 60.0
+"""A balancer that has lived so long does not count as one that crashes."""
 BALANCER_GRACE_SECONDS = 5.0
 
 
@@ -44,26 +48,34 @@ async def supervise(run: RunDir, world: World, address: str) -> None:
 
     Raises DeploymentFailedError when the deployment failed, or has had no balancer for too long.
     """
-    supervisor = Supervisor(run, world, address)
+    tasks = Tasks()
+    supervisor = Supervisor(run, world, address, tasks)
     loop = asyncio.get_running_loop()
     # SIGUSR2 is what Slurm sends ahead of the walltime, by submitit's --signal.
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    balancer = asyncio.create_task(keep_balancer(run, world, address)) if world.role.rank == 0 else None
-    try:
+    balancer = tasks.start(keep_balancer(run, world, address)) if world.role.rank == 0 else None
+
+    async def live() -> str:
         failure = await supervisor.work()
-    finally:
         if balancer is not None:
-            with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(balancer, BALANCER_GRACE_SECONDS)  # until all ranks have left
+            await asyncio.wait({balancer}, timeout=BALANCER_GRACE_SECONDS)  # until all ranks have left
+        return failure
+
+    failure = await tasks.guard(live())
     if failure:
         raise DeploymentFailedError(failure)
 
 
 async def keep_balancer(run: RunDir, world: World, address: str) -> None:
-    """Run the balancer process; when it dies, run another one on the same port. Returns when it ends well."""
+    """Run the balancer process; when it dies, run another one on the same port. Returns when it ends well.
+
+    Raises DeploymentFailedError when it dies again and again, soon after its start.
+    """
+    crashes = 0
     while True:
+        began = time.monotonic()
         balancer = await Child.start(
             "mii_hpc.job.balancer", str(run.path), address, "1" if world.spans_hosts else "0", log=run.balancer_log
         )
@@ -74,8 +86,12 @@ async def keep_balancer(run: RunDir, world: World, address: str) -> None:
             raise
         if status == 0:
             return
+        crashes = crashes + 1 if time.monotonic() < began + STEADY_SECONDS else 1
+        if crashes == CRASHES:
+            words = tail(run.balancer_log).strip().rpartition("\n")[2]
+            raise DeploymentFailedError(f"the balancer {_ended(status)}, {CRASHES} times in a row: {words}")
         log.error("the balancer %s; starting another", _ended(status))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2 * crashes)
 
 
 class Supervisor:
@@ -84,8 +100,8 @@ class Supervisor:
     `address` is the balancer's "host:port".
     """
 
-    def __init__(self, run: RunDir, world: World, address: str) -> None:
-        self.run, self.world, self.address = run, world, address
+    def __init__(self, run: RunDir, world: World, address: str, tasks: Tasks) -> None:
+        self.run, self.world, self.address, self.tasks = run, world, address, tasks
         self.engine: ChildProcess | None = None
         self.report = pb.RankReport(rank=world.role.rank, host=world.me.host)
         """What the balancer knows of the rank, or will in a moment."""
@@ -148,7 +164,7 @@ class Supervisor:
             detail="the engine starts",
             log="",
         )
-        self._watch = asyncio.create_task(self._watch_engine(self.engine))
+        self._watch = self.tasks.start(self._watch_engine(self.engine))
 
     async def spawn_engine(self, spec: dict[str, Any], listen_host: str) -> ChildProcess:
         """Start an engine process with an EngineSpec, but for the model, which it reads from the run directory."""

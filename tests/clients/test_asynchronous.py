@@ -23,7 +23,7 @@ from mii_hpc.generation import Chat, Tokenization
 from mii_hpc.job.balancer import lifetime
 from mii_hpc.job.inference import InferenceService
 from tests.live import Deployment
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 FOREVER = {"max_new_tokens": 10**6}
 
@@ -336,7 +336,7 @@ async def test_before_the_balancer_listens(tmp_path):
 
 
 async def test_nobody_at_the_address(deploy, monkeypatch):
-    monkeypatch.setattr(clients, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.3,))
     deployment = await deploy()
     await deployment.balancer.server.stop(None)
     with pytest.raises(UnavailableError, match=f"does not answer at {deployment.address} ") as failure:
@@ -359,3 +359,97 @@ async def test_through_a_tunnel(deploy):
     config = deployment.config.model_copy(update={"port_number": port})
     async with AsyncMIIClient(config, "127.0.0.1") as client:
         assert str((await client.generate("hello"))[0]) == "hello "
+
+
+class Squeue:
+    """Counts how often the scheduler is asked, and answers as the test says."""
+
+    def __init__(self, monkeypatch, live):
+        self.live, self.asked = live, 0
+        monkeypatch.setattr(clients.schedulers, "is_live", self)
+
+    def __call__(self, _entry):
+        self.asked += 1
+        return self.live
+
+
+async def gone(deployment):
+    """Kill a deployment, as a power cut does: its entry stays."""
+    await deployment.balancer.server.stop(None)
+    deployment.balancer.lifetime._ended = True
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["dead", "silent"])
+async def test_many_calls_to_a_dead_deployment_learn_it_together(deploy, monkeypatch, live):
+    """Each has its error after one wait, and a list has one for each prompt; the scheduler is asked once a wait."""
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1, 0.2))
+    monkeypatch.setattr(clients, "REMEMBERED_SECONDS", PATIENCE)
+    deployment = await deploy()
+    await gone(deployment)
+    squeue = Squeue(monkeypatch, live)
+    client = deployment.client()
+    calls = [client.generate("x") for _ in range(64)]
+    calls += [client.generate(["x"] * 600), anext(client.stream("x"))]
+    errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), PATIENCE)
+    kind = UnavailableError if live else DeploymentNotFoundError
+    assert {type(error) for error in errors} == {kind}
+    assert [type(error) for error in errors[64].responses] == [kind] * 600
+    assert errors[0].responses == []
+    assert squeue.asked == (2 if live else 1)
+
+
+async def test_a_timeout_covers_finding_and_connecting(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (PATIENCE * 9,))
+    deployment = await deploy()
+    await gone(deployment)
+    client = deployment.client()
+    for call in (
+        client.generate("x", timeout=0.05),
+        client.generate(["x", "y"], timeout=0.05),
+        client.generate("x", lambda _: None, timeout=0.05),
+        anext(client.stream("x", timeout=0.05)),
+    ):
+        with pytest.raises(RequestTimeoutError, match=r"^timeout=0.05: "):
+            await asyncio.wait_for(call, PATIENCE)
+
+
+async def test_what_was_answered_before_the_timeout_is_told(deploy):
+    client = (await deploy(echo_delay=0.01)).client()
+    with pytest.raises(RequestTimeoutError) as failure:
+        await client.generate(["a", "b " * 10**5], timeout=1)
+    assert str(failure.value.responses[0][0]) == "a "
+
+
+async def test_a_timeout_of_streaming_fn_is_its_own(deploy):
+    def fail(_responses):
+        raise TimeoutError("the caller's own")
+
+    client = (await deploy()).client()
+    with pytest.raises(TimeoutError, match="the caller's own"):
+        await client.generate("one", fail, timeout=PATIENCE)
+
+
+async def test_the_scheduler_is_asked_sparingly_while_a_deployment_ends(deploy, monkeypatch):
+    deployment = await deploy(echo_delay=0.01)
+    monkeypatch.setattr(lifetime, "DRAIN_SECONDS", 1.0)
+    running = asyncio.create_task(deployment.client().generate("a", **FOREVER))
+    await until(lambda: not deployment.is_idle())
+    squeue = Squeue(monkeypatch, True)
+    await deployment.client().terminate_server()
+    assert squeue.asked <= 1
+    await asyncio.wait({running})
+
+
+async def test_status_says_degraded_and_ended(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1,))
+    deployment = await deploy()
+    client = deployment.client()
+    deployment.ranks[1].comes_back = False
+    deployment.ranks[1].engine.die()
+    await until(lambda: deployment.state() == "degraded")
+    assert (await client.status()).state == "degraded"
+    await gone(deployment)
+    Squeue(monkeypatch, False)
+    with contextlib.suppress(UnavailableError):  # where the end of the connection is noticed only by the call
+        await client.status()
+    assert (await client.status()).state == "ended"

@@ -10,7 +10,7 @@ import pytest
 
 from mii_hpc.clients.blocking import MIIClient
 from mii_hpc.config import MIIConfig
-from mii_hpc.errors import ConfigError, InvalidRequestError, RequestTimeoutError
+from mii_hpc.errors import ConfigError, InvalidRequestError, RequestCancelledError, RequestTimeoutError
 from tests.waiting import PATIENCE, next_line
 
 FOREVER = {"max_new_tokens": 10**6}
@@ -175,3 +175,24 @@ def test_a_client_loads_neither_torch_nor_mpi(deploy_in_thread):
     loaded = set(json.loads(output))
     assert "grpc" in loaded
     assert not loaded & {"torch", "transformers", "deepspeed", "mpi4py", "numpy"}
+
+
+def test_close_ends_the_calls_of_other_threads(deploy_in_thread):
+    threaded = deploy_in_thread(echo_delay=0.005)
+    for _ in range(5):
+        client = MIIClient(threaded.config)
+
+        def streamed(client=client):
+            return list(client.stream("a", **FOREVER))
+
+        with ThreadPoolExecutor(3) as pool:
+            calls = [
+                pool.submit(client, "a", **FOREVER),
+                pool.submit(client, ["a", "b"], **FOREVER),
+                pool.submit(streamed),
+            ]
+            threaded.until(lambda: sum(stats.running for stats in threaded.deployment.stats()) == 4)
+            client.close()
+            errors = [call.exception(PATIENCE) for call in calls]
+        assert [type(error) for error in errors] == [RequestCancelledError] * 3
+        threaded.until(threaded.deployment.is_idle)

@@ -178,6 +178,13 @@ async def test_a_child_dies_with_its_parent(tmp_path):
     pid = int(next_line(parent.stdout))
     assert alive(pid)
     parent.kill()
-    parent.wait()
+    parent.wait(PATIENCE)
     parent.stdout.close()
     await until(lambda: not alive(pid))
+
+
+async def test_a_very_long_note_is_cut_and_arrives(child):
+    talker = await child("tell(failed='a' * 10**6 + 'the end')\ntell(ready='here')\n")
+    note = await said(talker)
+    assert len(note["failed"]) < 2**16 and note["failed"].startswith("aaa") and note["failed"].endswith("the end")
+    assert await said(talker) == {"ready": "here"}

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from mii_hpc.engine.attention.base import AttentionBackend
+from mii_hpc.engine.attention.base import AttentionBackend, LayerAttention
 from mii_hpc.engine.attention.visibility import MaskFunction, Visibility, visibility
 from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.errors import ConfigError
@@ -22,20 +22,16 @@ step, and what a layer sees stays the same."""
 # Where a layer finds its back end, and what it sees. Transformers' tables of functions live as long as the process, so
 # ours have no state.
 ATTRIBUTE = "mii_hpc_attention"
-VISIBILITY = "mii_hpc_visibility"
+WINDOW = "mii_hpc_window"
 
 
 def attach(module: nn.Module, backend: AttentionBackend) -> None:
     """Let all attention layers of a module, which has been measured, attend through a back end; it keeps it alive."""
     AttentionInterface.register(NAME, _attend)
-    _attach(module, backend, NAME)
-
-
-def _attach(module: nn.Module, backend: AttentionBackend | _Probe, name: str) -> None:
     for part in module.modules():
-        if hasattr(part, "layer_idx"):
-            setattr(part, ATTRIBUTE, backend)
-    module.set_attn_implementation(name)  # type: ignore[operator]
+        if hasattr(part, WINDOW):
+            setattr(part, ATTRIBUTE, backend.layer(part.layer_idx))  # type: ignore[arg-type]
+    module.set_attn_implementation(NAME)  # type: ignore[operator]
 
 
 def measure_layers(module: nn.Module, device: torch.device, context: int) -> tuple[LayerShape, ...]:
@@ -51,7 +47,10 @@ def measure_layers(module: nn.Module, device: torch.device, context: int) -> tup
     AttentionInterface.register(MEASURED, _measure)
     AttentionMaskInterface.register(MEASURED, _Mask.of)
     before = module.config._attn_implementation  # type: ignore[union-attr]
-    _attach(module, probe, MEASURED)
+    for part in module.modules():
+        if hasattr(part, "layer_idx"):
+            setattr(part, ATTRIBUTE, probe)
+    module.set_attn_implementation(MEASURED)  # type: ignore[operator]
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         with torch.inference_mode():
@@ -62,7 +61,7 @@ def measure_layers(module: nn.Module, device: torch.device, context: int) -> tup
         for part, function, window in probe.parts:
             # Without a mask, the model leaves it to the attention to keep the window.
             visible = Visibility(window) if function is None else seen[function]
-            setattr(part, VISIBILITY, visible)
+            setattr(part, WINDOW, visible.window)
             masks[int(part.layer_idx)] = visible.mask  # type: ignore[arg-type]
     except (ConfigError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
         module.set_attn_implementation(before)  # type: ignore[operator]
@@ -107,11 +106,9 @@ def _attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend for transformers, whose tensors are [1, heads, tokens, size]; `s_aux` are the sinks."""
-    backend: AttentionBackend = getattr(module, ATTRIBUTE)
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: LayerAttention = getattr(module, ATTRIBUTE)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    window = getattr(module, VISIBILITY).window
-    return backend.attend(layer, query, key, value, scaling, window, softcap, s_aux)[None], None
+    return layer(query, key, value, scaling, getattr(module, WINDOW), softcap, s_aux)[None], None
 
 
 def _measure(

@@ -28,6 +28,7 @@ from mii_hpc.engine.attention.interface import attach, measure_layers
 from mii_hpc.engine.blocks import LayerShape, PagedCache
 from mii_hpc.engine.extensions import extensions_folder
 from mii_hpc.engine.memory import Budget
+from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.miniature import CONTEXT, miniature
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
@@ -57,9 +58,12 @@ SHARED = 20
 class _Sequence:
     number: int
     tokens: list[int]
-    end: int
+    longest: int
     table: list[int] = field(default_factory=list)
+    unknown: int = 0
     computed: int = 0
+    registered: int = 0
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
                 module = shard(module, ranks, torch.float32, sharding)
                 if packed:
                     pack_linears(module)
+                    replace_linears(module)
             except Exception as error:  # noqa: BLE001 (DeepSpeed fails in many ways on what it does not know)
                 reasons.append(f"{sharding} cannot shard it: {error}")
                 break
@@ -221,7 +226,7 @@ def expected_logits(module: nn.Module, device: torch.device, vocabulary: int, co
     expected = {}
     with torch.inference_mode():
         for sequence, tokens in _sequences(vocabulary, context):
-            for length in range(len(sequence.tokens), sequence.end + 1):
+            for length in range(len(sequence.tokens), sequence.longest):
                 ids = torch.tensor([tokens[:length]], device=device)
                 expected[sequence.number, length] = module(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
     return expected
@@ -250,12 +255,12 @@ def difference(
         step, sequences = scheduler.schedule()
         logits = forward(step).float().cpu()
         for row, (sequence, part) in enumerate(zip(sequences, step.slices, strict=True)):
-            sequence.computed += len(part.token_ids)
             if not part.sample:
                 continue
+            sequence.unknown -= 1
             error = (logits[row] - expected[sequence.number, len(sequence.tokens)]).abs().max() / scale
             worst = max(worst, float(error)) if error.isfinite() else float("inf")
-            if len(sequence.tokens) == sequence.end:
+            if len(sequence.tokens) + 1 == sequence.longest:
                 scheduler.remove([sequence])
             else:
                 sequence.tokens.append(whole[sequence.number][len(sequence.tokens)])
@@ -314,5 +319,5 @@ def _sequences(vocabulary: int, context: int) -> list[tuple[_Sequence, list[int]
     result = []
     for number, (prompt, tokens) in enumerate(zip(PROMPTS, words.tolist(), strict=True)):
         if prompt + ANSWER <= context:
-            result.append((_Sequence(number, tokens[:prompt], prompt + ANSWER), tokens))
+            result.append((_Sequence(number, tokens[:prompt], prompt + ANSWER + 1), tokens))
     return result

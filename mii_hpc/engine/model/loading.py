@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from mii_hpc.engine import processor
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.engine.model.check import Serving, check_loaded, choose_serving, measure
+from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import load_shard, shard
@@ -73,7 +75,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     if serving is not None:
         progress(f"a small model of this architecture is served right ({serving.sharding}, {serving.way})")
     if spec.world_size == 1:
-        module = shard(_load_whole(model, dtype), 1, dtype, "whole")
+        module = _load_alone(model, config, dtype, device, progress)
     elif serving is None:
         raise ConfigError(f"tensor_parallel={spec.world_size}: {name} cannot be tried before it loads")
     else:
@@ -81,6 +83,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     module.eval().requires_grad_(False)
     if serving is not None and serving.packed:
         pack_linears(module)
+        replace_linears(module)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     if serving is None:
         serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
@@ -150,6 +153,17 @@ def _eos_token_ids(model: ModelConfig, config: Any) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def _load_alone(
+    model: ModelConfig, config: Any, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> nn.Module:
+    if device.type == "cuda":
+        # Straight to the device, where the checkpoint has each parameter as it is; else transformers says what is
+        # wrong.
+        with suppress(ConfigError):
+            return load_shard(model, config, dtype, 1, "whole", device, progress)
+    return shard(_load_whole(model, dtype), 1, dtype, "whole")
 
 
 def _load_whole(model: ModelConfig, dtype: torch.dtype) -> nn.Module:

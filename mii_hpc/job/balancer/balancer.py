@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 
 import grpc
 
@@ -10,7 +10,7 @@ from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.credentials import ServerCredentials
 from mii_hpc.deployments.registry import Entry
-from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.rundir import Progress, RunDir
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending, Lifetime
@@ -18,6 +18,7 @@ from mii_hpc.job.balancer.membership import Membership, Replica
 from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.job.balancer.service import DeploymentService, MembershipService
+from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
 
@@ -28,9 +29,10 @@ STOP_SECONDS = 0.5
 class Balancer:
     """The balancer of one deployment. Belongs to the event loop that it is made in."""
 
-    def __init__(self, run: RunDir, config: MIIConfig, keys: ServerCredentials) -> None:
+    def __init__(self, run: RunDir, config: MIIConfig, keys: ServerCredentials, progress: Progress) -> None:
         model = config.model_conf
         self._keys = keys
+        self.tasks = Tasks()
         self.ending = Ending(run)
         self.access = Access(run, config)
         self.router = Router()
@@ -41,9 +43,11 @@ class Balancer:
             dismiss=self._dismiss,
             on_death=self.ending.on_death,
             on_leaving=self.ending.begin,
+            tasks=self.tasks,
+            ready=progress.ready,
         )
         self.relay = Relay(config.deployment_name, self.router, self.ending, on_broken=self.membership.lose)
-        self.lifetime = Lifetime(config, self.ending, self.membership, self.router)
+        self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(
             config.deployment_name, self.membership, self.router, self.access, self.ending, self.lifetime
         )
@@ -64,10 +68,15 @@ class Balancer:
         await self.server.start()
         return port
 
-    async def serve(self, entry: Entry) -> None:
-        """Serve under a registry entry until the deployment has ended and its entry is withdrawn."""
-        await self.lifetime.run(entry)
-        await self.server.stop(STOP_SECONDS)
+    async def serve(self, entry: Entry, is_requeued: Callable[[], bool] = lambda: False) -> None:
+        """Serve under a registry entry until the deployment has ended, and the entry is gone.
+
+        Raises what a background task has raised; the entry stays then, for the balancer that comes next.
+        """
+        try:
+            await self.tasks.guard(self.lifetime.run(entry, is_requeued))
+        finally:
+            await self.server.stop(STOP_SECONDS)
 
     async def _admit(self, replica: Replica, address: str) -> None:
         self.router.add(await ReplicaConnection.open(replica, address, self._keys.as_client))
@@ -76,4 +85,4 @@ class Balancer:
         connection = self.router.remove(index)
         if connection is not None:
             connection.cancel_requests()
-            asyncio.ensure_future(connection.close())  # noqa: RUF006 (nothing depends on it)
+            self.tasks.start(connection.close())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError
+from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
 
 log = logging.getLogger(__name__)
@@ -79,15 +80,18 @@ class Membership:
         dismiss: Callable[[int], None],
         on_death: Callable[[EngineDeath], None],
         on_leaving: Callable[[str], None],
+        tasks: Tasks,
+        ready: Collection[int] = (),
     ) -> None:
         self.replicas = [
-            Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks)
+            Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks, was_ready=index in ready)
             for index in range(replica_num)
         ]
         self._tensor_parallel = tensor_parallel
         self.changed = asyncio.Event()
         self._admit, self._dismiss = admit, dismiss
         self._on_death, self._on_leaving = on_death, on_leaving
+        self._tasks = tasks
         self._members: dict[int, Member] = {}
         self._leave: pb.RankOrder | None = None
         self._all_left = asyncio.Event()
@@ -96,6 +100,11 @@ class Membership:
     def members(self) -> Mapping[int, Member]:
         """The ranks that have joined, by number."""
         return self._members
+
+    @property
+    def are_ready(self) -> bool:
+        """Whether every replica takes requests."""
+        return all(replica.state == "ready" for replica in self.replicas)
 
     @property
     def has_been_ready(self) -> bool:
@@ -107,7 +116,9 @@ class Membership:
 
         Raises InvalidRequestError when the job has no such rank.
         """
-        first = await anext(reports)
+        first = await anext(reports, None)
+        if first is None:
+            raise InvalidRequestError("the call has ended without a report")
         if not 0 <= first.rank < len(self.replicas) * self._tensor_parallel:
             raise InvalidRequestError(f"rank {first.rank}: no such rank")
         member = Member(first)
@@ -120,8 +131,13 @@ class Membership:
         try:
             self._on_report(member)
             while True:
-                order = await member.orders.get()
-                yield order
+                getting = asyncio.create_task(member.orders.get())
+                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    getting.cancel()
+                    reading.result()
+                    return
+                yield (order := getting.result())
                 if order.WhichOneof("order") == "leave":
                     await asyncio.wait({reading})  # until the rank closes its side, which it does last
                     return
@@ -194,7 +210,7 @@ class Membership:
             if self._adopt(replica):
                 self._advance(replica)
             elif replica.task is None:
-                replica.task = asyncio.create_task(self._form(replica))
+                replica.task = self._tasks.start(self._form(replica))
         elif replica.state == "forming" and leader.epoch == replica.epoch and leader.engine != pb.DOWN:
             self._enter(replica, "loading")
             start = pb.StartEngine(epoch=replica.epoch, store_address=leader.store_address)
@@ -206,7 +222,7 @@ class Membership:
             and all(report.engine == pb.READY for report in current)
             and replica.task is None
         ):
-            replica.task = asyncio.create_task(self._try(replica, leader.address))
+            replica.task = self._tasks.start(self._try(replica, leader.address))
 
     def _adopt(self, replica: Replica) -> bool:
         """Take over engines that already run together: this balancer was started in place of one that died."""

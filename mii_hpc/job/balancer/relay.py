@@ -74,18 +74,19 @@ class Relay:
         """Return a handler that passes calls of a method to any replica, and the answers back."""
 
         async def ask(payload: bytes, context: Context) -> bytes:
-            try:
-                replica = self._router.any()
-                return await replica.ask(method, payload, context.time_remaining())
-            except grpc.aio.AioRpcError as failure:
-                await wire.abort(context, self._error_of(failure, replica))
-            except MIIError as error:
-                await wire.abort(context, self._located(error))
+            async with wire.answering(context):
+                try:
+                    replica = self._router.any()
+                    return await replica.ask(method, payload, context.time_remaining())
+                except grpc.aio.AioRpcError as failure:
+                    raise self._error_of(failure, replica) from None
+                except MIIError as error:
+                    raise self._located(error) from None
 
         return grpc.unary_unary_rpc_method_handler(ask)
 
     def _error_of(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> MIIError:
-        if wire.is_lost(failure):  # before the rank's supervisor could say that its engine is gone
+        if wire.is_lost(failure):  # before the rank's supervisor could report the end of its engine
             self._on_broken(replica.index, replica.epoch, "its connection broke")
             return self._interrupted(replica)
         error = wire.error_of(failure)

@@ -1,11 +1,13 @@
 import asyncio
 import threading
 
+import pytest
+
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.job.balancer import lifetime
 from tests.live import Deployment
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 
 async def test_the_entry_tells_where_it_is_and_how_it_does(deploy, monkeypatch):
@@ -105,3 +107,17 @@ async def test_a_deployment_that_does_not_become_ready_fails(deploy):
     deployment = await deploy(Impatient)
     await asyncio.wait_for(deployment.working, 10)
     assert deployment.run.read_failure().message.startswith("not ready after startup_timeout=0 s: replica 0: ")
+
+
+async def test_a_heartbeat_that_fails_ends_the_balancer_and_leaves_the_entry(deploy, monkeypatch):
+    """Another balancer takes over; a deployment without a heartbeat would lose its name while it serves."""
+    deployment = await deploy()
+
+    def broken(_self, _entry):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(Registry, "publish", broken)
+    deployment.balancer.membership.changed.set()
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(deployment.working, PATIENCE)
+    assert deployment.state() == "ready"

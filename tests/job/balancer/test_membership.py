@@ -7,6 +7,7 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.job.balancer import membership
 from mii_hpc.job.balancer.membership import Membership
+from mii_hpc.job.tasks import Tasks
 from tests.waiting import until
 
 
@@ -63,13 +64,15 @@ class Deployment:
 
     def __init__(self):
         self.ready, self.lost, self.deaths, self.leaving = [], [], [], []
-        self.first_generation_fails = False
-        self.membership = Membership(2, 2, self.admit, self.lost.append, self.deaths.append, self.leaving.append)
+        self.first_generation_fails = None
+        self.membership = Membership(
+            2, 2, self.admit, self.lost.append, self.deaths.append, self.leaving.append, Tasks()
+        )
         self.ranks = [Rank(self.membership, number) for number in range(4)]
 
     async def admit(self, replica, address):
         if self.first_generation_fails:
-            raise RequestError("out of memory")
+            raise self.first_generation_fails
         self.ready.append((replica.index, replica.host, address))
 
     def states(self):
@@ -165,8 +168,9 @@ async def test_an_old_engine_s_death_does_not_break_the_new_one(deployment):
     assert len(deployment.deaths) == 1
 
 
-async def test_a_first_generation_that_fails_is_a_death(deployment):
-    deployment.first_generation_fails = True
+@pytest.mark.parametrize("kind", [RequestError, ValueError])
+async def test_a_first_generation_that_fails_is_a_death(deployment, kind):
+    deployment.first_generation_fails = kind("out of memory")
     leader, follower = deployment.ranks[0].join(), deployment.ranks[1].join()
     await leader.ordered("start")
     leader.report(engine=pb.STARTING, epoch=1, store_address="store")

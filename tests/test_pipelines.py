@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -174,7 +175,9 @@ def test_a_pipeline_leaves_the_process_as_it_was(tmp_path):
     pytest.importorskip("torch")
     from tests.models import tiny_model
 
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    # Without what torch and DeepSpeed have set in this process.
+    own = ("TORCH", "PYTORCH", "DS_", "GOMP_", "GRPC_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     script = [sys.executable, "-c", LEAVES_ALONE, str(tiny_model(tmp_path))]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -188,3 +191,21 @@ def test_whatever_ends_the_loading_reaches_the_caller(monkeypatch, stop):
     monkeypatch.setattr("mii_hpc.engine.echo.EchoEngine.load", load)
     with pytest.raises(stop):
         mii.pipeline(**ECHO)
+
+
+def test_threads_share_the_queue_and_lose_nothing():
+    engine = {"engine": "echo", "echo_delay": 0.002, "queue_bound": 3, "max_batch_size": 1}
+    with mii.pipeline(inference_engine_config=engine) as pipe, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(pipe, [f"{call}-{number}" for number in range(8)]) for call in range(4)]
+        for call, answers in enumerate(calls):
+            assert [str(answer) for answer in answers.result(PATIENCE)] == [f"{call}-{n} " for n in range(8)]
+
+
+def test_waiting_for_room_counts_towards_the_timeout():
+    engine = {"engine": "echo", "echo_delay": 0.01, "queue_bound": 1}
+    with mii.pipeline(inference_engine_config=engine) as pipe:
+        for _ in pipe.stream("a", max_new_tokens=10**6):
+            with pytest.raises(mii.RequestTimeoutError, match=r"^timeout=0\.05"):
+                pipe("b", timeout=0.05)
+            break
+        assert str(pipe("b", timeout=PATIENCE)[0]) == "b "
