@@ -13,6 +13,7 @@ import pwd
 import ssl
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ import grpc.aio
 from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
+from tests.planted import plant
 
 Outcome = tuple[str, str, str, str, str]
 """Address, way, token, method, and the status that came of it."""
@@ -132,4 +134,11 @@ def use(user: str, home: str, name: str) -> None:
 
 if __name__ == "__main__":
     user, what, *rest = sys.argv[1:]
-    main(user, json.loads(rest[0])) if what == "knock" else use(user, *rest)
+    match what:
+        case "knock":
+            main(user, json.loads(rest[0]))
+        case "use":
+            use(user, *rest)
+        case "plant":
+            become(user)
+            plant(Path(rest[0]))

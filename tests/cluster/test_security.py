@@ -26,6 +26,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from tests.models import tiny_model
+from tests.planted import imported
 from tests.waiting import PATIENCE, eventually
 
 from .cluster import Cluster
@@ -236,6 +237,21 @@ def test_rotated_token_fails_and_a_running_stream_finishes(echo, home):
         patch.setattr(credentials, "load_owner", lambda _run: old)
         with mii.MIIClient(echo.mii_config) as stale, pytest.raises(mii.AuthenticationError):
             stale("old token")
+
+
+def test_modules_that_a_second_user_plants_are_not_imported(cluster, shared, home, second_user, monkeypatch):
+    folder = shared / "writable"
+    folder.mkdir()
+    folder.chmod(0o777)
+    subprocess.run([*STRANGER, second_user, "plant", str(folder)], check=True, cwd=REPOSITORY, timeout=60)
+    assert {path.stat().st_uid for path in folder.iterdir()} == {pwd.getpwnam(second_user).pw_uid}
+    monkeypatch.chdir(folder)
+    client = mii.serve(replica_num=2, deployment_name="planted", cluster="slurm", home=home, **ECHO)
+    assert str(client("hello")[0]) == "hello "
+    (rank, *_) = processes_of(cluster, run_dir_of(client))
+    assert Path(f"/proc/{rank}/cwd").readlink() == folder
+    client.terminate_server()
+    assert imported(folder) == []
 
 
 def test_false_server_on_the_port_gets_nothing(cluster, echo, home, tmp_path, monkeypatch):
