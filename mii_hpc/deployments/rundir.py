@@ -7,11 +7,11 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.files import check_private, private_folder, write_atomically
@@ -176,6 +176,35 @@ class RunDir:
     def balancer_log(self) -> Path:
         """The log of the balancer."""
         return self.logs / "balancer.log"
+
+    @property
+    def members(self) -> Path:
+        """The ranks as they have met, as JSON."""
+        return self.path / "members.json"
+
+    def write_members(self, members: Sequence[Mapping[str, Any]]) -> None:
+        """Leave word of the ranks for one that is started again."""
+        write_atomically(self.members, json.dumps(members))
+
+    def read_members(self) -> list[dict[str, Any]]:
+        """Return what write_members() was given; nothing before that."""
+        with contextlib.suppress(FileNotFoundError):
+            return list(json.loads(self.members.read_text()))
+        return []
+
+    def rank_process(self, rank: int) -> Path:
+        """The id of a rank's supervisor process, and its host."""
+        return self.logs / f"rank-{rank}.pid"
+
+    def may_revive(self, every: float) -> bool:
+        """Whether this process is the one to start rank 0 again; of all that ask, one is every so many seconds."""
+        turns = sorted(self.logs.glob("revival-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        if turns and time.time() < turns[-1].stat().st_mtime + every:
+            return False
+        with contextlib.suppress(FileExistsError):
+            (self.logs / f"revival-{len(turns)}").touch(0o600, exist_ok=False)
+            return True
+        return False
 
     @property
     def progress(self) -> Path:

@@ -50,6 +50,13 @@ class Job(ABC):
         """Return when the walltime is over, in seconds since the epoch; None without one, or when it is not known."""
 
     @abstractmethod
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+        """Start a rank of this job again on a node of it, without waiting. Nothing happens where that cannot be done.
+
+        Only for processes of the job.
+        """
+
+    @abstractmethod
     def cancel(self) -> None:
         """Ask for the job's end; harmless when it has ended already."""
 

@@ -105,6 +105,9 @@ class LocalJob(Job):
     def ends(self) -> None:
         """Return None: there is no walltime."""
 
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+        """Do nothing: mpiexec ends all ranks when one dies."""
+
     def cancel(self) -> None:
         """Send SIGTERM to the process, which tells the ranks."""
         if self.state().phase == "running":

@@ -11,6 +11,8 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -128,6 +130,32 @@ class SlurmJob(Job):
             return float(answer.stdout)
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return None
+
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+        """See Job.start_rank(): a job step that shares what the first one has."""
+        slurm = config.slurm
+        gpus = [f"--gres={slurm.gres}"] if slurm.gres else []
+        gpus += [f"--gpus-per-node={slurm.gpus_per_node}"] if slurm.gpus_per_node else []
+        command = [
+            *("srun", f"--jobid={self.id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}"),
+            *("--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", *gpus),
+            *(sys.executable, "-m", "mii_hpc.job.rank", str(run.path), str(rank)),
+        ]
+        kept = ("SLURM_CONF", "SLURM_JOB_ID")
+        around_us = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
+        environment = {
+            name: value for name, value in os.environ.items() if name in kept or not name.startswith(around_us)
+        }
+        with run.rank_log(rank).open("ab") as log_file:
+            step = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+            )
+        threading.Thread(target=step.wait, name="mii-step", daemon=True).start()  # so that it is no zombie
 
     def cancel(self) -> None:
         """Run scancel."""

@@ -18,10 +18,11 @@ from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError
+from mii_hpc.job import liveness
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank
+from mii_hpc.job.process import end_with_rank, tell
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,10 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     keys = credentials.load_server(run)
     job = schedulers.scheduler(config.cluster).own_job(run)
     progress = run.begin(job.incarnation)
-    balancer = Balancer(run, config, keys, progress)
+    balancer = Balancer(run, config, keys, progress, lambda rank, node: job.start_rank(run, config, rank, node))
+    balancer.tasks.start(_live())
+    for member in run.read_members():
+        balancer.replacements.lose(member["rank"], member["host"])  # else it has joined in a moment
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, balancer.ending.begin, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     # On several hosts, login nodes may come in by another interface than the ranks do.
@@ -51,6 +55,12 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     }
     await balancer.serve(claimed.model_copy(update=update), lambda: job.state().phase == "pending")
     return 0
+
+
+async def _live() -> None:
+    while True:
+        tell(alive="")
+        await asyncio.sleep(liveness.BEAT_SECONDS)
 
 
 def _claimed(config: MIIConfig, run: RunDir, fingerprint: str, ending: Ending) -> Entry:
