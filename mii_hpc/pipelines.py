@@ -104,7 +104,8 @@ class MIIPipeline:
             spec = self._ranks.spec(model)
         self.is_rank_0 = spec.rank == 0
         """Whether this rank answers."""
-        self._engine: Engine | None = create_engine(spec)
+        with _environment_kept():
+            self._engine: Engine | None = create_engine(spec)
         loaded: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._work, args=(self._engine, loaded), name="mii-pipeline", daemon=True
@@ -341,7 +342,7 @@ class MIIPipeline:
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Restore the variables of the process on leaving: an engine, and what it imports, set some for what they load."""
+    """Restore the variables of the process on leaving: an engine, and what it imports, set some."""
     before = dict(os.environ)
     try:
         yield

@@ -26,7 +26,7 @@ from mii_hpc.job.supervisor import Supervisor
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
 from mii_hpc.submission import submit as submission
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 T = TypeVar("T")
 
@@ -143,6 +143,7 @@ class Deployment:
         tensor_parallel: int = 1,
         replica_num: int = 2,
         max_length: int | None = None,
+        chat_template: str | None = None,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -151,6 +152,7 @@ class Deployment:
             tensor_parallel=tensor_parallel,
             replica_num=replica_num,
             max_length=max_length,
+            chat_template=chat_template,
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",
@@ -226,7 +228,7 @@ class Deployment:
     def end_job(self) -> None:
         assert self.job.stdin is not None
         self.job.stdin.close()
-        self.job.wait()
+        self.job.wait(PATIENCE)
 
 
 class InThread:
@@ -242,7 +244,7 @@ class InThread:
 
     def do(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Run something in the deployment's event loop."""
-        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(PATIENCE)
 
     def until(self, condition: Callable[[], T]) -> T:
         return self.do(until(condition))
@@ -250,5 +252,5 @@ class InThread:
     def stop(self) -> None:
         self.do(self.deployment.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(PATIENCE)
         self._loop.close()

@@ -235,6 +235,10 @@ def test_arguments_win_over_a_file(tmp_path):
         ({"mii_config": {"model_config": {"model_name_or_path": "other"}}}, "model_name_or_path='model': another "),
         ({"mii_config": MIIConfig(model_config={"model_name_or_path": "other"})}, "says model_name_or_path='other'; "),
         ({"model_config": {"tensor_parallel": 2}, "tensor_parallel": 4}, "tensor_parallel=4: another argument says "),
+        (
+            {"mii_config": {"model_config": {"dtype": "fp16"}, "model_conf": {"dtype": "fp32"}}},
+            "dtype='fp32': another ",
+        ),
         ({"mii_config": {"port_number": 1}, "port_number": 2}, "port_number=2: another argument says port_number=1"),
     ],
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import typer
 
 from mii_hpc.cli.ask import generate
+from mii_hpc.cli.batch import batch
+from mii_hpc.cli.chat import chat
+from mii_hpc.cli.gateway import gateway
 from mii_hpc.cli.manage import prune, stop
 from mii_hpc.cli.output import Commands
 from mii_hpc.cli.prepare import prepare
@@ -27,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (serve, ls, status, wait, logs, generate, env, stop, prune, prepare):
+for command in (serve, ls, status, wait, logs, generate, chat, batch, gateway, env, stop, prune, prepare):
     app.command()(command)

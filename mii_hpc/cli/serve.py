@@ -47,19 +47,24 @@ def serve(
 
     It goes on after this command has ended, until `mii-hpc stop`, scancel, or the walltime.
     """
-    fields = merged(_canonical(read(config)) if config else {}, _canonical(nested(FIELDS, given)))
-    for text in assignments or []:
-        path, value = assignment("--set", text)
-        put(fields, ("model_config", *path) if path[0] in ModelConfig.model_fields else _renamed(path), value)
-    if model:
-        put(fields, ("model_config", "model_name_or_path"), model)
-    resolved = resolve(mii_config=fields)
+    resolved = configuration(model, config, assignments, given)
     if dry_run:
         return _show_plan(resolved, as_json)
     client = api.serve(mii_config=resolved)
     entry = OwnHome(client.mii_config.home).get(client.mii_config.deployment_name).entry
     data = entry.model_dump(mode="json", include={"deployment_name", "model", "state", "job_id", "host", "run_dir"})
     show(as_json, data, f"deployment '{entry.deployment_name}' is {entry.state}: job {entry.job_id}, {entry.run_dir}")
+
+
+def configuration(model: str, config: Path | None, assignments: list[str] | None, given: dict[str, Any]) -> MIIConfig:
+    """Return what a file, the options and `--set` say together, each overruling those before. Raises ConfigError."""
+    fields = merged(_canonical(read(config)) if config else {}, _canonical(nested(FIELDS, given)))
+    for text in assignments or []:
+        path, value = assignment("--set", text)
+        put(fields, ("model_config", *path) if path[0] in ModelConfig.model_fields else _renamed(path), value)
+    if model:
+        put(fields, ("model_config", "model_name_or_path"), model)
+    return resolve(mii_config=fields)
 
 
 def _show_plan(config: MIIConfig, as_json: bool) -> None:

@@ -41,7 +41,7 @@ def client(name: str, home: Path | None) -> MIIClient:
 
 def ls(home: HomeFolder = None, as_json: AsJson = False) -> None:
     """List the deployments: your own, and those shared with you (MII_HPC_PATH)."""
-    listed = [(each, entry) for each in _homes(home) for entry in each.entries()]
+    listed = [(each, entry) for each in homes(home) for entry in each.entries()]
     states = [DeploymentState.ENDED if not _is_live(each, entry) else entry.state for each, entry in listed]
     data = [
         {**entry.model_dump(mode="json"), "state": state, "home": str(each.path)}
@@ -86,7 +86,7 @@ def wait(
     as_json: AsJson = False,
 ) -> None:
     """Wait until a deployment is ready. Exit status 4 if it fails, 3 if there is none of that name."""
-    found = lookup.find(name, _homes(home))
+    found = lookup.find(name, homes(home))
     deadline = None if timeout is None else time.monotonic() + timeout
     asked = float("-inf")
     while (entry := _entry_of_run(found)).state not in (DeploymentState.READY, DeploymentState.DEGRADED):
@@ -138,7 +138,7 @@ def env(
     as_json: AsJson = False,
 ) -> None:
     """Print shell lines that set OPENAI_BASE_URL and OPENAI_API_KEY: eval "$(mii-hpc env NAME)"."""
-    found = lookup.find(name, _homes(home))
+    found = lookup.find(name, homes(home))
     variables = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": found.credentials.token}
     show(as_json, variables, "\n".join(f"export {variable}={value}" for variable, value in variables.items()))
 
@@ -148,7 +148,8 @@ def own_home(home: Path | None) -> OwnHome:
     return OwnHome(validate(MIIConfig, {"home": home} if home else {}).home)
 
 
-def _homes(home: Path | None) -> list[Home]:
+def homes(home: Path | None) -> list[Home]:
+    """Return where deployments are looked for: the user's own home, then those in MII_HPC_PATH."""
     shared = [SharedHome(Path(path).expanduser()) for path in os.environ.get("MII_HPC_PATH", "").split(":") if path]
     return [own_home(home), *shared]
 

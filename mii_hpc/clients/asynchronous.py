@@ -251,16 +251,22 @@ class AsyncMIIClient:
         position: wire.BatchPosition | None = None,
     ) -> AsyncGenerator[Response]:
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
-        async with self._by(deadline):
-            connection = await self._connected()
         placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
-        call = connection.inference.Generate(
-            message, timeout=deadline.left, metadata=(*(self._metadata or ()), *placed)
-        )
+
+        async def begin() -> tuple[transport.Connection, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
+            async with self._by(deadline):
+                connection = await self._connected()
+            metadata = (*(self._metadata or ()), *placed)
+            return connection, connection.inference.Generate(message, timeout=deadline.left, metadata=metadata)
+
+        connection, call = await begin()
         unfinished = set(range(params.num_return_sequences))
         replica: int | None = None
         try:
             served_by = dict(await call.initial_metadata())
+            if wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code()):
+                connection, call = await begin()
+                served_by = dict(await call.initial_metadata())
             if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
                 replica = int(served_by[wire.REPLICA_KEY])
             async for chunk in call:
@@ -292,6 +298,8 @@ class AsyncMIIClient:
         try:
             return await method(connection)(request, timeout=ANSWER_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as failure:
+            if self._has_new_token(failure.code()):
+                return await self._call(method, request)
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._unavailable(f"does not answer within {ANSWER_SECONDS:.0f} s") from None
             raise self._failed(failure, connection) from None
@@ -299,6 +307,15 @@ class AsyncMIIClient:
             if transport.is_being_cancelled():
                 raise
             raise self._located(RequestCancelledError(CLOSED)) from None
+
+    def _has_new_token(self, code: grpc.StatusCode) -> bool:
+        """Whether a call was refused for a token that was rotated; the next one shows the new one."""
+        if code is not grpc.StatusCode.UNAUTHENTICATED:
+            return False
+        with contextlib.suppress(RegistryError, DeploymentNotFoundError):
+            shown, self._metadata = self._metadata, transport.authorization(self._find().credentials)
+            return self._metadata != shown
+        return False
 
     def _failed(
         self, failure: grpc.aio.AioRpcError, connection: transport.Connection, replica: int | None = None

@@ -7,7 +7,8 @@ The life of a request here:
 3. The scheduler starts it when there is room in the batch and a block in the cache, behind those blocks of
    its beginning that the cache holds already.
 4. Each step computes some tokens of some sequences, on all ranks alike (runner.py).
-5. The leader samples, and each answer gives its pieces until it ends or is cancelled.
+5. The leader draws a token for each, and each answer gives its pieces until it ends or is cancelled. On a GPU the next
+   step is scheduled and begun meanwhile: an answer that turns out to have ended has a token too much, which is dropped.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.runner import ModelRunner
-from mii_hpc.engine.sampling import Choice, Sampler, choose
+from mii_hpc.engine.sampling import create_sampling
+from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
@@ -130,24 +130,34 @@ class BatchingEngine:
         self._tokenising.shutdown(wait=False, cancel_futures=True)
 
     def _lead(self, runner: ModelRunner) -> None:
+        sampling = create_sampling(runner.drawn, self._tokenizer.vocabulary, self._tokenizer.eos_token_ids)
+        begun: deque[_Begun] = deque()
         while True:
-            step, sequences = self._next_step()
+            step, sequences = self._next_step(wait=not begun)
             if step.stop:
                 runner.stop()
                 return
-            choices = _choices(runner.execute(step), step, sequences)
-            with self._changed:
-                self._steps += 1
-                self._generated += step.num_samples
-                for sequence, part, choice in zip(sequences, step.slices, choices, strict=True):
-                    sequence.computed += len(part.token_ids)
-                    if choice and choice.token_id is None:
-                        self._scheduler.invalidate(sequence)
-                    if choice and part.sample:
-                        self._accept(sequence, choice)
+            if step.slices:
+                draw = sampling.draw(runner.execute(step), step, [sequence.sampler for sequence in sequences])
+                begun.append(_Begun(step, sequences, draw))
+            if len(begun) > (sampling.lag if step.slices else 0):
+                self._finish(begun.popleft())
 
-    def _next_step(self) -> tuple[Step, list[_Sequence]]:
-        """Wait until there is something to do; return it with the sequences of its slices."""
+    def _finish(self, begun: _Begun) -> None:
+        """Take what a step has drawn, once it is known."""
+        choices = begun.draw.wait()
+        with self._changed:
+            self._steps += 1
+            self._generated += begun.step.num_samples
+            for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
+                sequence.unknown -= part.sample
+                if choice and choice.token_id is None:
+                    self._scheduler.invalidate(sequence)
+                if choice and part.sample and not sequence.answer.ended:
+                    self._accept(sequence, choice)
+
+    def _next_step(self, wait: bool) -> tuple[Step, list[_Sequence]]:
+        """Return what there is to do now, with the sequences of its slices; `wait` until there is something."""
         scheduler = self._scheduler
         with self._changed:
             while True:
@@ -159,7 +169,7 @@ class BatchingEngine:
                 self._cancelled.clear()
                 if self._closed:
                     return Step(stop=True), []
-                if scheduler.has_work():
+                if scheduler.has_work() or not wait:
                     return self._schedule()
                 self._changed.wait()
 
@@ -215,23 +225,21 @@ class BatchingEngine:
         request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
         token_ids = tokenizer.encode(request.prompt)
         limit = answer_limit(params, len(token_ids), self._context)
-        return [
-            _Sequence(
-                request=entry,
-                tokens=list(token_ids),
-                sampler=Sampler(params, token_ids, tokenizer.vocabulary, tokenizer.eos_token_ids, index),
-                answer=Answer(
-                    params,
-                    tokenizer.detokenizer(token_ids if params.return_full_text else ()),
-                    prompt=request.prompt,
-                    prompt_length=len(token_ids),
-                    limit=limit,
-                    index=index,
-                ),
-                ends_with=frozenset() if params.ignore_eos else frozenset(tokenizer.eos_token_ids),
+        ends_with = frozenset() if params.ignore_eos else frozenset(tokenizer.eos_token_ids)
+        sequences = []
+        for index in range(params.num_return_sequences):
+            tokens = list(token_ids)
+            answer = Answer(
+                params,
+                tokenizer.detokenizer(token_ids if params.return_full_text else ()),
+                prompt=request.prompt,
+                prompt_length=len(token_ids),
+                limit=limit,
+                index=index,
             )
-            for index in range(params.num_return_sequences)
-        ]
+            sampler = Sampler(params, tokens, tokenizer.vocabulary, tokenizer.eos_token_ids, index)
+            sequences.append(_Sequence(entry, tokens, sampler, answer, ends_with, longest=len(tokens) + limit))
+        return sequences
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
         with self._changed:
@@ -265,29 +273,25 @@ class _Request:
 
 @dataclass(eq=False)
 class _Sequence:
-    """One answer in the making."""
+    """One answer in the making; see Scheduled for the fields that the scheduler knows."""
 
     request: _Request
     tokens: list[int]
     sampler: Sampler
     answer: Answer
     ends_with: frozenset[int]
+    longest: int
+    unknown: int = 0
     table: list[int] = field(default_factory=list)
     computed: int = 0
+    registered: int = 0
+    slot: int | None = None
 
 
-def _choices(logits: torch.Tensor, step: Step, sequences: Sequence[_Sequence]) -> list[Choice | None]:
-    """Return a choice for each slice, None where there is nothing to draw yet.
+@dataclass(frozen=True)
+class _Begun:
+    """A step that the ranks compute, and whose tokens are being drawn."""
 
-    A slice in the middle of a prompt whose numbers are not finite has a choice without a token, too. So its blocks
-    are found out before anybody else can have them, even where no token is ever drawn because of a cancellation.
-    """
-    if step.num_samples == len(step.slices):
-        return [*choose(logits, [sequence.sampler for sequence in sequences])]
-    finite = logits.amax(dim=-1).isfinite().tolist()
-    choices = [None if is_finite else Choice(None) for is_finite in finite]
-    rows = [row for row, part in enumerate(step.slices) if part.sample]
-    if rows:
-        for row, choice in zip(rows, choose(logits[rows], [sequences[row].sampler for row in rows]), strict=True):
-            choices[row] = choice
-    return choices
+    step: Step
+    sequences: list[_Sequence]
+    draw: Draw

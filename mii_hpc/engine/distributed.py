@@ -14,28 +14,34 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.extensions import extensions_folder
+from mii_hpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 MEETING_TIMEOUT = timedelta(minutes=30)
 # The other ranks wait for the next step as long as there is no request.
 IDLE_TIMEOUT = timedelta(days=3650)
-HEADER = 4096
+HEADER = 1024
+"""Numbers that go over at once; more take a second message."""
 
 
 class Ranks:
     """The ranks of a replica that has more than one. Opens no port but at `spec.host`."""
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
-        """Wait for all ranks and hand their group to DeepSpeed."""
+        """Wait for all ranks and hand their group to DeepSpeed.
+
+        Raises ConfigError when some have a GPU and others do not.
+        """
         host, _, port = spec.store_address.rpartition(":")
         self._store = _store(spec, host, int(port))
+        refuse_mixture(self._store, spec, device)
         _set_environment(spec, host, port, device)
-        use_shared_memory = self._all_agree(spec, _shared_memory_works(spec, device))
+        use_shared_memory = self._all_can(spec, _shared_memory_works(spec, device))
         if not dist.is_initialized():  # else by an earlier pipeline of the same script, or by the script
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -57,24 +63,32 @@ class Ranks:
 
     def broadcast(self, numbers: Sequence[int]) -> None:
         """Send the numbers to all other ranks; for the leader."""
-        head = torch.zeros(HEADER, dtype=torch.int64)
+        head = torch.zeros(HEADER, dtype=torch.int32)
         head[0] = len(numbers)
-        head[1 : 1 + len(numbers)] = torch.tensor(numbers[: HEADER - 1], dtype=torch.int64)
+        head[1 : 1 + len(numbers)] = torch.tensor(numbers[: HEADER - 1], dtype=torch.int32)
         dist.broadcast(head, 0, group=self._plans)
         if len(numbers) > HEADER - 1:
-            dist.broadcast(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int64), 0, group=self._plans)
+            dist.broadcast(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int32), 0, group=self._plans)
 
     def receive(self) -> list[int]:
         """Wait for the leader's next numbers; raises RuntimeError when the leader has ended."""
-        head = torch.empty(HEADER, dtype=torch.int64)
+        head = torch.empty(HEADER, dtype=torch.int32)
         dist.broadcast(head, 0, group=self._plans)
         count = int(head[0])
         numbers: list[int] = head[1 : 1 + count].tolist()
         if count > HEADER - 1:
-            rest = torch.empty(count - HEADER + 1, dtype=torch.int64)
+            rest = torch.empty(count - HEADER + 1, dtype=torch.int32)
             dist.broadcast(rest, 0, group=self._plans)
             numbers += rest.tolist()
         return numbers
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """Make a tensor on the ranks' devices that of rank 0, in place; on all ranks at once."""
+        dist.broadcast(tensor, 0)
+
+    def all_agree(self, own: bool) -> bool:
+        """Return whether all ranks say yes."""
+        return bool(self.minimum(int(own)))
 
     def minimum(self, number: int) -> int:
         """Return the smallest of the ranks' numbers."""
@@ -82,7 +96,7 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._plans)
         return int(tensor)
 
-    def _all_agree(self, spec: EngineSpec, own: bool) -> bool:
+    def _all_can(self, spec: EngineSpec, own: bool) -> bool:
         self._store.set(f"shared_memory/{spec.rank}", str(int(own)))
         return all(self._store.get(f"shared_memory/{rank}") == b"1" for rank in range(spec.world_size))
 
@@ -92,6 +106,17 @@ def quiet() -> Iterator[None]:
     """Send what libraries print within this context to standard error: the script's output is its own."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def refuse_mixture(store: Store, spec: EngineSpec, device: torch.device) -> None:
+    """Raise ConfigError on all ranks when some of the replica compute on GPUs and others on CPUs, which never ends."""
+    store.set(f"device/{spec.rank}", f"{device.type} on {socket.gethostname()}")
+    devices = [store.get(f"device/{rank}").decode() for rank in range(spec.world_size)]
+    if len({each.partition(" ")[0] for each in devices}) > 1:
+        raise ConfigError(
+            f"device='{spec.model.device}': the ranks of this replica compute on {', '.join(devices)}; choose nodes "
+            "that are alike, or set device='cpu'"
+        )
 
 
 def _store(spec: EngineSpec, host: str, port: int) -> TCPStore:

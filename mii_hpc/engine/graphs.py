@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mii_hpc.engine.attention.base import AttentionBackend
@@ -16,48 +16,55 @@ from mii_hpc.engine.step import Slice, Step
 
 _log = logging.getLogger(__name__)
 
-# No block table is made narrower than for this many tokens: it would hardly be faster.
-MIN_TOKENS = 256
-# Beyond these a layer takes about as long to run as to launch: there is nothing to win, and padding begins to cost.
-# The keys and values of all sequences, padded to the longest, are copied before a layer attends to them, and those of
-# one sequence are gone through one after the other. On an H100 a step at either bound took 0.6 to 0.8 of its time
-# without a graph, where a short one takes a quarter. The first also bounds the memory of all graphs together, to some
-# 0.6 GiB: EngineConfig.memory_fraction leaves as much and more.
-GATHERED_BYTES = 256 * 2**20
-MAX_TOKENS = 8192
-
+ROWS = 5
+"""Numbers of each sequence beside its block table: token, slot, position, place in the cache, length."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """ModelRunner.forward."""
 
 
-class Shape(NamedTuple):
-    """What a graph is captured for: so many sequences, and blocks in the table of each."""
-
-    sequences: int
-    blocks: int
-
-
 class DecodeGraphs:
-    """The graphs of one model's decode steps, each captured when the first step of its shape comes.
+    """The graphs of one model's decode steps, one for each of a few numbers of sequences.
 
-    A step is filled up to the next larger shape of a few. Once a capture has failed, as with a model that looks at
-    its numbers to decide what to compute, there are no more graphs. For one rank alone: nobody has seen NCCL's
-    collectives inside of them work here.
+    A step is filled up to the next larger of these. Everything else about it is read on the device, so that contexts
+    of any length have the same graph. The ranks of a replica capture together, NCCL's collectives inside, and replay
+    together. Where a capture fails on one of them, as with a model that looks at its numbers to decide what to
+    compute, none has graphs.
     """
 
     def __init__(
-        self, forward: Forward, attention: AttentionBackend, cache: PagedCache, max_batch_size: int, context: int
+        self,
+        forward: Forward,
+        attention: AttentionBackend,
+        cache: PagedCache,
+        drawn: torch.Tensor,
+        context: int,
+        agree: Callable[[bool], bool] = bool,
+        share: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        """Replay steps of up to so many sequences, of up to `context` tokens each, over this cache."""
+        """Prepare to replay steps over this cache; nothing is captured yet.
+
+        Args:
+            forward: computes logits from token ids, positions and rows.
+            attention: attends over the cache.
+            cache: the keys and values.
+            drawn: [slots + 1], the token that each slot has drawn last; the last one is of rows that only fill up.
+            context: how many tokens a sequence has at most.
+            agree: says whether all ranks succeed, given whether this one does; one after the other on all ranks.
+            share: makes token ids those of rank 0, in place.
+        """
         self._forward = forward
         self._attention = attention
         self._cache = cache
-        self._sequences = sequence_buckets(max_batch_size)
-        self._blocks = block_buckets(-(-min(context, MAX_TOKENS) // cache.page_size), cache.page_size)
-        self._block_bytes = cache.page_size * max(layer.token_bytes() for layer in cache.layers)
-        self._graphs: dict[Shape, _Graph] = {}
-        self._usable = True
+        self._drawn = drawn
+        self._agree = agree
+        self._share = share
+        self._width = -(-context // cache.page_size)
+        slots = len(drawn) - 1
+        self._buckets = sequence_buckets(slots)
+        self._tables = np.full((slots + 1, self._width), NULL_BLOCK, dtype=np.int32)
+        self._known = [0] * slots
+        self._graphs: dict[int, _Graph] = {}
         # All graphs write here, so that they share the rest of their memory and none keeps any.
         self._logits: torch.Tensor | None = None
         if cache.device.type == "cuda":
@@ -65,66 +72,71 @@ class DecodeGraphs:
             self._stream = torch.cuda.Stream(cache.device)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def work_on(device: torch.device, world_size: int) -> bool:
-        """Return whether the steps of a replica of so many ranks can be captured."""
-        return device.type == "cuda" and world_size == 1
+    def work_on(device: torch.device, attention: AttentionBackend) -> bool:
+        """Return whether steps can be captured there, and it pays."""
+        return device.type == "cuda" and attention.reads_in_place
 
     @property
-    def shapes(self) -> frozenset[Shape]:
-        """What has been captured."""
-        return frozenset(self._graphs)
+    def sizes(self) -> list[int]:
+        """For how many sequences there are graphs, in ascending order."""
+        return sorted(self._graphs)
+
+    @torch.inference_mode()
+    def capture(self, progress: Callable[[str], None]) -> None:
+        """Capture all graphs, or none if that does not work; on all ranks of the replica at once."""
+        start = time.perf_counter()
+        # The largest first: the others find room in its memory.
+        for number, size in enumerate(reversed(self._buckets), start=1):
+            reason = self._capture(size)
+            if not self._agree(reason is None):
+                reason = reason or "another rank of the replica cannot capture them"
+                _log.warning("decode steps run without CUDA graphs, several times slower: %s", reason)
+                self._graphs.clear()
+                self._logits = None
+                return
+            if number % 4 == 0 or number == len(self._buckets):
+                progress(f"captured {number} of {len(self._buckets)} CUDA graphs")
+        _log.info("captured %d CUDA graphs in %.1f s", len(self._buckets), time.perf_counter() - start)
 
     @torch.inference_mode()
     def run(self, step: Step) -> torch.Tensor | None:
-        """Return the logits [slices, vocabulary] of a step, good until the next; None if it is none for a graph."""
-        shape = self._shape(step)
-        if shape is None:
+        """Return the logits [slices, vocabulary] of a step, good until the next; None if it is none for a graph.
+
+        To be called with every step, of whatever kind, for the block tables are known from them.
+        """
+        for part in step.slices:
+            known = 0 if part.fresh else self._known[part.slot]
+            if len(part.blocks) != known:
+                self._tables[part.slot, known : len(part.blocks)] = part.blocks[known:]
+                self._known[part.slot] = len(part.blocks)
+        if not self._graphs or not step.decodes:
             return None
-        graph = self._graphs.get(shape)
-        if graph is None:
-            graph = _Graph(shape, self._cache)
-            graph.fill(step.slices)
-            if not self._capture(graph):
-                return None
-            self._graphs[shape] = graph
-        else:
-            graph.fill(step.slices)
+        graph = self._graphs[bucket(len(step.slices), self._buckets)]
+        graph.fill(step.slices, self._tables, self._cache)
         graph.replay()
         assert self._logits is not None
         return self._logits[: len(step.slices)]
 
-    def _shape(self, step: Step) -> Shape | None:
-        decodes = all(part.sample and len(part.token_ids) == 1 for part in step.slices)
-        if not self._usable or not decodes or not step.slices:
-            return None
-        longest = max(part.start for part in step.slices) // self._cache.page_size + 1
-        if longest > self._blocks[-1]:
-            return None
-        shape = Shape(bucket(len(step.slices), self._sequences), bucket(longest, self._blocks))
-        return shape if shape.sequences * shape.blocks * self._block_bytes <= GATHERED_BYTES else None
-
-    def _capture(self, graph: _Graph) -> bool:
-        """Give a graph its `replay`; return False, now and for ever, if that does not work."""
-        start = time.perf_counter()
+    def _capture(self, size: int) -> str | None:
+        """Capture the graph for so many sequences; return why that does not work."""
+        graph = _Graph(size, self._width, len(self._drawn) - 1, self._cache)
+        graph.fill((), self._tables, self._cache)
         try:
             graph.replay = self._record(lambda: self._compute(graph))
         except Exception as error:  # noqa: BLE001 (a model can be impossible to capture in many ways)
-            reason = str(error.__context__ or error).partition("\n")[0]
-            _log.warning("decode steps run without CUDA graphs, several times slower: %s", reason)
-            self._usable = False
-            self._graphs.clear()
-            self._logits = None
-            return False
-        seconds = time.perf_counter() - start
-        _log.info("captured a CUDA graph for %d sequences of %d blocks in %.2f s", *graph.shape, seconds)
-        return True
+            return str(error.__context__ or error).partition("\n")[0]
+        self._graphs[size] = graph
+        return None
 
     def _compute(self, graph: _Graph) -> None:
+        token_ids = torch.where(graph.token_ids < 0, self._drawn[graph.slots], graph.token_ids.long())
+        if self._share is not None:
+            self._share(token_ids)
         # Anew each time: the masks that the layers share are made from the lengths, within the graph.
-        self._attention.prepare_decode(graph.slots, graph.tables, graph.lengths)
-        logits = self._forward(graph.token_ids, graph.positions, graph.every_row)
+        self._attention.prepare_decode(graph.places, graph.tables, graph.lengths)
+        logits = self._forward(token_ids[None], graph.positions.long()[None], graph.every_row)
         if self._logits is None:
-            self._logits = logits.new_empty(self._sequences[-1], logits.shape[1])
+            self._logits = logits.new_empty(self._buckets[-1], logits.shape[1])
         self._logits[: len(logits)].copy_(logits)
 
     def _record(self, compute: Callable[[], None]) -> Callable[[], None]:
@@ -156,33 +168,38 @@ class _Graph:
 
     replay: Callable[[], None]
 
-    def __init__(self, shape: Shape, cache: PagedCache) -> None:
-        self.shape = shape
-        self._cache = cache
-        sequences, blocks = shape
-        self._inputs = torch.zeros(sequences * (4 + blocks), dtype=torch.int64, device=cache.device)
-        rows = self._inputs[: 4 * sequences].view(4, sequences)
-        self.token_ids, self.positions = rows[0:1], rows[1:2]
-        self.slots, self.lengths = rows[2], rows[3]
-        self.tables = self._inputs[4 * sequences :].view(sequences, blocks)
-        self.every_row = torch.arange(sequences, device=cache.device)
+    def __init__(self, size: int, width: int, spare_slot: int, cache: PagedCache) -> None:
+        """For so many sequences, with block tables of that width; rows that only fill up have the `spare_slot`."""
+        self._size, self._width, self._spare_slot = size, width, spare_slot
+        self._inputs = torch.zeros(size * (ROWS + width), dtype=torch.int32, device=cache.device)
+        rows = self._inputs[: ROWS * size].view(ROWS, size)
+        self.token_ids, self.slots, self.positions, self.places, self.lengths = rows
+        self.tables = self._inputs[ROWS * size :].view(size, width)
+        self.every_row = torch.arange(size, device=cache.device)
 
-    def fill(self, slices: Sequence[Slice]) -> None:
+    def fill(self, slices: Sequence[Slice], tables: np.ndarray, cache: PagedCache) -> None:
         """Upload a step. The rows that it does not have attend to a zero, and write where nobody reads."""
-        sequences, blocks = self.shape
-        page_size, padding = self._cache.page_size, sequences - len(slices)
-        positions = [part.start for part in slices]
-        slots = [part.blocks[part.start // page_size] * page_size + part.start % page_size for part in slices]
-        numbers = [part.token_ids[0] for part in slices] + [0] * padding
-        numbers += positions + [0] * padding
-        numbers += slots + [self._cache.scratch_slot] * padding
-        numbers += [position + 1 for position in positions] + [1] * padding
-        for part in slices:
-            table = part.blocks[:blocks]
-            numbers += table
-            numbers += [NULL_BLOCK] * (blocks - len(table))
-        numbers += [NULL_BLOCK] * (padding * blocks)
-        self._inputs.copy_(torch.tensor(numbers))
+        size, used, page_size = self._size, len(slices), cache.page_size
+        numbers = np.empty(size * (ROWS + self._width), dtype=np.int32)
+        rows = numbers[: ROWS * size].reshape(ROWS, size)
+        rows[:, used:] = [[0], [self._spare_slot], [0], [cache.scratch_slot], [1]]
+        slots = np.array([part.slot for part in slices], dtype=np.intp)
+        positions = np.array([part.start for part in slices], dtype=np.int32)
+        rows[0, :used] = [part.token_ids[0] for part in slices]
+        rows[1, :used] = slots
+        rows[2, :used] = positions
+        rows[3, :used] = tables[slots, positions // page_size] * page_size + positions % page_size
+        rows[4, :used] = positions + 1
+        own = numbers[ROWS * size :].reshape(size, self._width)
+        own[:used] = tables[slots]
+        own[used:] = NULL_BLOCK
+        upload(numbers, self._inputs)
+
+
+def upload(numbers: np.ndarray, target: torch.Tensor) -> None:
+    """Copy numbers to a tensor; on CUDA behind what its stream has to do, without waiting for it."""
+    host = torch.from_numpy(numbers)
+    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
 
 
 def sequence_buckets(largest: int) -> list[int]:
@@ -190,14 +207,6 @@ def sequence_buckets(largest: int) -> list[int]:
     powers = [1 << exponent for exponent in range(largest.bit_length())]
     halfway = [power * 3 // 2 for power in powers if power >= 16]
     return sorted({size for size in (*powers, *halfway) if size < largest} | {largest})
-
-
-def block_buckets(largest: int, page_size: int) -> list[int]:
-    """Return the widths of block tables to capture, each twice the one before, and the largest."""
-    sizes = [-(-MIN_TOKENS // page_size)]
-    while sizes[-1] < largest:
-        sizes.append(2 * sizes[-1])
-    return [*sizes[:-1], largest]
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:

@@ -82,6 +82,8 @@ def compute_with(number: int) -> None:
     """
     import torch
 
+    if torch.get_num_threads() == number:
+        return
     with ThreadPoolExecutor(1) as unused:
         default = unused.submit(torch.get_num_threads).result()
         torch.set_num_threads(number)

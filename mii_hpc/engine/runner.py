@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 
 from mii_hpc.engine.attention import create_backend
 from mii_hpc.engine.attention.interface import attach
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
+from mii_hpc.engine.compiled import CompiledLayers
 from mii_hpc.engine.devices import choose_device
 from mii_hpc.engine.distributed import Ranks
-from mii_hpc.engine.graphs import DecodeGraphs
+from mii_hpc.engine.graphs import DecodeGraphs, upload
 from mii_hpc.engine.memory import compute_with, plan_budget, threads
 from mii_hpc.engine.model.loading import load_model
-from mii_hpc.engine.step import Step
+from mii_hpc.engine.step import DRAWN, Step, StepCodec
 from mii_hpc.heap import trim_heap
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -27,6 +34,7 @@ class ModelRunner:
         vocabulary: how many token ids there are.
         context: the bound on prompt plus answer, in tokens.
         eos_token_ids: those that end an answer, as far as the checkpoint says it.
+        drawn: [max_batch_size + 1], on rank 0 the token that each slot has drawn last, for slices with DRAWN.
     """
 
     def __init__(self, spec: EngineSpec, progress: Callable[[str], None]) -> None:
@@ -53,11 +61,19 @@ class ModelRunner:
         self._cache = PagedCache(model.layers, self.budget.num_blocks + 1, self.budget.page_size, self._device)
         self._attention = create_backend(config.attention, self._cache)
         attach(self._module, self._attention)
-        self._graphs: DecodeGraphs | None = None
-        if config.cuda_graphs and DecodeGraphs.work_on(self._device, spec.world_size):
-            context = min(self.context, self.budget.num_blocks * self.budget.page_size)
-            self._graphs = DecodeGraphs(self.forward, self._attention, self._cache, self.budget.max_batch_size, context)
+        self.drawn = torch.zeros(self.budget.max_batch_size + 1, dtype=torch.int64, device=self._device)
+        self._codec = StepCodec()
         progress(f"KV cache: {self.budget.num_blocks} blocks of {self.budget.page_size} tokens")
+        self._compiled: CompiledLayers | None = None
+        self._graphs: DecodeGraphs | None = None
+        if config.cuda_graphs and DecodeGraphs.work_on(self._device, self._attention):
+            context = min(self.context, self.budget.num_blocks * self.budget.page_size)
+            agree = self._ranks.all_agree if self._ranks else bool
+            share = self._ranks.share if self._ranks else None
+            if config.compile:
+                self._compiled = CompiledLayers(self._module)
+            self._graphs = DecodeGraphs(self._decode, self._attention, self._cache, self.drawn, context, agree, share)
+            self._graphs.capture(progress)
 
     def bind_thread(self) -> None:
         """Give the calling thread, which is to execute steps, the device and the CPU threads of this rank."""
@@ -66,29 +82,38 @@ class ModelRunner:
             torch.cuda.set_device(self._device)
 
     def execute(self, step: Step) -> torch.Tensor:
-        """Compute a step, on all ranks when called on rank 0.
+        """Compute a step, on all ranks when called on rank 0. A GPU may not have begun when this returns.
 
         Returns the logits [slices, vocabulary] after each slice's last token, good until the next step.
         """
         if self._ranks and self._spec.rank == 0:
-            self._ranks.broadcast(step.encode())
+            self._ranks.broadcast(self._codec.encode(step))
         if step.clear:
             self._cache.clear(step.clear)
         if self._graphs and (logits := self._graphs.run(step)) is not None:
             return logits
         self._attention.prepare(step)
-        token_ids: list[int] = []
+        numbers: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
+        drawn: list[int] = []
         for part in step.slices:
-            token_ids += part.token_ids
+            numbers += part.token_ids
             positions += range(part.start, part.start + len(part.token_ids))
-            last_rows.append(len(token_ids) - 1)
-        return self.forward(
-            torch.tensor([token_ids], device=self._device),
-            torch.tensor([positions], device=self._device),
-            torch.tensor(last_rows, device=self._device),
-        )
+            last_rows.append(len(numbers) - 1)
+            if part.token_ids[-1] == DRAWN:
+                drawn.append(part.slot)
+        places = [row for row, number in enumerate(numbers) if number == DRAWN] if drawn else []
+        parts = (numbers, positions, last_rows, drawn, places)
+        sizes = [len(part) for part in parts]
+        uploaded = torch.empty(sum(sizes), dtype=torch.int64, device=self._device)
+        upload(np.concatenate(parts, dtype=np.int64, casting="unsafe"), uploaded)
+        token_ids, packed_positions, rows, slots, targets = torch.split(uploaded, sizes)
+        if drawn:
+            token_ids[targets] = self.drawn[slots]
+            if self._ranks:
+                self._ranks.share(token_ids)
+        return self.forward(token_ids[None], packed_positions[None], rows)
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -98,21 +123,33 @@ class ModelRunner:
         ).logits
         return logits[0]
 
+    def _decode(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return the same for a decode step, by compiled layers where that works."""
+        if self._compiled:
+            try:
+                with self._compiled.used(len(rows)):
+                    return self.forward(token_ids, positions, rows)
+            except (TorchDynamoException, InductorError) as error:
+                reason = str(error).partition("\n")[0]
+                _log.warning("decode steps run without torch.compile, a fifth slower: %s", reason)
+                self._compiled = None
+        return self.forward(token_ids, positions, rows)
+
     def follow(self) -> None:
         """Execute the steps of rank 0 until it stops; for the other ranks. Raises RuntimeError if it is gone."""
         assert self._ranks is not None
-        while not (step := Step.decode(self._ranks.receive())).stop:
+        while not (step := self._codec.decode(self._ranks.receive())).stop:
             self.execute(step)
 
     def stop(self) -> None:
         """Let the other ranks return from `follow`; for rank 0."""
         if self._ranks:
-            self._ranks.broadcast(Step(stop=True).encode())
+            self._ranks.broadcast(self._codec.encode(Step(stop=True)))
 
     def close(self) -> None:
         """Free the model and the cache. Nothing can be executed afterwards."""
-        self._graphs = None
-        del self._module, self._attention, self._cache
+        self._graphs = self._compiled = None
+        del self._module, self._attention, self._cache, self.drawn
         trim_heap()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from mii_hpc.engine.blocks import BlockAllocator
 from mii_hpc.engine.memory import Budget
-from mii_hpc.engine.step import Slice, Step
+from mii_hpc.engine.step import DRAWN, Slice, Step
 
 _log = logging.getLogger(__name__)
 
@@ -17,12 +17,22 @@ _log = logging.getLogger(__name__)
 class Scheduled(Protocol):
     """What the scheduler knows of a sequence.
 
-    `tokens` are prompt and answer; the first `computed` of them are in the cache, in the blocks of `table`.
+    Attributes:
+        tokens: prompt and answer, as far as they are known.
+        unknown: how many more are drawn, or will be by the steps that are scheduled.
+        longest: how many tokens there can be in all: no step is scheduled to draw more.
+        computed: how many of them are in the cache, in the blocks of `table`, once the scheduled steps are done.
+        registered: of how many of them the blocks are registered for sharing, as far as these are full.
+        slot: its number in the batch, None while it waits.
     """
 
     tokens: list[int]
+    unknown: int
+    longest: int
     table: list[int]
     computed: int
+    registered: int
+    slot: int | None
 
 
 S = TypeVar("S", bound=Scheduled)
@@ -36,6 +46,9 @@ class Scheduler(Generic[S]):
 
     With `prefix_sharing`, a sequence starts behind those full blocks of its prefix that are in the cache
     already, or will be in the same step: a step writes all its tokens before it reads any.
+
+    A step may be scheduled before the tokens that the steps before it draw are known: a sequence goes on behind an
+    `unknown` token, as DRAWN, but starts again after a preemption only once all its tokens are known.
     """
 
     def __init__(self, budget: Budget, prefix_sharing: bool = True) -> None:
@@ -44,6 +57,7 @@ class Scheduler(Generic[S]):
         self._prefix_sharing = prefix_sharing
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
+        self._slots = list(range(budget.max_batch_size - 1, -1, -1))
 
     def add(self, sequence: S) -> None:
         """Let a sequence wait for its start."""
@@ -67,39 +81,48 @@ class Scheduler(Generic[S]):
         self.allocator.invalidate(sequence.table)
 
     def schedule(self) -> tuple[Step, list[S]]:
-        """Return the next step and the sequences of its slices."""
+        """Return the next step and the sequences of its slices, none if all wait for tokens that are being drawn."""
         room = self._budget.max_batch_tokens
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
         for sequence in sorted(self._running, key=_prefills):
-            count = min(len(sequence.tokens) - sequence.computed, room)
+            count = min(_missing(sequence), room)
             # Those before it may have preempted it.
             runs = len(self._waiting) == waiting or sequence in self._running
-            if count and runs and self._allocate(sequence, count, counts):
+            if count > 0 and runs and self._allocate(sequence, count, counts):
                 counts[sequence] = count
                 room -= count
         # Only now is it certain who keeps the blocks that this step fills.
         for sequence, count in counts.items():
-            self._register(sequence, count)
+            self._register(sequence, sequence.computed + count)
+        admitted: set[S] = set()
         if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
-            self._admit(room, counts)
+            admitted = self._admit(room, counts)
         chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
-        slices = tuple(_slice(sequence, counts[sequence]) for sequence in chosen)
+        slices = tuple(_slice(sequence, counts[sequence], sequence in admitted) for sequence in chosen)
+        for part, sequence in zip(slices, chosen, strict=True):
+            sequence.computed += len(part.token_ids)
+            sequence.unknown += part.sample
         return Step(slices, self.allocator.take_dirty()), chosen
 
-    def _admit(self, room: int, counts: dict[S, int]) -> None:
-        while room and self._waiting and len(self._running) < self._budget.max_batch_size:
+    def _admit(self, room: int, counts: dict[S, int]) -> set[S]:
+        """Start sequences that wait, in their order, and return them."""
+        admitted = set()
+        while room and self._waiting and self._slots and not self._waiting[0].unknown:
             sequence = self._waiting[0]
             # The last token is computed in any case: the next one is drawn from its logits.
-            sequence.computed = self.allocator.share(sequence.table, sequence.tokens[:-1])
+            sequence.computed = sequence.registered = self.allocator.share(sequence.table, sequence.tokens[:-1])
             count = min(len(sequence.tokens) - sequence.computed, room)
             if not self.allocator.allocate(sequence.table, sequence.computed + count):
                 self._release(sequence)
                 break
+            sequence.slot = self._slots.pop()
             self._running.append(self._waiting.popleft())
+            admitted.add(sequence)
             counts[sequence] = count
             room -= count
-            self._register(sequence, count)
+            self._register(sequence, sequence.computed + count)
+        return admitted
 
     def _allocate(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
         """Get blocks for a sequence, preempting the youngest if need be; return False if it is the youngest."""
@@ -113,25 +136,40 @@ class Scheduler(Generic[S]):
                 return False
         return True
 
-    def _register(self, sequence: S, count: int) -> None:
+    def _register(self, sequence: S, end: int) -> None:
+        """Register what a sequence fills up to `end`; of a token that is not known yet, once it is."""
+        end = min(end, len(sequence.tokens))
         if self._prefix_sharing:
-            end = sequence.computed + count
-            self.allocator.register(sequence.table, sequence.tokens, sequence.computed, end)
+            self.allocator.register(sequence.table, sequence.tokens, sequence.registered, end)
+        sequence.registered = end
 
     def _release(self, sequence: S) -> None:
         self.allocator.release(sequence.table)
-        sequence.computed = 0
+        sequence.computed = sequence.registered = 0
+        if sequence.slot is not None:
+            self._slots.append(sequence.slot)
+            sequence.slot = None
+
+
+def _missing(sequence: Scheduled) -> int:
+    """Return how many tokens of a running sequence are to be computed; none if the last that it can have is drawn."""
+    length = len(sequence.tokens) + sequence.unknown
+    return length - sequence.computed if length < sequence.longest or not sequence.unknown else 0
 
 
 def _prefills(sequence: Scheduled) -> bool:
-    return len(sequence.tokens) - sequence.computed > 1
+    return _missing(sequence) > 1
 
 
-def _slice(sequence: Scheduled, count: int) -> Slice:
+def _slice(sequence: Scheduled, count: int, fresh: bool) -> Slice:
     end = sequence.computed + count
+    known = tuple(sequence.tokens[sequence.computed : end])
+    assert sequence.slot is not None
     return Slice(
         start=sequence.computed,
-        token_ids=tuple(sequence.tokens[sequence.computed : end]),
+        token_ids=known if len(known) == count else (*known, DRAWN),
         blocks=tuple(sequence.table),
-        sample=end == len(sequence.tokens),
+        sample=end == len(sequence.tokens) + sequence.unknown,
+        slot=sequence.slot,
+        fresh=fresh,
     )

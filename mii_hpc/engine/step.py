@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+DRAWN = -1
+"""Stands for the token that its slot has drawn last, where the device knows it and the host does not yet."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -12,15 +15,19 @@ class Slice:
 
     Attributes:
         start: how many tokens of it are in the cache already.
-        token_ids: the ones to compute.
+        token_ids: the ones to compute. A single one may be DRAWN.
         blocks: its block table, long enough for all of them. Slices that begin alike may share blocks.
         sample: whether the last of them is the sequence's last, so that another is drawn from its logits.
+        slot: the number that the sequence has in the batch, from 0 to max_batch_size - 1, while it runs.
+        fresh: whether this is the first slice since it has that slot. `blocks` of the others go on from the one before.
     """
 
     start: int
     token_ids: tuple[int, ...]
     blocks: tuple[int, ...]
     sample: bool
+    slot: int = 0
+    fresh: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,29 +50,51 @@ class Step:
         """Count the samples."""
         object.__setattr__(self, "num_samples", sum(part.sample for part in self.slices))
 
-    def encode(self) -> list[int]:
-        """Return the step as integers, for the other ranks."""
-        numbers = [int(self.stop), len(self.slices), len(self.clear), *self.clear]
-        for part in self.slices:
-            numbers += (part.start, len(part.token_ids), len(part.blocks), int(part.sample))
+    @property
+    def decodes(self) -> bool:
+        """Whether each slice is the last token of its sequence."""
+        return self.num_samples == len(self.slices) == sum(len(part.token_ids) for part in self.slices) > 0
+
+
+class StepCodec:
+    """Steps as integers, from the leader to the other ranks. Each end has one, which sees all steps in their order.
+
+    A block table goes over whole with a slot's first slice, and then only what is added to it.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[int, tuple[int, ...]] = {}
+
+    def encode(self, step: Step) -> list[int]:
+        """Return the step as integers."""
+        numbers = [int(step.stop), len(step.slices), len(step.clear), *step.clear]
+        for part in step.slices:
+            known = 0 if part.fresh else len(self._tables[part.slot])
+            added = part.blocks[known:]
+            self._tables[part.slot] = part.blocks
+            flags = part.sample + 2 * part.fresh
+            numbers += (part.slot, flags, part.start, len(part.token_ids), len(added))
             numbers += part.token_ids
-            numbers += part.blocks
+            numbers += added
         return numbers
 
-    @classmethod
-    def decode(cls, numbers: Sequence[int]) -> Step:
+    def decode(self, numbers: Sequence[int]) -> Step:
         """Return the step that `encode` wrote."""
         source = iter(numbers)
         stop, slices, clear = _take(source, 3)
         cleared = _take(source, clear)
-        return cls(tuple(_slice(source) for _ in range(slices)), cleared, bool(stop))
+        return Step(tuple(self._slice(source) for _ in range(slices)), cleared, bool(stop))
+
+    def _slice(self, source: Iterator[int]) -> Slice:
+        slot, flags, start, tokens, added = _take(source, 5)
+        token_ids = _take(source, tokens)
+        blocks = _take(source, added)
+        sample, fresh = bool(flags & 1), bool(flags & 2)
+        if not fresh:
+            blocks = self._tables[slot] + blocks
+        self._tables[slot] = blocks
+        return Slice(start, token_ids, blocks, sample, slot, fresh)
 
 
 def _take(source: Iterator[int], count: int) -> tuple[int, ...]:
     return tuple(next(source) for _ in range(count))
-
-
-def _slice(source: Iterator[int]) -> Slice:
-    start, tokens, blocks, sample = _take(source, 4)
-    token_ids = _take(source, tokens)
-    return Slice(start, token_ids, _take(source, blocks), bool(sample))

@@ -189,10 +189,12 @@ def with_gpus(config: MIIConfig, nodes: list[gres.Nodes], environment: Mapping[s
     """
     model, slurm = config.model_conf, config.slurm
     partition = environment.get("SBATCH_PARTITION") or slurm.partition
-    own = gres.of_partitions(nodes, partition, environment.get("SBATCH_CONSTRAINT") or slurm.constraint)
+    constraint = environment.get("SBATCH_CONSTRAINT") or slurm.constraint
+    own = gres.of_partitions(nodes, partition, constraint)
     if not own:
         return config  # sbatch says what is wrong with that
     named = f"partition '{partition}'" if partition else "the default partition"
+    named += f" with constraint '{constraint}'" if constraint else ""
     if (chosen := gres.choose(own, model.tensor_parallel, model.replica_num)) is None:
         if others := sorted({each.partition for each in nodes if each.gpus}):
             there = f"{named} has no GPUs; partitions that have some: {', '.join(map(repr, others))}"
@@ -201,8 +203,18 @@ def with_gpus(config: MIIConfig, nodes: list[gres.Nodes], environment: Mapping[s
             log.warning("%s (slurm.partition); here the model is served on CPUs", there)
         return config
     placement = place(model, slurm.model_copy(update={"gpus_per_node": chosen.per_node}))
-    request = chosen.request(min(placement.tasks_per_node, chosen.per_node))
-    log.info("%s has nodes with GPUs: asking for --gres=%s on %d node(s)", named, request, placement.nodes)
+    per_node = min(placement.tasks_per_node, chosen.per_node)
+    request = chosen.request(per_node)
+    log.info("%s has nodes with GPUs: asking for --gres=%s on each of %d", named, request, placement.nodes)
+    if (idle := per_node * placement.nodes - placement.world_size) > 0:
+        log.warning(
+            "%d of the job's %d GPUs will be idle: every node gets %d, and %d replicas do not divide over %d nodes",
+            idle,
+            per_node * placement.nodes,
+            per_node,
+            model.replica_num,
+            placement.nodes,
+        )
     requests = ",".join(filter(None, (slurm.gres, request)))
     return _with_device(config.model_copy(update={"slurm": slurm.model_copy(update={"gres": requests})}), "cuda")
 
@@ -211,7 +223,8 @@ def _asks_for_gpus(slurm: SlurmConfig) -> bool:
     """Whether the user has said what GPUs to ask for, in whatever way sbatch reads."""
     elsewhere = {name.removeprefix("SBATCH_").lower() for name in os.environ if name.startswith("SBATCH_")}
     directives = {name.replace("-", "_") for name in slurm.extra} | elsewhere
-    return slurm.gpus is not None or any(name.startswith(("gpus", "gres", "tres_per")) for name in directives)
+    asked = "gres" in directives or any(name.startswith(("gpus", "tres_per")) for name in directives)
+    return asked or slurm.gpus is not None
 
 
 def _nodes_named(slurm: SlurmConfig) -> list[str]:

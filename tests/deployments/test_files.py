@@ -5,6 +5,7 @@ import pytest
 
 from mii_hpc.deployments.files import check_private, private_folder, tail, write_atomically
 from mii_hpc.errors import RegistryError
+from tests.waiting import PATIENCE
 
 
 def test_a_file_is_mended_with_its_own_mode(tmp_path):
@@ -48,7 +49,7 @@ def test_a_reader_sees_all_of_a_file_or_none(tmp_path):
         text = file.read_text()
         assert len(text) == 100_000
         assert len(set(text)) == 1
-    writer.join()
+    writer.join(PATIENCE)
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from mii_hpc.deployments.registry import STALE_SECONDS, Entry, Registry, heartbeat_is_fresh
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
+from tests.waiting import PATIENCE
 
 
 def entry(name="chat", run="/runs/a", **fields):
@@ -74,7 +75,7 @@ def test_of_many_claimants_exactly_one_wins(registry, left_over):
         name = f"chat-{attempt}"
         if left_over:
             registry.claim(entry(name, "/runs/old"), live)
-        start = threading.Barrier(16)
+        start = threading.Barrier(16, timeout=PATIENCE)
         won, lost = [], []
 
         def claim(number, name=name, start=start, won=won, lost=lost):
@@ -90,7 +91,7 @@ def test_of_many_claimants_exactly_one_wins(registry, left_over):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
         assert (len(won), len(lost)) == (1, 15)
         assert registry.get(name).run_dir == won[0]
 
@@ -147,7 +148,7 @@ def test_half_written_entries_are_never_seen(registry):
         assert len(set(found.detail)) == 1
         assert [e.deployment_name for e in registry.entries()] == ["chat"]
         seen.add(found.detail[0])
-    writer.join()
+    writer.join(PATIENCE)
     assert len(seen) > 2
 
 

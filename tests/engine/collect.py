@@ -9,7 +9,7 @@ from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.generation import GenerationRequest, Response
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, eventually
 
 attention = "auto"
 """What EngineConfig.attention is where a test does not say it; set by pytest's --attention."""
@@ -91,3 +91,13 @@ def with_attention(model: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a ModelConfig with the attention to test."""
     config = {"attention": attention, **model.get("inference_engine_config", {})}
     return {**model, "inference_engine_config": config}
+
+
+def drained(engine: Engine) -> None:
+    """Wait until the engine has no request, and every block of its cache is free."""
+
+    def is_idle() -> bool:
+        load = engine.stats()
+        return load.free_blocks == load.total_blocks and not load.running and not load.waiting
+
+    eventually(is_idle, what="the engine is idle")

@@ -137,7 +137,7 @@ def _rank(
             connection.send([_result(one) for one in collected])
     except EOFError:
         engine.close()
-        thread.join()
+        thread.join(PATIENCE)
         grown[rank] = _resident("VmHWM") - before
 
 

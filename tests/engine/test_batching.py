@@ -1,14 +1,16 @@
 import asyncio
 import json
-import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
+from mii_hpc.engine import batching
+from mii_hpc.engine.sampling import create_sampling
 from mii_hpc.errors import InvalidRequestError, QueueFullError
-from tests.engine.collect import make, running, submit
+from tests.engine.collect import drained, make, running, submit
+from tests.engine.late import LateSampling
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
 from tests.models import CONTEXT, replace_tokenizer_by_sentencepiece, tiny_model
 from tests.waiting import PATIENCE, until
@@ -38,11 +40,14 @@ def reference(folder):
     return Reference(folder)
 
 
-@pytest.fixture(scope="module")
-def engine(folder):
+@pytest.fixture(scope="module", params=[False, True], ids=["tokens known at once", "tokens known late"])
+def engine(folder, request):
     config = {"max_batch_size": 64, "page_size": 8, "max_batch_tokens": 128}
-    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
-        yield engine
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(batching, "create_sampling", LateSampling)
+        with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+            yield engine
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +56,6 @@ def nothing_is_left(request):
     if "engine" in request.fixturenames:
         engine = request.getfixturevalue("engine")
         drained(engine)
-
-
-def drained(engine, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while (stats := engine.stats()).free_blocks < stats.total_blocks or stats.running or stats.waiting:
-        assert time.monotonic() < deadline, stats
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "opt", "gpt_neox", "gemma2", "gpt_oss"])
@@ -262,7 +260,9 @@ async def test_the_queue_has_a_bound_through_client_and_balancer(deploy, tmp_pat
     await until(deployment.is_idle)
 
 
-def test_a_cache_too_small_for_all_loses_nobody(folder, reference):
+@pytest.mark.parametrize("sampling", [create_sampling, LateSampling])
+def test_a_cache_too_small_for_all_loses_nobody(folder, reference, monkeypatch, sampling):
+    monkeypatch.setattr(batching, "create_sampling", sampling)
     config = {**SMALL, "num_blocks": 12}
     with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
         options = {"do_sample": False, "max_new_tokens": 40, "ignore_eos": True}
@@ -274,7 +274,9 @@ def test_a_cache_too_small_for_all_loses_nobody(folder, reference):
         drained(engine)
 
 
-def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_path):
+@pytest.mark.parametrize("sampling", [create_sampling, LateSampling])
+def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_path, monkeypatch, sampling):
+    monkeypatch.setattr(batching, "create_sampling", sampling)
     import torch
     from safetensors.torch import load_file, save_file
 

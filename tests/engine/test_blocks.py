@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mii_hpc.engine.blocks import NULL_BLOCK, BlockAllocator, LayerShape, PagedCache
-from mii_hpc.engine.step import Slice, Step
+from mii_hpc.engine.step import DRAWN, Slice, Step, StepCodec
 
 
 def test_blocks_belong_to_one_table_and_come_back():
@@ -149,17 +149,30 @@ def test_an_invalid_block_is_not_registered_when_it_is_full(allocator):
     assert allocator.take_dirty() == (blocks[0],)
 
 
-def test_a_step_survives_its_way_to_the_other_ranks():
-    step = Step(
-        slices=(
-            Slice(start=7, token_ids=(3,), blocks=(1, 2), sample=True),
-            Slice(start=0, token_ids=(4, 5, 6), blocks=(9,), sample=False),
+def test_steps_survive_their_way_to_the_other_ranks():
+    steps = [
+        Step(
+            slices=(
+                Slice(start=7, token_ids=(3,), blocks=(1, 2), sample=True),
+                Slice(start=0, token_ids=(4, 5, 6), blocks=(9,), sample=False, slot=2),
+            ),
+            clear=(5, 6),
         ),
-        clear=(5, 6),
-    )
-    assert Step.decode(step.encode()) == step
-    assert Step.decode(Step(stop=True).encode()).stop
-    assert step.num_samples == 1
+        Step((Slice(8, (DRAWN,), (1, 2, 3), True, 0, fresh=False), Slice(3, (7,), (9,), True, 2, fresh=False))),
+        Step((Slice(4, (DRAWN,), (9, 4), True, 2, fresh=False), Slice(0, (1, 2), (5,), True, 0))),
+        Step(stop=True),
+    ]
+    leader, follower = StepCodec(), StepCodec()
+    assert [follower.decode(leader.encode(step)) for step in steps] == steps
+    assert [step.num_samples for step in steps] == [1, 2, 2, 0]
+    assert [step.decodes for step in steps] == [False, True, False, False]
+
+
+def test_a_step_that_goes_on_is_small():
+    codec = StepCodec()
+    table = tuple(range(1000))
+    codec.encode(Step((Slice(start=999, token_ids=(3,), blocks=table, sample=True),)))
+    assert len(codec.encode(Step((Slice(1000, (DRAWN,), (*table, 1000), True, fresh=False),)))) == 10
 
 
 @pytest.mark.engine

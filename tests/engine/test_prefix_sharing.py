@@ -1,6 +1,5 @@
 import logging
 import threading
-import time
 
 import pytest
 
@@ -9,9 +8,10 @@ pytest.importorskip("torch")
 from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError
-from tests.engine.collect import PATIENCE, make, running, submit
+from tests.engine.collect import drained, make, running, submit
 from tests.engine.reference import PROMPTS, Reference, tokenizer_of
 from tests.models import tiny_model
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.engine
 PAGE = 8
@@ -65,13 +65,6 @@ def ids(folder):
 def text(folder):
     """The text of token ids."""
     return tokenizer_of(folder).decode
-
-
-def drained(engine):
-    deadline = time.monotonic() + PATIENCE
-    while (stats := engine.stats()).free_blocks < stats.total_blocks or stats.running or stats.waiting:
-        assert time.monotonic() < deadline, stats
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "opt", "gpt_neox"])

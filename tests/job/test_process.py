@@ -178,7 +178,7 @@ async def test_a_child_dies_with_its_parent(tmp_path):
     pid = int(next_line(parent.stdout))
     assert alive(pid)
     parent.kill()
-    parent.wait()
+    parent.wait(PATIENCE)
     parent.stdout.close()
     await until(lambda: not alive(pid))
 

@@ -15,7 +15,7 @@ from mii_hpc.errors import SubmissionError
 from mii_hpc.schedulers import JobState
 from mii_hpc.schedulers.local import LocalJob
 from tests.submitting import submitted
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 MPIEXEC = """#!/bin/sh
 [ "$1" = --version ] && echo "mpiexec (OpenRTE) 4.1.4" && exit
@@ -145,7 +145,7 @@ def running(tmp_path):
     process = subprocess.Popen(["sh", "-c", "read _", "running", str(tmp_path)], stdin=subprocess.PIPE)
     yield process, LocalJob(str(process.pid), socket.gethostname(), tmp_path)
     process.kill()
-    process.wait()
+    process.wait(PATIENCE)
 
 
 def test_a_local_job_goes_by_its_process(running, tmp_path):
@@ -156,7 +156,7 @@ def test_a_local_job_goes_by_its_process(running, tmp_path):
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert job.state().phase == "gone", "a zombie is dead"
-    process.wait()
+    process.wait(PATIENCE)
     assert job.state().phase == "gone"
 
 
@@ -165,5 +165,5 @@ def test_cancelling_a_local_job(running, tmp_path):
     LocalJob(job.id, job.host, tmp_path / "other").cancel()
     assert job.state().phase == "running", "somebody else's process is left alone"
     job.cancel()
-    assert process.wait(10) == -signal.SIGTERM
+    assert process.wait(PATIENCE) == -signal.SIGTERM
     job.cancel()

@@ -14,9 +14,19 @@ def create_backend(name: str, cache: PagedCache) -> AttentionBackend:
 
     Raises ConfigError if the one named does not work here.
     """
+    if cache.device.type == "cuda" and name in ("auto", "triton"):
+        try:
+            from mii_hpc.engine.attention.triton import TritonAttention
+        except ImportError as error:
+            if name == "triton":
+                raise ConfigError(f"attention='triton': {error}") from error
+        else:
+            return TritonAttention(cache)
     backend = CpuAttention.create(cache) if name in ("auto", "cpu") else None
     if backend is not None:
         return backend
-    if name not in ("auto", "gather"):
-        raise ConfigError(f"attention='{name}': takes a CPU, a C++ compiler, and dtype float32 or bfloat16")
+    if name == "triton":
+        raise ConfigError("attention='triton': takes a GPU")
+    if name == "cpu":
+        raise ConfigError("attention='cpu': takes a CPU, a C++ compiler, and dtype float32 or bfloat16")
     return GatherAttention(cache)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from mii_hpc.engine.attention.base import LayerAttention
 from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
 from mii_hpc.engine.step import Slice, Step
 
@@ -76,6 +78,8 @@ class GatherAttention:
     """Sequences decode together, padded to the longest of their group. A group ends where the padding of its shortest
     would exceed this factor."""
 
+    reads_in_place = False
+
     def __init__(self, cache: PagedCache) -> None:
         self._cache = cache
         self._layout: _Layout | None = None
@@ -98,9 +102,14 @@ class GatherAttention:
 
     def prepare_decode(self, slots: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> None:
         """Lay out one token per sequence, on the device."""
-        self._layout = _Layout(slots, [DecodeGroup(slice(0, len(slots)), tables, lengths)], [])
+        group = DecodeGroup(slice(0, len(slots)), tables.long(), lengths.long())
+        self._layout = _Layout(slots.long(), [group], [])
 
-    def attend(
+    def layer(self, number: int) -> LayerAttention:
+        """Return what the layer of that number is to attend through."""
+        return partial(self._attend, number)
+
+    def _attend(
         self,
         layer: int,
         query: torch.Tensor,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from mii_hpc.engine.attention.base import AttentionBackend
+from mii_hpc.engine.attention.base import AttentionBackend, LayerAttention
 from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.errors import ConfigError
 
@@ -21,8 +22,8 @@ def attach(module: nn.Module, backend: AttentionBackend) -> None:
     """Let all attention layers of a module attend through a back end; the module keeps it alive."""
     AttentionInterface.register(NAME, _attend)
     for part in module.modules():
-        if hasattr(part, "layer_idx"):
-            setattr(part, ATTRIBUTE, backend)
+        if isinstance(number := getattr(part, "layer_idx", None), int):
+            setattr(part, ATTRIBUTE, backend.layer(number))
     module.set_attn_implementation(NAME)  # type: ignore[operator]
 
 
@@ -67,14 +68,15 @@ def _attend(
         raise ConfigError("attention with a mask of the model's own is not supported")
     if position_bias is not None:
         raise ConfigError("attention with position_bias is not supported")
-    backend: AttentionBackend = getattr(module, ATTRIBUTE)
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: LayerAttention = getattr(module, ATTRIBUTE)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return backend.attend(layer, query, key, value, scaling, sliding_window, softcap, s_aux)[None], None
+    return layer(query, key, value, scaling, sliding_window, softcap, s_aux)[None], None
 
 
 class _Probe:
     """Notes each layer's shape. A forward pass of one sequence needs no cache."""
+
+    reads_in_place = False
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
@@ -85,7 +87,11 @@ class _Probe:
     def prepare_decode(self, slots: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> None:
         """There is nothing to prepare."""
 
-    def attend(
+    def layer(self, number: int) -> LayerAttention:
+        """Return what notes the shape of a layer."""
+        return partial(self._attend, number)
+
+    def _attend(
         self,
         layer: int,
         query: torch.Tensor,

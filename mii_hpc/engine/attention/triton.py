@@ -2,9 +2,9 @@
 
 One launch attends for all packed tokens of a layer, decodes and prefill chunks alike. A program takes a tile of rows,
 which are the query heads that share one key head, of one or several tokens of one sequence, and goes through the keys
-that they see. Where few sequences decode, several programs share the keys of one tile; the last of them to finish
-merges what they found. All that differs from step to step is read on the device, so that a CUDA graph of a decode step
-depends on the number of sequences alone.
+that they see. Where few sequences decode, several programs share the keys of one tile, and a second launch merges what
+they found: measured on an H100, that is faster than to have the last of them do it. All that differs from step to step
+is read on the device, so that a CUDA graph of a decode step depends on the number of sequences alone.
 
 Triton's interpreter runs the same kernels on CPU, for tests (TRITON_INTERPRET=1 before this module is imported).
 """
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from mii_hpc.engine.attention.base import LayerAttention
     from mii_hpc.engine.blocks import PagedCache
     from mii_hpc.engine.step import Step
 
@@ -33,6 +34,9 @@ SEARCHED = tl.constexpr(128)
 
 PROGRAMS_PER_PROCESSOR = 4
 """Keys are split until so many programs run for each streaming multiprocessor."""
+
+LEAST_BLOCKS = 4
+"""A program takes so many blocks of keys at least: to merge costs more than what a finer split would win."""
 
 
 @dataclass
@@ -55,6 +59,11 @@ class Batch:
     tables: torch.Tensor
     query_starts: torch.Tensor | None = None
     split: bool = True
+
+    def become(self, other: Batch) -> None:
+        """Be that of another step."""
+        self.slots, self.lengths, self.tables = other.slots, other.lengths, other.tables
+        self.query_starts, self.split = other.query_starts, other.split
 
     @classmethod
     def of(cls, step: Step, page_size: int, device: torch.device) -> Batch:
@@ -90,18 +99,19 @@ class Batch:
 
 
 class TritonAttention:
-    """Attends over one cache, for all its layers."""
+    """See AttentionBackend. Attends over one cache, for all its layers."""
 
-    def __init__(self, cache: PagedCache, max_sequences: int) -> None:
-        """Serve steps of up to so many sequences."""
+    reads_in_place = True
+
+    def __init__(self, cache: PagedCache) -> None:
         self._cache = cache
-        key_heads = max(keys.shape[2] for keys in cache.keys)
-        self._counters = torch.zeros(max_sequences * key_heads, dtype=torch.int32, device=cache.keys[0].device)
-        self._batch: Batch | None = None
+        nothing = torch.zeros(0, dtype=torch.int32, device=cache.device)
+        # One for all layers, and always the same: a compiled layer looks for it where it was.
+        self._batch = Batch(nothing, nothing, nothing[None])
 
     def prepare(self, step: Step) -> None:
         """Lay out the next forward pass. Done once per step, for all layers."""
-        self._batch = Batch.of(step, self._cache.page_size, self._counters.device)
+        self._batch.become(Batch.of(step, self._cache.page_size, self._cache.device))
 
     def prepare_decode(self, slots: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor) -> None:
         """Lay out one token each of several sequences; all that is said of them is on the device already.
@@ -109,11 +119,21 @@ class TritonAttention:
         `slots` [sequences] are where their keys and values go, `tables` [sequences, blocks] may be wider than any
         sequence needs at no cost, and `lengths` [sequences] count the new token.
         """
-        self._batch = Batch(slots, lengths, tables)
+        self._batch.become(Batch(slots, lengths, tables))
 
-    def attend(
+    def layer(self, number: int) -> LayerAttention:
+        """Return what the layer of that number is to attend through."""
+        return _Layer(self._cache.keys[number], self._cache.values[number], self._batch)
+
+
+class _Layer:
+    """Attends over the cache of one layer. Has no number: all layers are alike to torch.compile, and compiled once."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, batch: Batch) -> None:
+        self.keys, self.values, self.batch = keys, values, batch
+
+    def __call__(
         self,
-        layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -122,16 +142,14 @@ class TritonAttention:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return `paged_attention` over the cache of a layer."""
-        batch = self._batch
-        assert batch is not None
+        """Return `paged_attention` over the cache of this layer."""
+        batch = self.batch
         output: torch.Tensor = paged_attention(
             query,
             key,
             value,
-            self._cache.keys[layer],
-            self._cache.values[layer],
-            self._counters,
+            self.keys,
+            self.values,
             batch.slots,
             batch.lengths,
             batch.tables,
@@ -145,14 +163,13 @@ class TritonAttention:
         return output
 
 
-@torch.library.custom_op("mii_hpc::paged_attention", mutates_args=("keys", "values", "counters"))
+@torch.library.custom_op("mii_hpc::paged_attention", mutates_args=("keys", "values"))
 def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    counters: torch.Tensor,
     slots: torch.Tensor,
     lengths: torch.Tensor,
     tables: torch.Tensor,
@@ -171,7 +188,7 @@ def paged_attention(
     write(key, value, keys, values, slots)
     output = query.new_empty(*query.shape[:2], values.shape[3])
     batch = Batch(slots, lengths, tables, query_starts, split)
-    attend(query, keys, values, output, batch, counters, scaling, window, softcap, sinks)
+    attend(query, keys, values, output, batch, scaling, window, softcap, sinks)
     return output
 
 
@@ -212,7 +229,6 @@ def attend(
     values: torch.Tensor,
     output: torch.Tensor,
     batch: Batch,
-    counters: torch.Tensor | None = None,
     scaling: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -225,9 +241,6 @@ def attend(
     it and itself, or as many of the last ones as the `window` says. Scores are scaled by `scaling` (by default
     key size ** -0.5), then capped to `softcap` * tanh(score / softcap); `sinks` [heads] are scores of a key without
     a value, which every token sees.
-
-    `counters` are as many zeros (int32) as there are sequences times key heads; they are zeros again afterwards, and
-    launches that run at the same time need their own.
     """
     tokens, heads, key_size = query.shape
     page_size, key_heads, value_size = values.shape[1:]
@@ -238,11 +251,8 @@ def attend(
     query = _dense_rows(query)
     if plan is None:
         plan = Plan.of(query, values, sequences, key_heads, decode, batch.split)
-    fused = counters is not None
     partials = lse = output
     if plan.splits > 1:
-        if counters is not None and counters.numel() < sequences * key_heads:
-            raise ValueError(f"{counters.numel()} counters are too few for {sequences} sequences")
         partials = output.new_empty(sequences, heads, plan.splits, value_size, dtype=torch.float32)
         lse = output.new_empty(sequences, heads, plan.splits, dtype=torch.float32)
     tiles = sequences if decode else tokens // (plan.rows // group) + sequences
@@ -258,7 +268,6 @@ def attend(
         output if sinks is None else sinks,
         partials,
         lse,
-        lse if counters is None else counters,
         sequences,
         batch.tables.stride(0),
         query.stride(0),
@@ -275,7 +284,6 @@ def attend(
         PAGE=page_size,
         DECODE=decode,
         SPLIT=plan.splits > 1,
-        FUSED=fused,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         SINKS=sinks is not None,
@@ -286,7 +294,7 @@ def attend(
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
-    if plan.splits > 1 and not fused:
+    if plan.splits > 1:
         _merge_kernel[(heads, sequences)](
             output,
             starts,
@@ -322,7 +330,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     splits: int = 1
-    least: int = 1
+    least: int = LEAST_BLOCKS
 
     @classmethod
     def of(
@@ -410,7 +418,7 @@ def _write_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "query_starts", "lengths", "tables", "counters", "sequences", "table_stride", "splits", "least", "window"
+        "query_starts", "lengths", "tables", "sequences", "table_stride", "splits", "least", "window"
     ]
 )  # fmt: skip
 def _attention_kernel(
@@ -424,7 +432,6 @@ def _attention_kernel(
     sinks: tl.tensor,
     partials: tl.tensor,
     lse: tl.tensor,
-    counters: tl.tensor,
     sequences: tl.tensor,
     table_stride: tl.tensor,
     query_token_stride: tl.tensor,
@@ -441,7 +448,6 @@ def _attention_kernel(
     PAGE: tl.constexpr,
     DECODE: tl.constexpr,
     SPLIT: tl.constexpr,
-    FUSED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -531,21 +537,6 @@ def _attention_kernel(
         place = (part + split).to(tl.int64) * VALUE_SIZE
         tl.store(partials + place[:, None] + value_size[None, :], result, mask=shown)
         tl.store(lse + part + split, top + tl.log2(safe_total), mask=real)
-        if FUSED:
-            # All threads have stored before the one counts, and none reads before it has.
-            tl.debug_barrier()
-            counter = counters + sequence * KEY_HEADS + key_head
-            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == used - 1:
-                tl.store(counter, 0)
-                if GROUP <= 8:
-                    # All of them load at once.
-                    for member in tl.static_range(GROUP):
-                        _merge(output, partials, lse, packed, sequence, key_head * GROUP + member, KEY_HEADS * GROUP,
-                               used, splits, VALUE_SIZE, VALUE_BLOCK)  # fmt: skip
-                else:
-                    for member in range(GROUP):
-                        _merge(output, partials, lse, packed, sequence, key_head * GROUP + member, KEY_HEADS * GROUP,
-                               used, splits, VALUE_SIZE, VALUE_BLOCK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["query_starts", "lengths", "splits", "least", "window"])
@@ -708,15 +699,13 @@ def _merge(
     split = tl.arange(0, MOST_SPLITS)
     value_size = tl.arange(0, VALUE_BLOCK)
     part = (sequence * heads + head) * splits + split
-    # Other programs wrote these during this launch: not from the first cache.
-    weight = tl.load(lse + part, mask=split < used, other=float("-inf"), cache_modifier=".cg")
+    weight = tl.load(lse + part, mask=split < used, other=float("-inf"))
     weight = tl.exp2(weight - tl.max(weight, 0))
     weight = weight / tl.sum(weight, 0)
     found = tl.load(
         partials + part.to(tl.int64)[:, None] * VALUE_SIZE + value_size[None, :],
         mask=(split < used)[:, None] & (value_size < VALUE_SIZE)[None, :],
         other=0.0,
-        cache_modifier=".cg",
     )
     result = tl.sum(found * weight[:, None], 0)
     out = (packed.to(tl.int64) * heads + head) * VALUE_SIZE + value_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from mii_hpc.engine import processor
 from mii_hpc.engine.attention.interface import measure_layers
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
+from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.sharding import check_sharding, load_shard, shard
 from mii_hpc.engine.model.weights import refuse_missing
@@ -59,7 +61,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     dtype = _dtype(model, config, device)
     progress(f"loading {model.model_name_or_path} in {str(dtype).removeprefix('torch.')} on {device}")
     if spec.world_size == 1:
-        module = shard(_load_whole(model, dtype), 1, dtype)
+        module = _load_alone(model, config, dtype, device, progress)
     else:
         _architecture(config).check_tensor_parallel(spec.world_size)
         check_sharding(config, spec.world_size)
@@ -67,6 +69,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         module = load_shard(model, config, dtype, spec.world_size, device, progress)
     module.eval().requires_grad_(False)
     pack_linears(module)
+    replace_linears(module)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     layers = measure_layers(module, device)
     progress(f"loaded: {weights / 2**30:.2f} GiB of weights on rank {spec.rank}")
@@ -133,6 +136,17 @@ def _eos_token_ids(model: ModelConfig, config: Any) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def _load_alone(
+    model: ModelConfig, config: Any, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> nn.Module:
+    if device.type == "cuda":
+        # Straight to the device, where the checkpoint has each parameter as it is; else transformers says what is
+        # wrong.
+        with suppress(ConfigError):
+            return load_shard(model, config, dtype, 1, device, progress)
+    return shard(_load_whole(model, dtype), 1, dtype)
 
 
 def _load_whole(model: ModelConfig, dtype: torch.dtype) -> nn.Module:

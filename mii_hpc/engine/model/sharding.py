@@ -123,13 +123,17 @@ def load_shard(
     sources = checkpoint.names(module)
     module = shard(module, ranks, dtype)
     refuse_missing(model, [name for name in shapes if name not in sources])
+    kept: dict[str, nn.Parameter] = {}
     modules = [(name, part) for name, part in module.named_modules() if part._parameters]
     for done, (name, part) in enumerate(modules, start=1):
         whole = {}
         for leaf, parameter in part._parameters.items():
-            if parameter is not None:
-                full_name = f"{name}.{leaf}"
-                tensor = checkpoint.read(sources[full_name])
+            full_name = f"{name}.{leaf}"
+            if ranks == 1 and sources.get(full_name) in kept:
+                # Such as a head that is tied to the embeddings. Where there are shares, DeepSpeed cuts the two apart.
+                part._parameters[leaf] = kept[sources[full_name]]
+            elif parameter is not None:
+                tensor = checkpoint.read(sources[full_name], device)
                 if tensor.shape != shapes[full_name]:
                     raise ConfigError(
                         f"the checkpoint {model.model_name_or_path} has {full_name} as "
@@ -137,6 +141,7 @@ def load_shard(
                     )
                 whole[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         _fill(part, whole, device, name)
+        kept |= {sources[f"{name}.{leaf}"]: part._parameters[leaf] for leaf in whole}
         if done % max(1, len(modules) // 10) == 0:
             progress(f"{done} of {len(modules)} layers loaded")
     return module
@@ -154,8 +159,9 @@ def _fill(part: nn.Module, whole: dict[str, nn.Parameter], device: torch.device,
         if empty is None or parameter.shape != empty.shape:
             raise ConfigError(f"DeepSpeed's shard of {name} cannot be loaded: use tensor_parallel=1")
         share = parameter.data.to(device).contiguous()
-        # What DeepSpeed does not cut is still the file's own memory; what it cuts may be a view of the whole tensor.
-        if share.data_ptr() == read[leaf] or share.untyped_storage().nbytes() > share.nbytes:
+        # On CPU, what DeepSpeed does not cut is still the file's own memory; what it cuts may be a view of the whole.
+        is_mapped = device.type == "cpu" and share.data_ptr() == read[leaf]
+        if is_mapped or share.untyped_storage().nbytes() > share.nbytes:
             share = share.clone()
         part._parameters[leaf] = nn.Parameter(share, requires_grad=False)
 

@@ -86,7 +86,7 @@ class Relay:
         return grpc.unary_unary_rpc_method_handler(ask)
 
     def _error_of(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> MIIError:
-        if wire.is_lost(failure):  # before the rank's supervisor could say that its engine is gone
+        if wire.is_lost(failure):  # before the rank's supervisor could report the end of its engine
             self._on_broken(replica.index, replica.epoch, "its connection broke")
             return self._interrupted(replica)
         error = wire.error_of(failure)

@@ -67,7 +67,7 @@ class Sequences:
             for tensors in (self.keys, self.values)
         )
         query = torch.cat([queries[layer] for queries in self.queries])
-        return backend.attend(layer, query, key, value, sinks=self.sinks if sinks else None, **options)
+        return backend.layer(layer)(query, key, value, sinks=self.sinks if sinks else None, **options)
 
     def expected(self, layer, scaling=None, window=None, softcap=None, sinks=False):
         outputs = []

@@ -176,7 +176,6 @@ class Scene:
             padded.to(DEVICE, integers),
             None if case.decode else torch.tensor(starts, device=DEVICE, dtype=integers),
         )
-        self.counters = torch.zeros(len(totals) * case.key_heads, dtype=torch.int32, device=DEVICE)
 
 
 def dense(case, query, key, value, sinks):
@@ -216,22 +215,6 @@ def test_it_attends_as_the_dense_reference(kernels, case):
         scene.values,
         output,
         scene.batch,
-        scene.counters,
-        0.3,
-        case.window,
-        case.softcap,
-        scene.sinks,
-        plan,
-    )
-    assert_close(output, scene, case)
-    assert not scene.counters.any()
-    kernels.attend(
-        scene.query,
-        scene.keys,
-        scene.values,
-        output.fill_(torch.nan),
-        scene.batch,
-        None,
         0.3,
         case.window,
         case.softcap,
@@ -260,7 +243,7 @@ def test_the_operation_writes_and_attends_also_when_compiled_around(kernels, nam
 
     def compute(scene):
         batch = scene.batch
-        tensors = (scene.query, scene.key, scene.value, scene.keys, scene.values, scene.counters)
+        tensors = (scene.query, scene.key, scene.value, scene.keys, scene.values)
         places = (scene.slots, batch.lengths, batch.tables, batch.query_starts)
         return kernels.paged_attention(*tensors, *places, scaling=0.3) * 1
 

@@ -82,6 +82,9 @@ async def test_without_tls_or_with_another_certificate_there_is_no_connection(de
 async def test_a_rotated_token_opens_nothing(deploy):
     deployment = await deploy(echo_delay=0.01)
     old = credentials.load_owner(deployment.run)
+    others = [deployment.client(), deployment.client()]
+    for client in others:
+        await client.generate("x")
     running = asyncio.create_task(deployment.client().generate("a", max_new_tokens=50))
     await until(lambda: not deployment.is_idle())
     assert (await answer_to(deployment.address, Method.ROTATE_TOKEN, old.token, old.certificate)) is (
@@ -92,3 +95,4 @@ async def test_a_rotated_token_opens_nothing(deploy):
     assert (await running)[0].generated_length == 50, "what was admitted goes on"
     assert credentials.load_owner(deployment.run).token != old.token
     await deployment.client().generate("x")
+    await others[0].generate("x"), await others[1].status()

@@ -31,7 +31,7 @@ class OwnProcess(Deployment):
 
     async def stop_balancer(self):
         self.process.kill()
-        self.process.wait()
+        self.process.wait(PATIENCE)
         self.reserved.close()
 
 
@@ -43,7 +43,7 @@ async def test_a_new_balancer_adopts_the_running_engines(deploy):
     await until(lambda: [stats.running for stats in deployment.stats()[:2]] == [3, 3])
     heartbeat = deployment.registry.get("chat").heartbeat
     deployment.process.kill()
-    deployment.process.wait()
+    deployment.process.wait(PATIENCE)
     with pytest.raises(UnavailableError) as failure:
         await running
     assert [type(error) for error in failure.value.responses] == [UnavailableError] * 6

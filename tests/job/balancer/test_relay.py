@@ -6,6 +6,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
+from tests.waiting import PATIENCE
 
 
 async def test_bytes_pass_through_unread(deploy):
@@ -14,7 +15,9 @@ async def test_bytes_pass_through_unread(deploy):
     owner = credentials.load_owner(deployment.run)
     for payload in (b"garbage", b"\xff" * 10_000):
         async with transport.open_channel(deployment.address, owner) as channel:
-            call = channel.unary_stream(Method.GENERATE)(payload, metadata=transport.authorization(owner), timeout=5)
+            call = channel.unary_stream(Method.GENERATE)(
+                payload, metadata=transport.authorization(owner), timeout=PATIENCE
+            )
             with pytest.raises(grpc.aio.AioRpcError) as failure:
                 await call.read()
         error = wire.error_of(failure.value)

@@ -1,5 +1,7 @@
 import asyncio
 
+from tests.waiting import PATIENCE
+
 
 async def test_status_answers_while_a_replica_is_lost(deploy):
     deployment = await deploy(replica_num=2)
@@ -7,5 +9,5 @@ async def test_status_answers_while_a_replica_is_lost(deploy):
     asking = asyncio.gather(*(deployment.client().status() for _ in range(20)))
     await asyncio.sleep(0)
     await lost.close()
-    answers = await asyncio.wait_for(asking, 10)
+    answers = await asyncio.wait_for(asking, PATIENCE)
     assert all(status.replicas[0].load is not None for status in answers)

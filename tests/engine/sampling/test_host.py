@@ -5,7 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mii_hpc.config import GenerateParamsConfig  # noqa: E402
-from mii_hpc.engine.sampling import CANDIDATES, Sampler, choose  # noqa: E402
+from mii_hpc.engine.sampling.base import Sampler  # noqa: E402
+from mii_hpc.engine.sampling.host import CANDIDATES, choose  # noqa: E402
 
 pytestmark = pytest.mark.engine
 SAMPLES = 2000

@@ -1,0 +1,83 @@
+"""The layers of a model through torch.compile, for decode steps that are captured as CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mii_hpc.engine.extensions import extensions_folder
+
+_log = logging.getLogger(__name__)
+
+TUNED = {"coordinate_descent_tuning": True}
+RECOMPILE_LIMIT = 64
+"""Layers of several kinds, each for several numbers of sequences, share the code of one class."""
+
+
+class CompiledLayers:
+    """What is the same in each layer is compiled once: norms, rotations, activations and sums become a few kernels.
+
+    Attention and the sums over ranks are operators of ours, which stay as they are. Measured on an H100 with Llama 3 8B
+    in bfloat16, attention left out: a step of one sequence takes 5.6 ms instead of 8.1, of 64 6.9 instead of 9.4.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Take the layers of a module: those of its lists of modules that attend."""
+        self._layers = [
+            layer
+            for modules in module.modules()
+            if isinstance(modules, nn.ModuleList)
+            for layer in modules
+            if any(isinstance(getattr(part, "layer_idx", None), int) for part in layer.modules())
+        ]
+        self._plain = [layer.forward for layer in self._layers]
+        self._many = [_compile(forward) for forward in self._plain]
+        # A product with a single row is worth a search for the best kernel, and a kernel of its own.
+        self._single = [_compile(forward, dynamic=False, options=TUNED) for forward in self._plain]
+
+    @contextmanager
+    def used(self, size: int) -> Iterator[None]:
+        """Within this context the module computes a step of so many sequences by compiled layers."""
+        start = time.perf_counter()
+        with _compiler():
+            self._put(self._single if size == 1 else self._many)
+            try:
+                yield
+            finally:
+                self._put(self._plain)
+        if (seconds := time.perf_counter() - start) > 1:
+            _log.info("compiled the layers for %d sequences in %.1f s", size, seconds)
+
+    def _put(self, forwards: list[Any]) -> None:
+        for layer, forward in zip(self._layers, forwards, strict=True):
+            layer.forward = forward
+
+
+def _compile(forward: Any, **options: Any) -> Any:
+    return torch.compile(forward, fullgraph=True, **options)
+
+
+@contextmanager
+def _compiler() -> Iterator[None]:
+    """Within this context torch.compile works for us: what it makes stays on this host, and it starts no processes."""
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = before or str(extensions_folder() / "inductor")
+    try:
+        with (
+            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+            torch._inductor.config.patch(compile_threads=1),
+        ):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]

@@ -1,0 +1,131 @@
+"""Linear layers on a GPU: plain products, those of the same rows in one, and the sum over the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.nn.functional import linear
+
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that, side by side in one module, have the same input in most architectures. A product with all their weights
+at once reads them faster: on an H100, 2.8 TB/s where a key projection of an 8B model alone is read at 1.0."""
+
+
+class Linear(nn.Module):
+    """A linear layer, or a rank's share of one whose products are added up over the ranks of a replica."""
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, group: str | None = None, inputs: slice | None = None
+    ) -> None:
+        """With a `group` its ranks' products are added up before the bias is; `inputs` are those of this rank."""
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._group = group
+        self._inputs = inputs
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for rows [..., inputs]."""
+        if self._inputs is not None:
+            rows = rows[..., self._inputs]
+        if self._group is None:
+            return linear(rows, self.weight, self.bias)
+        output = linear(rows, self.weight)
+        all_reduce(output, self._group)
+        return output if self.bias is None else output + self.bias
+
+
+class MergedLinear(nn.Module):
+    """Several linear layers whose weights lie in one."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        weights: list[torch.Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+        self.sizes = [len(weight) for weight in weights]
+        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if layers[0].bias is not None:
+            biases: list[torch.Tensor] = [layer.bias for layer in layers]  # type: ignore[misc]
+            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.rows: torch.Tensor | None = None
+        self.outputs: tuple[torch.Tensor, ...] = ()
+
+
+class Part(nn.Module):
+    """One of the layers that are merged. The first that sees certain rows computes for all of them."""
+
+    def __init__(self, merged: MergedLinear, number: int) -> None:
+        super().__init__()
+        self._merged = merged
+        self._number = number
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return this layer's output for rows [..., inputs]."""
+        merged = self._merged
+        if merged.rows is not rows:
+            merged.rows = rows
+            product = linear(rows, merged.weight, merged.bias)
+            merged.outputs = torch.split(product, merged.sizes, dim=-1)
+        output = merged.outputs[self._number]
+        if self._number == len(merged.sizes) - 1:
+            # In most architectures nobody asks again, and the memory is wanted.
+            merged.rows, merged.outputs = None, ()
+        return output
+
+
+@torch.library.custom_op("mii_hpc::all_reduce", mutates_args=("rows",))
+def all_reduce(rows: torch.Tensor, group: str) -> None:
+    """Add up the ranks' rows, in place. An operator of our own, because torch.compile leaves it as it is."""
+    dist.all_reduce(rows, group=_resolve_process_group(group))  # type: ignore[arg-type]
+
+
+@all_reduce.register_fake
+def _(rows: torch.Tensor, group: str) -> None:
+    return None
+
+
+def replace_linears(module: nn.Module) -> None:
+    """Replace the linear layers of a module on a GPU, also those that DeepSpeed has put there, one module at a time."""
+    for part in [part for part in module.modules() if part._modules]:
+        for name, child in list(part._modules.items()):
+            plain = _plain(child)
+            if plain is not None:
+                setattr(part, name, plain)
+        for names in MERGED:
+            layers = [part._modules.get(name) for name in names]
+            if _merge(layers):
+                merged = MergedLinear(layers)  # type: ignore[arg-type]
+                for number, name in enumerate(names):
+                    setattr(part, name, Part(merged, number))
+
+
+def _merge(layers: list[nn.Module | None]) -> bool:
+    """Return whether layers are plain ones that can be merged."""
+    plain = [layer for layer in layers if type(layer) is Linear and layer._group is None]
+    return (
+        len(plain) == len(layers)
+        and len({layer.weight.shape[1] for layer in plain}) == 1
+        and len({layer.bias is None for layer in plain}) == 1
+    )
+
+
+def _plain(layer: Any) -> Linear | None:
+    """Return the same layer as ours, or None if it is to stay as it is."""
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
+
+    weight = None if layer is None else layer._parameters.get("weight")
+    if weight is None or not weight.is_cuda or not weight.numel():
+        return None
+    # These and none that are derived from them, which may do something else.
+    kind = type(layer)
+    if kind is nn.Linear or (kind is LinearLayer and not layer.gather_output):
+        return Linear(weight, layer.bias)
+    if kind is LinearAllreduce:
+        return Linear(weight, layer.bias, layer.mp_group.group_name)
+    if kind is LmHeadLinearAllreduce:
+        first = sum(layer._partition_sizes[: layer.tp_index])
+        return Linear(weight, layer.bias, layer.mp_group.group_name, slice(first, first + layer.weight.shape[1]))
+    return None

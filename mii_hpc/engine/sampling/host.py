@@ -1,0 +1,164 @@
+"""Draws tokens with torch, and has them at once: works everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
+from mii_hpc.engine.step import Step
+
+# Most nuclei are small, so sorting the most likely tokens is enough; rows that need more are sorted whole.
+CANDIDATES = 128
+
+
+class HostSampling:
+    """See SamplingBackend."""
+
+    lag = 0
+
+    def __init__(self, drawn: torch.Tensor) -> None:
+        """Draw on any device; the tokens `drawn` are not kept there, for the next step is told them."""
+
+    def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
+        """Draw, and return what is done already."""
+        if step.num_samples == len(step.slices):
+            return _Drawn([*choose(logits, samplers)])
+        finite = logits.amax(dim=-1).isfinite().tolist()
+        choices = [None if is_finite else Choice(None) for is_finite in finite]
+        rows = [row for row, part in enumerate(step.slices) if part.sample]
+        if rows:
+            for row, choice in zip(rows, choose(logits[rows], [samplers[row] for row in rows]), strict=True):
+                choices[row] = choice
+        return _Drawn(choices)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    choices: list[Choice | None]
+
+    def wait(self) -> list[Choice | None]:
+        """Return them."""
+        return self.choices
+
+
+def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
+    """Return a choice for each row of `logits` [rows, vocabulary], and note it in its sampler."""
+    logits = logits.float()
+    highest, best = logits.max(dim=-1)
+    # A NaN anywhere makes the maximum one.
+    finite = [math.isfinite(value) for value in highest.tolist()]
+    tokens: list[int] = best.tolist()
+    if not all(sampler.is_plain for sampler in samplers):
+        _choose_by_options(logits, samplers, finite, tokens)
+    logprobs = _logprobs(logits, samplers, tokens)
+    for sampler, token, is_finite in zip(samplers, tokens, finite, strict=True):
+        sampler.advance()
+        if is_finite:
+            sampler.note(token)
+    return [
+        Choice(token, logprob) if is_finite else Choice(None)
+        for token, logprob, is_finite in zip(tokens, logprobs, finite, strict=True)
+    ]
+
+
+def _choose_by_options(
+    logits: torch.Tensor, samplers: Sequence[Sampler], finite: list[bool], tokens: list[int]
+) -> None:
+    rows = [row for row, s in enumerate(samplers) if finite[row] and not s.is_plain]
+    chosen = [samplers[row] for row in rows]
+    if not rows:
+        return
+    scores = logits[rows]
+    _penalise(scores, chosen)
+    for place, sampler in enumerate(chosen):
+        if sampler.forbidden:
+            scores[place, sampler.forbidden] = -torch.inf
+    greedy = [place for place, sampler in enumerate(chosen) if sampler.greedy]
+    for place, token in zip(greedy, scores[greedy].argmax(dim=-1).tolist(), strict=True):
+        tokens[rows[place]] = token
+    drawn = [place for place, sampler in enumerate(chosen) if not sampler.greedy]
+    if drawn:
+        picks = _draw(scores[drawn], [chosen[place] for place in drawn])
+        for place, token in zip(drawn, picks, strict=True):
+            tokens[rows[place]] = token
+
+
+def _penalise(scores: torch.Tensor, samplers: Sequence[Sampler]) -> None:
+    for row, sampler in zip(scores, samplers, strict=True):
+        if sampler.penalty != 1.0:
+            seen = sampler.seen.to(row.device)
+            row.copy_(torch.where(seen, torch.where(row < 0, row * sampler.penalty, row / sampler.penalty), row))
+
+
+def _draw(scores: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Draw a token for each row by the inverse of its cumulative distribution over the token ids."""
+    vocabulary = scores.shape[-1]
+    scores = scores / _column([s.temperature for s in samplers], scores)
+    uniform = torch.tensor([s.draw() for s in samplers], dtype=scores.dtype)[:, None]
+    # Which way a row goes depends on the row alone, so that its company cannot change its token.
+    bounded = [row for row, s in enumerate(samplers) if s.top_p < 1 or s.top_k < vocabulary]
+    if bounded:
+        floors = _floors(scores[bounded], [samplers[row] for row in bounded])
+        scores[bounded] = scores[bounded].masked_fill(scores[bounded] < floors, -torch.inf)
+    return _invert(scores.softmax(dim=-1), uniform)
+
+
+def _floors(scores: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
+    """Return the smallest score [rows, 1] that top_k and top_p leave. Tokens with equal scores stay or go together."""
+    vocabulary = scores.shape[-1]
+    few = min(CANDIDATES, vocabulary)
+    floors, found = _floors_among(scores, samplers, few)
+    wide = [row for row, is_found in enumerate(found) if not is_found]
+    if wide:
+        floors[wide], _ = _floors_among(scores[wide], [samplers[row] for row in wide], vocabulary)
+    return floors
+
+
+def _floors_among(scores: torch.Tensor, samplers: Sequence[Sampler], count: int) -> tuple[torch.Tensor, list[bool]]:
+    """Look for each row's floor among its `count` largest scores; return it, and whether it is sure to be there."""
+    vocabulary = scores.shape[-1]
+    values = scores.topk(count, dim=-1).values
+    top_k = torch.tensor([sampler.top_k for sampler in samplers], device=scores.device)[:, None]
+    top_p = _column([sampler.top_p for sampler in samplers], scores)
+    every = top_k >= vocabulary
+    kth = values.gather(-1, top_k.clamp(max=count) - 1).masked_fill(every, -torch.inf)
+    # Those that equal the last one may go on behind it.
+    sure = every | (values[:, -1:] < kth) | (count == vocabulary)
+    total = torch.where(every, scores, scores.masked_fill(scores < kth, -torch.inf)).logsumexp(dim=-1, keepdim=True)
+    reached = (values - total).exp().cumsum(dim=-1) >= top_p
+    nucleus = values.gather(-1, reached.long().argmax(dim=-1, keepdim=True))
+    is_reached = reached[:, -1:]
+    sure = sure & (is_reached | (top_p >= 1) | (count == vocabulary))
+    floors = torch.where(is_reached & (top_p < 1), torch.maximum(nucleus, kth), kth)
+    return floors, sure.squeeze(-1).tolist()
+
+
+def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> list[int]:
+    """Return for each row the first place where the cumulative mass exceeds `uniform` of its total."""
+    cumulative = mass.cumsum(dim=-1)
+    target = uniform.to(mass.device) * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Rounding can put the target at the very end, beyond the last token that has any mass.
+    last = (mass > 0).long().mul(torch.arange(mass.shape[-1], device=mass.device)).amax(dim=-1)
+    result: list[int] = torch.minimum(places, last).tolist()
+    return result
+
+
+def _logprobs(logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> list[float | None]:
+    result: list[float | None] = [None] * len(samplers)
+    rows = [row for row, sampler in enumerate(samplers) if sampler.logprobs]
+    if rows:
+        chosen = logits[rows]
+        ids = torch.tensor([[tokens[row]] for row in rows], device=logits.device)
+        values = chosen.gather(-1, ids).squeeze(-1) - chosen.logsumexp(dim=-1)
+        for row, value in zip(rows, values.tolist(), strict=True):
+            result[row] = value
+    return result
+
+
+def _column(numbers: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None]

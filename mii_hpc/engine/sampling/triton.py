@@ -1,0 +1,347 @@
+"""Draws tokens on the GPU: a kernel in Triton, for every option of a request, so that no step waits for the host.
+
+A program takes one row of logits. Neither top_k nor top_p sorts: both look for the smallest score that they leave, by
+halving the range of the scores' bits, as a radix select does. Tokens with equal scores stay or go together.
+
+Triton's interpreter runs the same kernel on CPU, for tests (TRITON_INTERPRET=1 before this module is imported).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
+from mii_hpc.engine.step import Step
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# What a row's flags mean.
+SAMPLED, GREEDY, ENDLESS, PENALISED, TOP_K, TOP_P = (tl.constexpr(1 << bit) for bit in range(6))
+# A range of scores is halved once it is sure to hold the one that is looked for; at first it is an eighth of a binade.
+FIRST_RANGE = tl.constexpr(1 << 20)
+
+PARAMETERS = 7
+"""Numbers of each row: slot, flags, top_k, temperature, top_p, penalty, and the one that decides."""
+
+
+class TritonSampling:
+    """See SamplingBackend."""
+
+    lag = 1
+
+    def __init__(self, drawn: torch.Tensor, vocabulary: int, eos_token_ids: Sequence[int]) -> None:
+        """Draw for the slots of `drawn` [slots], the tokens that are drawn last."""
+        self._drawn = drawn
+        self._ends = torch.tensor(list(eos_token_ids) or [-1], dtype=torch.int32, device=drawn.device)
+        self._vocabulary = vocabulary
+        self._seen: torch.Tensor | None = None  # [slots, vocabulary], once a penalty is asked for
+
+    def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
+        """Launch the kernel behind what computes the logits."""
+        rows = len(step.slices)
+        numbers = np.zeros((rows, PARAMETERS), dtype=np.int32)
+        floats = numbers.view(np.float32)
+        for row, (part, sampler) in enumerate(zip(step.slices, samplers, strict=True)):
+            flags = 0
+            if part.fresh and sampler.penalty != 1.0:
+                self._remember(part.slot, sampler.tokens)
+            if part.sample:
+                flags = SAMPLED.value
+                if sampler.penalty != 1.0:
+                    flags |= PENALISED.value
+                    floats[row, 5] = sampler.penalty
+                if sampler.forbidden:
+                    flags |= ENDLESS.value
+                if sampler.greedy:
+                    flags |= GREEDY.value
+                else:
+                    if sampler.top_k < self._vocabulary:
+                        flags |= TOP_K.value
+                    if sampler.top_p < 1:
+                        flags |= TOP_P.value
+                    numbers[row, 2] = sampler.top_k
+                    floats[row, 3] = LOG2_E.value / sampler.temperature
+                    floats[row, 4] = sampler.top_p
+                    floats[row, 6] = sampler.draw()
+                sampler.advance()
+            numbers[row, 0] = part.slot
+            numbers[row, 1] = flags
+        results = self._launch(logits, _upload(numbers, logits.device))
+        return _Drawing(results, [part.sample for part in step.slices], [sampler.logprobs for sampler in samplers])
+
+    def _launch(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+        """Return a token, -1 where the numbers are not finite, and the bits of its log probability, for each row."""
+        rows, vocabulary = logits.shape
+        results = torch.empty(2, rows, dtype=torch.int32, device=logits.device)
+        seen = self._drawn if self._seen is None else self._seen
+        _sample_kernel[(rows,)](
+            results,
+            self._drawn,
+            logits,
+            parameters,
+            seen,
+            self._ends,
+            logits.stride(0),
+            vocabulary,
+            len(self._ends),
+            rows,
+            PARAMETERS=PARAMETERS,
+            ZEROS={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
+            COLUMNS=min(triton.next_power_of_2(vocabulary), 16384),
+            num_warps=32 if vocabulary > 8192 else 8,
+        )
+        return results
+
+    def _remember(self, slot: int, tokens: Sequence[int]) -> None:
+        """Let the penalty of a slot's new sequence be for these tokens; the kernel adds those that are drawn."""
+        if self._seen is None:
+            shape = (len(self._drawn), self._vocabulary)
+            self._seen = torch.zeros(shape, dtype=torch.int8, device=self._drawn.device)
+        row = self._seen[slot]
+        row.zero_()
+        row[_upload(np.array(tokens, dtype=np.int64), row.device)] = 1
+
+
+class _Drawing:
+    """What a launch gives, on its way to the host."""
+
+    def __init__(self, results: torch.Tensor, sampled: Sequence[bool], logprobs: Sequence[bool]) -> None:
+        self._sampled = sampled
+        self._logprobs = logprobs
+        self._done: torch.cuda.Event | None = None
+        self._results = results
+        if results.is_cuda:
+            self._results = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            self._results.copy_(results, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def wait(self) -> list[Choice | None]:
+        """Wait for the device; see Draw."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._results[0].tolist()
+        numbers: list[float] = self._results[1].view(torch.float32).tolist()
+        return [
+            Choice(None) if token < 0 else Choice(token, logprob if wanted else None) if is_sampled else None
+            for token, logprob, is_sampled, wanted in zip(tokens, numbers, self._sampled, self._logprobs, strict=True)
+        ]
+
+
+def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+@triton.jit(do_not_specialize=["parameters", "ends", "rows", "results"])
+def _sample_kernel(
+    results: tl.tensor,
+    drawn: tl.tensor,
+    logits: tl.tensor,
+    parameters: tl.tensor,
+    seen: tl.tensor,
+    ends: tl.tensor,
+    stride: tl.tensor,
+    vocabulary: tl.tensor,
+    num_ends: tl.tensor,
+    rows: tl.tensor,
+    PARAMETERS: tl.constexpr,
+    ZEROS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    numbers = parameters + row * PARAMETERS
+    slot = tl.load(numbers).to(tl.int64)
+    flags = tl.load(numbers + 1)
+    top_k = tl.load(numbers + 2).to(tl.float32)
+    scale = tl.load(numbers + 3).to(tl.float32, bitcast=True)
+    top_p = tl.load(numbers + 4).to(tl.float32, bitcast=True)
+    penalty = tl.load(numbers + 5).to(tl.float32, bitcast=True)
+    uniform = tl.load(numbers + 6).to(tl.float32, bitcast=True)
+    logits += row.to(tl.int64) * stride
+    seen += slot * vocabulary
+
+    # The largest score and its token; the model's own largest and sum of exponentials, for the log probability.
+    best = float("-inf")
+    token = 0
+    top = float("-inf")
+    total = 0.0
+    strange = 0
+    for start in range(0, vocabulary, COLUMNS):
+        plain, scores = _scores(logits, seen, ends, start, vocabulary, num_ends, flags, penalty, COLUMNS)
+        strange += tl.sum((plain != plain).to(tl.int32), 0)
+        new_top = tl.maximum(top, tl.max(plain, 0))
+        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2((top - safe_top) * LOG2_E) + tl.sum(tl.exp2((plain - safe_top) * LOG2_E), 0)
+        top = new_top
+        highest = tl.max(scores, 0)
+        if highest > best:
+            best = highest
+            token = start + tl.argmax(scores, 0)
+    finite = (strange == 0) & (top < float("inf")) & (top > float("-inf"))
+
+    if finite & ((flags & SAMPLED) != 0) & ((flags & GREEDY) == 0):
+        # Scores as integers of the same order, without the bits that are the same in all logits of this type.
+        zeros = tl.where((flags & PENALISED) != 0, 0, ZEROS)
+        highest_key = _key(best, zeros).to(tl.int64)
+        lowest_key = tl.full([], -(2**31), tl.int64) >> zeros
+        floor = lowest_key
+        if (flags & TOP_K) != 0:
+            floor = _floor(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, 0.0, zeros, lowest_key,
+                           highest_key, top_k, COLUMNS)  # fmt: skip
+        mass = _above(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, scale, zeros, floor, COLUMNS)
+        if (flags & TOP_P) != 0:
+            floor = _floor(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, scale, zeros, floor,
+                           highest_key, top_p * mass, COLUMNS)  # fmt: skip
+            mass = _above(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, scale, zeros, floor, COLUMNS)
+        token = _invert(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, scale, zeros, floor,
+                        uniform * mass, token, COLUMNS)  # fmt: skip
+
+    tl.store(results + row, tl.where(finite, token, -1))
+    if finite & ((flags & SAMPLED) != 0):
+        own = tl.load(logits + token).to(tl.float32)
+        logprob = own - top - tl.log(total)
+        tl.store(results + rows + row, logprob.to(tl.int32, bitcast=True))
+        if (flags & PENALISED) != 0:
+            tl.store(seen + token, 1)
+    if (flags & SAMPLED) != 0:
+        # Also where there is none: the next step may have begun, and looks it up in the embeddings.
+        tl.store(drawn + slot, tl.where(finite, token, 0))
+
+
+@triton.jit
+def _scores(
+    logits: tl.tensor,
+    seen: tl.tensor,
+    ends: tl.tensor,
+    start: tl.tensor,
+    vocabulary: tl.tensor,
+    num_ends: tl.tensor,
+    flags: tl.tensor,
+    penalty: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The logits of COLUMNS tokens, and the same with penalty and forbidden tokens."""
+    index = start + tl.arange(0, COLUMNS)
+    inside = index < vocabulary
+    plain = tl.load(logits + index, mask=inside, other=float("-inf")).to(tl.float32)
+    scores = plain
+    if (flags & PENALISED) != 0:
+        was_seen = tl.load(seen + index, mask=inside, other=0) != 0
+        scores = tl.where(was_seen, tl.where(scores < 0, scores * penalty, scores / penalty), scores)
+    if (flags & ENDLESS) != 0:
+        for number in range(num_ends):
+            scores = tl.where(index == tl.load(ends + number), float("-inf"), scores)
+    return plain, scores
+
+
+@triton.jit
+def _key(scores: tl.tensor, zeros: tl.tensor) -> tl.tensor:
+    """Integers that are ordered as the scores are."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> zeros
+
+
+@triton.jit
+def _above(
+    logits: tl.tensor,
+    seen: tl.tensor,
+    ends: tl.tensor,
+    vocabulary: tl.tensor,
+    num_ends: tl.tensor,
+    flags: tl.tensor,
+    penalty: tl.tensor,
+    best: tl.tensor,
+    scale: tl.tensor,
+    zeros: tl.tensor,
+    floor: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The sum of the weights of all scores from `floor` on; with `scale` 0 it is their number."""
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, vocabulary, COLUMNS):
+        _, scores = _scores(logits, seen, ends, start, vocabulary, num_ends, flags, penalty, COLUMNS)
+        sums += _weights(scores, best, scale, zeros, floor)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _weights(scores: tl.tensor, best: tl.tensor, scale: tl.tensor, zeros: tl.tensor, floor: tl.tensor) -> tl.tensor:
+    chosen = (_key(scores, zeros) >= floor.to(tl.int32)) & (scores > float("-inf"))
+    return tl.where(chosen, tl.exp2((scores - best) * scale), 0.0)
+
+
+@triton.jit
+def _floor(
+    logits: tl.tensor,
+    seen: tl.tensor,
+    ends: tl.tensor,
+    vocabulary: tl.tensor,
+    num_ends: tl.tensor,
+    flags: tl.tensor,
+    penalty: tl.tensor,
+    best: tl.tensor,
+    scale: tl.tensor,
+    zeros: tl.tensor,
+    lowest: tl.tensor,
+    highest: tl.tensor,
+    wanted: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The largest key from which on the weights add up to `wanted`, or `lowest`."""
+    high = highest + 1
+    width = (tl.full([], FIRST_RANGE, tl.int64) >> zeros) + 1
+    low = tl.maximum(high - width, lowest)
+    while (low > lowest) & (
+        _above(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, scale, zeros, low, COLUMNS) < wanted
+    ):
+        high = low
+        width *= 8
+        low = tl.maximum(high - width, lowest)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        mass = _above(logits, seen, ends, vocabulary, num_ends, flags, penalty, best, scale, zeros, middle, COLUMNS)
+        enough = mass >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _invert(
+    logits: tl.tensor,
+    seen: tl.tensor,
+    ends: tl.tensor,
+    vocabulary: tl.tensor,
+    num_ends: tl.tensor,
+    flags: tl.tensor,
+    penalty: tl.tensor,
+    best: tl.tensor,
+    scale: tl.tensor,
+    zeros: tl.tensor,
+    floor: tl.tensor,
+    target: tl.tensor,
+    token: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The first token at which the sum of the weights so far exceeds `target`; if rounding leaves none, `token`."""
+    before = 0.0
+    start = 0
+    while start < vocabulary:
+        _, scores = _scores(logits, seen, ends, start, vocabulary, num_ends, flags, penalty, COLUMNS)
+        weights = _weights(scores, best, scale, zeros, floor)
+        here = tl.sum(weights, 0)
+        if (before + here > target) & (here > 0):
+            reached = (before + tl.cumsum(weights, 0) > target) & (weights > 0)
+            index = start + tl.arange(0, COLUMNS)
+            found = tl.min(tl.where(reached, index, vocabulary), 0)
+            last = tl.max(tl.where(weights > 0, index, 0), 0)
+            token = tl.where(found < vocabulary, found, last)
+            start = vocabulary
+        before += here
+        start += COLUMNS
+    return token

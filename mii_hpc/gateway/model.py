@@ -1,0 +1,166 @@
+"""A deployment as OpenAI's clients see it: a model that completes prompts and conversations."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Generic, TypeVar
+
+from mii_hpc.clients.asynchronous import AsyncMIIClient
+from mii_hpc.deployments.lookup import Home
+from mii_hpc.deployments.registry import Entry
+from mii_hpc.errors import MIIError
+from mii_hpc.gateway.answers import ChatShape, CompletionShape, Shape, Usage
+from mii_hpc.gateway.schema import Completion, Generation, RefusedError
+from mii_hpc.generation import Description, Prompt, Response
+
+DESCRIPTION_SECONDS = 60.0
+"""How long what is served is remembered."""
+
+T = TypeVar("T")
+
+
+class ServedModel:
+    """The model of a deployment, wherever it runs. Belongs to one event loop.
+
+    Attributes:
+        client: the client of the deployment.
+        name: the deployment's name, which is the model's name here.
+    """
+
+    def __init__(self, client: AsyncMIIClient, home: Home) -> None:
+        self.client = client
+        self.name = client.mii_config.deployment_name
+        self._home = home
+        self._description: Remembered[Description] = Remembered(client.describe, DESCRIPTION_SECONDS)
+        self._vocabulary: dict[int, bytes] = {}
+
+    async def card(self) -> dict[str, Any]:
+        """Return what /v1/models says of it."""
+        entry = self._entry()
+        return {
+            "id": entry.deployment_name,
+            "object": "model",
+            "created": int(entry.started or entry.submitted),
+            "owned_by": "mii_hpc",
+            "root": entry.model,
+            "max_model_len": (await self.description()).max_length,
+        }
+
+    async def description(self) -> Description:
+        """Return what is served."""
+        return await self._description.value()
+
+    async def is_ready(self) -> bool:
+        """Whether at least one replica can answer."""
+        try:
+            return any(replica.state == "ready" for replica in (await self.client.status()).replicas)
+        except MIIError:
+            return False
+
+    def check_name(self, name: str | None) -> None:
+        """Raise RefusedError unless the model goes by that name: the deployment's, or the one it was served by."""
+        if name is None or name == self.name:
+            return
+        entry = self._entry()
+        if name not in (entry.deployment_name, entry.model):
+            raise RefusedError(
+                f"The model '{name}' does not exist; this is '{entry.deployment_name}'", "model", 404, "model_not_found"
+            )
+
+    async def answer(self, asked: Generation) -> dict[str, Any]:
+        """Return the answers to a request, as one object. Raises MIIError."""
+        prompts, options, shape = await self._prepared(asked)
+        answers = await self.client.generate(prompts, **options)
+        await self._learn(answers)
+        return shape.whole(answers, asked, self._vocabulary)
+
+    async def chunks(self, asked: Generation) -> AsyncGenerator[dict[str, Any]]:
+        """Yield the chunks of the answers as they are made. Raises MIIError; closing it cancels the request."""
+        prompts, options, shape = await self._prepared(asked)
+        usage = Usage()
+        streams = [self.client.stream(prompt, **options) for prompt in prompts]
+        async with aclosing(_merged(streams)) as merged:
+            async for number, piece in merged:
+                index = number * asked.n + piece.index
+                usage.add(number, index, piece)
+                await self._learn([piece])
+                for chunk in shape.chunks(index, piece, asked, self._vocabulary):
+                    yield chunk | ({"usage": None} if asked.wants_usage else {})
+        if asked.wants_usage:
+            yield shape.envelope([]) | {"usage": usage.totals()}
+
+    async def _prepared(self, asked: Generation) -> tuple[list[Prompt], dict[str, Any], Shape]:
+        self.check_name(asked.model)
+        prompts = asked.prompts()
+        shape = (CompletionShape if isinstance(asked, Completion) else ChatShape)(asked.model)
+        shape.before = await self._texts_before(asked, prompts)
+        return prompts, asked.options((await self.description()).defaults), shape
+
+    async def _texts_before(self, asked: Generation, prompts: list[Prompt]) -> list[str]:
+        """Return what each answer begins with: its prompt, where the request wants it back."""
+        if not isinstance(asked, Completion) or not asked.echo:
+            return [""] * (len(prompts) * asked.n)
+        texts = [prompt if isinstance(prompt, str) else (await self.client.tokenize(prompt)).text for prompt in prompts]
+        return [text for text in texts for _ in range(asked.n)]
+
+    async def _learn(self, answers: Sequence[Response]) -> None:
+        """Learn the bytes of the tokens that are told of."""
+        told_of = {token_id for answer in answers if answer.logprobs for token_id in answer.token_ids}
+        if unknown := told_of - self._vocabulary.keys():
+            seen = await self.client.tokenize(tuple(unknown))
+            self._vocabulary.update(zip(seen.token_ids, seen.tokens, strict=True))
+
+    def _entry(self) -> Entry:
+        return self._home.get(self.name).entry
+
+
+class Remembered(Generic[T]):
+    """The result of a question that is not asked again at once; those who want it meanwhile wait for the same."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]], seconds: float) -> None:
+        self._ask, self._seconds = ask, seconds
+        self._asking = asyncio.Lock()
+        self._until = float("-inf")
+        self._result: T
+
+    async def value(self) -> T:
+        """Return the result. Raises what the question raises."""
+        async with self._asking:
+            if time.monotonic() > self._until:
+                self._result = await self._ask()
+                self._until = time.monotonic() + self._seconds
+            return self._result
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Response]]) -> AsyncGenerator[tuple[int, Response]]:
+    """Yield the pieces of all streams as they come, each with its stream's number. Closing it closes them."""
+    arrived: asyncio.Queue[tuple[int, Response | Exception | None]] = asyncio.Queue(maxsize=len(streams))
+
+    async def pump(number: int, stream: AsyncGenerator[Response]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    await arrived.put((number, piece))
+        except MIIError as error:
+            await arrived.put((number, error))
+        else:
+            await arrived.put((number, None))
+
+    tasks = [asyncio.create_task(pump(number, stream)) for number, stream in enumerate(streams)]
+    try:
+        unfinished = len(tasks)
+        while unfinished:
+            number, item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                unfinished -= 1
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

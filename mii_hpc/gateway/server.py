@@ -1,0 +1,119 @@
+"""The gateway as a server: where it listens, and whom it lets in."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from mii_hpc.clients.asynchronous import AsyncMIIClient
+from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.lookup import Home
+from mii_hpc.errors import DeploymentNotFoundError, RegistryError
+from mii_hpc.gateway.app import Gateway
+from mii_hpc.gateway.model import ServedModel
+from mii_hpc.rpc import transport
+
+TOKEN_SECONDS = 1.0
+"""How long a token is remembered after it was read from its file; so soon a rotated one opens nothing."""
+STOP_SECONDS = 3
+"""How long requests may go on when the gateway is told to end."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where to listen: at a host and port, or at a Unix socket's path; with TLS where there are key and certificate."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    path: Path | None = None
+    key: Path | None = None
+    certificate: Path | None = None
+
+
+class Keys:
+    """The tokens that open the gateway, read anew when they may have changed."""
+
+    def __init__(self, read: Callable[[], Iterable[str]]) -> None:
+        self._read = read
+        self._tokens: tuple[str, ...] = ()
+        self._until = float("-inf")
+
+    def admits(self, token: str) -> bool:
+        """Whether a token opens the gateway: the last known does while there is no deployment to be opened."""
+        if time.monotonic() > self._until:
+            try:
+                self._tokens = tuple(self._read())
+            except DeploymentNotFoundError:
+                pass
+            except RegistryError:
+                self._tokens = ()
+            self._until = time.monotonic() + TOKEN_SECONDS
+        return any(transport.same_token(token, own) for own in self._tokens)
+
+
+class Server(uvicorn.Server):
+    """A server that says where it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where. Raises OSError when the address cannot be had."""
+        await super().startup(sockets)
+        if self.config.uds:
+            self._on_start(self.config.uds)
+        else:
+            scheme = "https" if self.config.is_ssl else "http"
+            port = self.servers[0].sockets[0].getsockname()[1]
+            self._on_start(f"{scheme}://{self.config.host}:{port}")
+
+
+@contextlib.contextmanager
+def _as_many_files_as_possible() -> Iterator[None]:
+    """Let slow and idle connections, however many, not take the place of others."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def create_server(
+    name: str, home: Home, listening: Listening, on_start: Callable[[str], None], keys: Keys | None = None
+) -> Server:
+    """Return a server for the deployment of that name, wherever it runs; it follows the name through restarts.
+
+    `on_start` is told the address, once it listens. Without `keys`, the token is the one that opens the deployment to
+    this user.
+    """
+    client = AsyncMIIClient(MIIConfig(deployment_name=name, home=home.path), home=home)
+    keys = keys or Keys(lambda: [home.get(name).credentials.token])
+    config = uvicorn.Config(
+        Gateway(ServedModel(client, home), keys.admits).app(),
+        host=listening.host,
+        port=listening.port,
+        uds=str(listening.path) if listening.path else None,
+        ssl_keyfile=listening.key,
+        ssl_certfile=listening.certificate,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    return Server(config, on_start)
+
+
+def serve(name: str, home: Home, listening: Listening, on_start: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; `on_start` is told the address."""
+    with _as_many_files_as_possible():
+        create_server(name, home, listening, on_start).run()

@@ -1,0 +1,30 @@
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.waiting import eventually, next_line
+
+
+@pytest.mark.parametrize("by", ["port", "socket"])
+def test_it_answers_until_it_is_told_to_end(run, chat, tmp_path, by):
+    path = tmp_path / "face.sock"
+    where = ["--port", "0"] if by == "port" else ["--socket", str(path)]
+    command = [sys.executable, "-m", "mii_hpc", "gateway", "chat", *where]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as face:
+        while "answering at " not in (line := next_line(face.stderr)):
+            pass
+        address = line.rpartition(" ")[2].strip()
+        if by == "socket":
+            assert address == str(path)
+            transport, address = httpx.HTTPTransport(uds=str(path)), "http://face"
+        else:
+            transport = httpx.HTTPTransport()
+        key = run("env", "chat", "--json").data["OPENAI_API_KEY"]
+        with httpx.Client(base_url=address, transport=transport, headers={"authorization": f"Bearer {key}"}) as http:
+            assert http.get("/v1/models").json()["data"][0]["id"] == "chat"
+        face.send_signal(signal.SIGINT)
+        assert eventually(lambda: face.poll() is not None)
+    assert face.returncode in (0, 130, -signal.SIGINT)

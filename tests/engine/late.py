@@ -1,0 +1,27 @@
+"""Draws as on the host, but tells what it has drawn a step late, as a GPU does."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mii_hpc.engine.sampling.base import Draw, Sampler
+from mii_hpc.engine.sampling.host import HostSampling
+from mii_hpc.engine.step import Step
+
+
+class LateSampling:
+    """See SamplingBackend."""
+
+    lag = 1
+
+    def __init__(self, drawn: torch.Tensor, *_: object) -> None:
+        self._drawn = drawn
+        self._host = HostSampling(drawn)
+
+    def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
+        draw = self._host.draw(logits, step, samplers)
+        for part, choice in zip(step.slices, draw.wait(), strict=True):
+            if part.sample:
+                assert choice is not None
+                self._drawn[part.slot] = choice.token_id or 0
+        return draw

@@ -1,0 +1,120 @@
+"""Compares the kernel with what the host draws: on CUDA where it is, and else in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from mii_hpc.config import GenerateParamsConfig  # noqa: E402
+from mii_hpc.engine.sampling.base import Sampler  # noqa: E402
+from mii_hpc.engine.sampling.host import choose  # noqa: E402
+from mii_hpc.engine.step import Slice, Step  # noqa: E402
+
+pytestmark = pytest.mark.engine
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+ENDS = (3, 17)
+OPTIONS = [
+    {"do_sample": False},
+    {"top_p": 1.0},
+    {"top_p": 0.9},
+    {"top_p": 0.3, "temperature": 0.7},
+    {"top_p": 1.0, "top_k": 1},
+    {"top_p": 1.0, "top_k": 7},
+    {"top_p": 0.8, "top_k": 40, "temperature": 1.5},
+    {"top_p": 0.99, "temperature": 30.0},
+    {"top_p": 0.95, "top_k": 500, "temperature": 5.0},
+    {"do_sample": False, "repetition_penalty": 1.8},
+    {"top_p": 0.7, "repetition_penalty": 0.5},
+    {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 9},
+    {"top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 9},
+]
+
+
+@pytest.fixture
+def kernels():
+    """The module under test."""
+    if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("tested in a process of its own")
+    from mii_hpc.engine.sampling import triton
+
+    return triton
+
+
+@pytest.mark.skipif(CUDA or "TRITON_INTERPRET" in os.environ, reason="the tests themselves run here")
+def test_in_the_interpreter():
+    """It must be chosen before Triton is first imported, and another test may have done that here."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout
+
+
+def samplers(vocabulary, count, tokens=(5, 6, 7)):
+    options = [GenerateParamsConfig(logprobs=True, seed=row, **OPTIONS[row % len(OPTIONS)]) for row in range(count)]
+    return [Sampler(params, [*tokens], vocabulary, ENDS, 0) for params in options]
+
+
+def step(count, fresh=True, sample=True):
+    return Step(tuple(Slice(9, (1,), (1,), sample, slot, fresh) for slot in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [(50, torch.float32), (700, torch.float32), (700, torch.bfloat16), (700, torch.float16), (20000, torch.bfloat16)]
+    + [(128256, dtype) for dtype in (torch.float32, torch.bfloat16) if CUDA],
+)
+def test_it_draws_what_the_host_draws(kernels, vocabulary, dtype):
+    rows = len(OPTIONS) * (2 if vocabulary < 1000 or CUDA else 1)
+    drawn = torch.zeros(rows + 1, dtype=torch.int64, device=DEVICE)
+    backend = kernels.TritonSampling(drawn, vocabulary, ENDS)
+    ours, theirs = samplers(vocabulary, rows), samplers(vocabulary, rows)
+    generator = torch.Generator().manual_seed(vocabulary)
+    for number in range(3):
+        logits = (torch.randn(rows, vocabulary, generator=generator) * 3).to(dtype)
+        logits[:, ENDS[0]] = 14  # the most likely token, where it may come
+        expected = choose(logits, theirs)
+        choices = backend.draw(logits.to(DEVICE), step(rows, fresh=number == 0), ours).wait()
+        assert [choice.token_id for choice in choices] == [choice.token_id for choice in expected]
+        assert drawn[:rows].tolist() == [choice.token_id for choice in expected]
+        for choice, wanted in zip(choices, expected, strict=True):
+            assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-3)
+
+
+def test_a_slot_forgets_what_its_last_sequence_has_seen(kernels):
+    drawn = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    backend = kernels.TritonSampling(drawn, 8, ())
+    logits = torch.tensor([[0.0, 5, 4, 3, 2, 1, 0, 0]], device=DEVICE)
+
+    def one():
+        params = GenerateParamsConfig(do_sample=False, repetition_penalty=10.0)
+        return [Sampler(params, [7], 8, (), 0)]
+
+    first, second = one(), one()
+    tokens = [backend.draw(logits, step(1, fresh), first).wait()[0].token_id for fresh in (True, False, False)]
+    assert tokens == [1, 2, 3]
+    assert backend.draw(logits, step(1), second).wait()[0].token_id == 1
+
+
+def test_numbers_that_are_not_finite_give_no_token_and_one_that_exists(kernels):
+    logits = torch.zeros(5, 10, device=DEVICE)
+    logits[0, 3] = torch.nan
+    logits[1, 3] = torch.inf
+    logits[2] = -torch.inf
+    logits[3, 7] = 9
+    logits[4, 7] = torch.nan
+    drawn = torch.full((6,), 8, dtype=torch.int64, device=DEVICE)
+    for options in ({"do_sample": False}, {"top_k": 1}):
+        backend = kernels.TritonSampling(drawn.fill_(8), 10, ())
+        some = [Sampler(GenerateParamsConfig(**options), [1], 10, (), 0) for _ in range(5)]
+        slices = tuple(Slice(9, (1,), (1,), row < 4, row) for row in range(5))
+        choices = backend.draw(logits, Step(slices), some).wait()
+        assert [choice and choice.token_id for choice in choices] == [None, None, None, 7, None]
+        assert all(choices)
+        assert drawn.tolist() == [0, 0, 0, 7, 8, 8]
+        finite = backend.draw(torch.zeros(1, 10, device=DEVICE), step(1, sample=False), some[:1]).wait()
+        assert finite == [None]

@@ -1,0 +1,58 @@
+"""A gateway before a real engine, compared with transformers."""
+
+import pytest
+
+from tests.engine.reference import Reference
+from tests.models import tiny_model
+
+pytestmark = pytest.mark.engine
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+MESSAGES = [{"role": "user", "content": "Hello there"}]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def reference(llama):
+    return Reference(llama)
+
+
+@pytest.fixture
+def face(start, llama):
+    return start(model=str(llama), chat_template=TEMPLATE)
+
+
+def test_it_answers_as_transformers_does(face, api, reference):
+    def greedy(prompt, count, **options):
+        return reference.decode(reference.greedy(prompt, max_new_tokens=count, **options))
+
+    with face.http() as http:
+        expected = greedy("The quick brown fox", 16)
+        answer = api.completions.create(model="chat", prompt="The quick brown fox", temperature=0)
+        assert answer.choices[0].text == expected
+        token_ids = http.post("/tokenize", json={"prompt": "The quick brown fox"}).json()["tokens"]
+        stream = api.completions.create(model="chat", prompt=token_ids, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == expected
+        told = api.completions.create(model="chat", prompt=token_ids, temperature=0, logprobs=0, max_tokens=8)
+        logprobs = told.choices[0].logprobs
+        assert "".join(logprobs.tokens) == told.choices[0].text
+        ids = reference.greedy("The quick brown fox", max_new_tokens=8)
+        assert logprobs.token_logprobs == pytest.approx(reference.logprobs("The quick brown fox", ids), abs=1e-3)
+
+        rendered = "<s>[user] Hello there\n[assistant]"
+        seen = http.post("/tokenize", json={"messages": MESSAGES, "return_token_strs": True}).json()
+        assert ("".join(seen["token_strs"]), seen["token_strs"].count("<s>")) == (rendered, 1)
+        chat = api.chat.completions.create(model="chat", messages=MESSAGES, temperature=0, max_tokens=8)
+        same = api.completions.create(model="chat", prompt=seen["tokens"], temperature=0, max_tokens=8)
+        assert chat.choices[0].message.content == same.choices[0].text
+        assert chat.usage.prompt_tokens == seen["count"]
+
+        seeded = [
+            api.completions.create(model="chat", prompt="x", seed=seed, n=2, max_tokens=8).choices for seed in (1, 1, 2)
+        ]
+        texts = [[choice.text for choice in choices] for choices in seeded]
+        assert texts[0] == texts[1] != texts[2]

@@ -1,0 +1,146 @@
+"""The gateway's door and its own routes, as curl would use them."""
+
+import json
+import socket
+
+import httpx
+import pytest
+
+from mii_hpc.deployments import credentials
+from mii_hpc.gateway.http import MAX_BODY_BYTES
+from mii_hpc.gateway.server import TOKEN_SECONDS
+from tests.waiting import PATIENCE, eventually
+
+ROUTES = [
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/chat"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/nothing"),
+    ("GET", "//v1/models"),
+    ("GET", "/health/../v1/models"),
+]
+
+
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer wrong", "Basic {token}", "{token}", "Bearer {token}x"])
+def test_without_the_token_every_route_but_health_refuses(face, key):
+    headers = {} if key is None else {"authorization": key.format(token=face.token)}
+    with httpx.Client(base_url=face.url, headers=headers) as http:
+        for method, path in ROUTES:
+            answer = http.request(method, f"{face.url}{path}")
+            assert answer.status_code == 401, path
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert http.get("/health").status_code == 200
+
+
+def test_other_tokens_of_the_deployment_open_nothing(face):
+    run = face.threaded.deployment.run
+    for file in (run.rank_token, run.guest_token):
+        headers = {"authorization": f"Bearer {credentials.read_token(file)}"}
+        assert httpx.get(f"{face.url}/v1/models", headers=headers).status_code == 401
+
+
+def test_a_rotated_token_opens_nothing_soon(face):
+    old = {"authorization": f"Bearer {face.token}"}
+    assert httpx.get(f"{face.url}/v1/models", headers=old).status_code == 200
+    face.threaded.do(face.threaded.deployment.client().rotate_token())
+    eventually(lambda: httpx.get(f"{face.url}/v1/models", headers=old).status_code == 401, TOKEN_SECONDS + PATIENCE)
+    with face.http() as http:
+        assert http.get("/v1/models").status_code == 200
+        assert http.post("/v1/completions", json={"model": "chat", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_slashes_more_than_needed_are_tolerated(face):
+    with face.http() as http:
+        assert http.get(f"{face.url}//v1//models/").json() == http.get("/v1/models").json()
+
+
+def test_what_is_not_there_and_what_is_no_json(face):
+    with face.http() as http:
+        assert http.get("/nothing").status_code == 404
+        assert http.get("/v1/completions").status_code == 405
+        for body in (b"", b"{", b"[]", b'{"model": "chat"}', b"\xff"):
+            answer = http.post("/v1/completions", content=body)
+            assert answer.status_code == 400, body
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_beyond_the_bound_is_refused(face):
+    with face.http() as http:
+        answer = http.post("/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    assert answer.status_code == 413
+
+
+def test_tokens_and_back(start):
+    face = start(max_length=100)
+    with face.http() as http:
+        answer = http.post("/tokenize", json={"prompt": "to be", "return_token_strs": True}).json()
+        assert (answer["count"], answer["token_strs"], answer["max_model_len"]) == (2, ["to ", "be "], 100)
+        assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "to be "}
+        assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+        messages = [{"role": "user", "content": "hi"}]
+        assert http.post("/tokenize", json={"model": "chat", "messages": messages}).json()["count"] == 2
+        assert http.post("/tokenize", json={"messages": messages, "prompt": "a"}).status_code == 400
+        assert http.post("/tokenize", json={"model": "gpt", "prompt": "a"}).status_code == 404
+        assert http.get("/tokenizer_info").json()["tokenizer_class"] == "words"
+        assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 100
+
+
+def test_the_bytes_of_a_stream(face):
+    body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 1}
+    with face.http() as http:
+        answer = http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, last, rest = answer.text.split("\n\n")
+    assert (last, rest) == ("data: [DONE]", "")
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert [delta["delta"] for delta in deltas] == [{"role": "assistant", "content": ""}, {"content": "user: "}, {}]
+    assert [delta["finish_reason"] for delta in deltas] == [None, None, "length"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_request(start, stream):
+    face = start(echo_delay=0.01)
+    deployment = face.threaded.deployment
+    body = {"model": "chat", "prompt": "a", "max_tokens": 10**6, "stream": stream}
+    with face.http(timeout=httpx.Timeout(PATIENCE, read=None if stream else 0.5)) as http:
+        if stream:
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_lines())
+                assert not deployment.is_idle()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body)
+    eventually(deployment.is_idle)
+
+
+def test_many_slow_connections_do_not_stop_it(face):
+    host, port = face.url.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port))) for _ in range(300)]
+    try:
+        for connection in slow:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        with face.openai() as api:
+            assert api.completions.create(model="chat", prompt="a", max_tokens=1).choices[0].text == "a "
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_it_follows_the_name_to_another_run(start, deploy_in_thread):
+    face = start()
+    with face.openai() as api:
+        assert api.completions.create(model="chat", prompt="a", max_tokens=1).choices[0].text == "a "
+    face.threaded.do(face.threaded.deployment.stop())
+    eventually(lambda: httpx.get(f"{face.url}/health").status_code == 503)
+    again = deploy_in_thread(replica_num=1)
+    token = credentials.read_token(again.deployment.run.owner_token)
+    eventually(lambda: httpx.get(f"{face.url}/health").status_code == 200)
+    headers = {"authorization": f"Bearer {token}"}
+    body = {"model": "chat", "prompt": "b", "max_tokens": 1}
+    eventually(lambda: httpx.get(f"{face.url}/v1/models", headers=headers).status_code == 200)
+    assert httpx.post(f"{face.url}/v1/completions", headers=headers, json=body).json()["choices"][0]["text"] == "b "
