@@ -1,7 +1,7 @@
 """One rank's engine process: it loads its shard of the model, and generates together with its replica's other ranks.
 
-`python -m mii_hpc.job.engine_process RUN_DIR SPEC LISTEN_HOST` is started by the rank's supervisor; SIGINT ends it. On
-the leader it also answers requests.
+`python -m mii_hpc.job.engine_process RUN_DIR SPEC LISTEN_HOST` is started by the rank's supervisor, which ends it.
+On the leader it also answers requests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -24,6 +23,7 @@ from mii_hpc.job import liveness
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import end_with_rank, tell
+from mii_hpc.job.signals import END_CHILD
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 
@@ -109,9 +109,9 @@ async def _live(leader: Engine | None, tell: Tell) -> None:
 
 
 async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
-    """Serve until SIGINT."""
+    """Serve until the supervisor ends it."""
     serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, tell))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, serving.cancel)
+    asyncio.get_running_loop().add_signal_handler(END_CHILD, serving.cancel)
     await asyncio.wait({serving})
     if not serving.cancelled():
         serving.result()

@@ -26,6 +26,7 @@ from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.job import rendezvous
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
+from mii_hpc.job.signals import DRAIN
 from mii_hpc.job.supervisor import AbandonedError, supervise
 from mii_hpc.placement import role_of
 from mii_hpc.schedulers import scheduler
@@ -114,7 +115,7 @@ def main(run_path: str, lost: str = "") -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Inherited dispositions do not count: submitit ignores SIGTERM and SIGCONT, and a shell has background processes
     # ignore SIGINT. Until the supervisor handles them, a signal simply ends the rank.
-    inherited = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT, signal.SIGHUP, signal.SIGCHLD}
+    inherited = {*DRAIN, signal.SIGCONT, signal.SIGCHLD}
     for signum in inherited:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, inherited)

@@ -29,6 +29,7 @@ from mii_hpc.job.liveness import Pulse
 from mii_hpc.job.net import LOOPBACK, listening_socket
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
+from mii_hpc.job.signals import DRAIN
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 
@@ -63,8 +64,7 @@ async def supervise(run: RunDir, world: World, address: str, revive: Callable[[]
     tasks = Tasks()
     supervisor = Supervisor(run, world, address, tasks, revive)
     loop = asyncio.get_running_loop()
-    # SIGUSR2 is what Slurm sends ahead of the walltime, by submitit's --signal.
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for signum in DRAIN:
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     balancer = tasks.start(keep_balancer(run, world, address)) if world.role.rank == 0 else None

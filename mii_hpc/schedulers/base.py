@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,6 +24,19 @@ class JobState:
     phase: Literal["pending", "running", "gone", "unknown"]
     name: str = ""
     reason: str = ""
+
+
+def setup_script(lines: Sequence[str]) -> list[str]:
+    """Return `slurm.setup` as lines of bash that end the job with a sentence where one of them fails or exits."""
+    if not lines:
+        return []
+    told = r"""echo "mii_hpc: slurm.setup: '\''$BASH_COMMAND'\'' ended with status $mii_status" """.strip()
+    return [
+        f"trap 'mii_status=$?; trap - EXIT; {told}; exit $mii_status' ERR",
+        f"trap 'mii_status=$?; {told}' EXIT",
+        *lines,
+        "trap - ERR EXIT",
+    ]
 
 
 class Job(ABC):

@@ -23,7 +23,7 @@ from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, SubmissionError
 from mii_hpc.placement import Placement, place
-from mii_hpc.schedulers.base import Job, JobState, Scheduler
+from mii_hpc.schedulers.base import Job, JobState, Scheduler, setup_script
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +281,8 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
         "signal_delay_s": WALLTIME_WARNING_SECONDS,
         "wckey": None,
         "stderr_to_stdout": True,
-        "setup": list(slurm.setup) or None,
+        # srun takes the batch script's place, and passes on what is sent to that alone (scancel --batch).
+        "setup": [*setup_script(slurm.setup), 'srun() { exec "$(type -P srun)" "$@"; }'],
         "srun_args": [*srun_args, *slurm.srun_args],
         "additional_parameters": {**additional, **slurm.extra},
     }

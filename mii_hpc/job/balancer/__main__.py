@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import end_with_rank, tell
+from mii_hpc.job.signals import END_CHILD
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     balancer.tasks.start(_live())
     for member in run.read_members():
         balancer.replacements.lose(member["rank"], member["host"])  # else it has joined in a moment
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, balancer.ending.begin, "the balancer was told to end")
+    asyncio.get_running_loop().add_signal_handler(END_CHILD, balancer.ending.begin, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     # On several hosts, login nodes may come in by another interface than the ranks do.
     await balancer.listen(f"{'0.0.0.0' if spans_hosts else host}:{port}")
