@@ -49,8 +49,9 @@ class Trial:
             deployment_name=name, home=home, cluster="slurm", replica_num=4, startup_timeout=120,
             inference_engine_config={"engine": "echo", "echo_delay": 0.02}, slurm={"tasks_per_node": 1},
         )  # fmt: skip
-        self.entry = Registry(home).get(name)
-        assert self.entry is not None
+        entry = Registry(home).get(name)
+        assert entry is not None
+        self.entry = entry
         self.hosts = [replica.host for replica in self.client.status().replicas]
         self.seen = Seen()
         self._over = threading.Event()

@@ -29,6 +29,7 @@ def main(run_path: str) -> None:
     world_size = RunDir(Path(run_path)).load_config().model_conf.world_size
     mpiexec = find_mpiexec()
     command = [mpiexec, *_options(mpiexec), "-n", str(world_size), sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    os.environ.setdefault("HOME", str(Path("~").expanduser()))  # MPI libraries complain without
     ranks: subprocess.Popen[bytes] | None = None
     ending = False
 

@@ -119,6 +119,7 @@ def main(run_path: str, lost: str = "") -> None:
     for signum in inherited:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, inherited)
+    os.environ.setdefault("HOME", str(Path("~").expanduser()))  # MPI libraries complain without
     log_to_stderr()
     run = RunDir(Path(run_path))
     try:
@@ -136,6 +137,10 @@ def main(run_path: str, lost: str = "") -> None:
                         traceback.format_exc(),
                     )
                 )
+            # Where it failed before there was a balancer, whose entry it is then.
+            entry = Registry(run.load_config().home).get(run.load_config().deployment_name)
+            if entry is not None and entry.run_dir == run.path and not entry.address:
+                free_name(run.load_config().home, entry)
         sys.exit(1)
 
 

@@ -33,6 +33,32 @@ WALLTIME_WARNING_SECONDS = 60
 """How long before the walltime Slurm tells the ranks to end."""
 
 
+_TOO_MUCH = "the job asks for more than the partition allows or has, and does not start as it is"
+_LIMIT = "the job is above a limit of its account or QOS, and does not start as it is"
+MEANINGS = {
+    "PartitionConfig": _TOO_MUCH,
+    "PartitionNodeLimit": _TOO_MUCH,
+    "PartitionTimeLimit": "the job asks for more time than the partition allows, and does not start as it is",
+    "BadConstraints": "no node is what the job asks for; it does not start as it is",
+    "ReqNodeNotAvail": "nodes that the job needs are down, drained or reserved",
+    "PartitionDown": "the partition takes no jobs at the moment",
+    "PartitionInactive": "the partition starts no jobs at the moment",
+    "AccountNotAllowed": "the account may not use the partition",
+    "InvalidAccount": "Slurm does not know the account",
+    "InvalidQOS": "Slurm does not know the QOS",
+    "QOSNotAllowed": "the QOS may not be used here",
+    "AssocMaxNodePerJobLimit": _LIMIT,
+    "AssocMaxCpuPerJobLimit": _LIMIT,
+    "QOSMaxNodePerJobLimit": _LIMIT,
+    "QOSMaxCpuPerJobLimit": _LIMIT,
+    "QOSMaxGRESPerJob": _LIMIT,
+    "JobHeldUser": "the job is held; release it with scontrol release",
+    "JobHeldAdmin": "the cluster's administrators hold the job",
+    "DependencyNeverSatisfied": "what the job depends on has failed; it never starts",
+}
+"""What Slurm's reasons mean that are not only a matter of waiting."""
+
+
 class Slurm(Scheduler):
     """The Slurm cluster that this machine belongs to."""
 
@@ -111,6 +137,8 @@ class SlurmJob(Job):
             gone = "Invalid job id" in answer.stderr
             return JobState("gone" if gone else "unknown", reason=answer.stderr.strip())
         name, _, reason = answer.stdout.strip().partition("|")
+        if reason in MEANINGS:
+            reason = f"{reason}: {MEANINGS[reason]}"
         # A suspended job gives no sign of life, and is none the worse for it.
         if name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"):
             return JobState("pending", name, reason)
