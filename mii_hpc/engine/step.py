@@ -20,6 +20,7 @@ class Slice:
         sample: whether the last of them is the sequence's last, so that another is drawn from its logits.
         slot: the number that the sequence has in the batch, from 0 to max_batch_size - 1, while it runs.
         fresh: whether this is the first slice since it has that slot. `blocks` of the others go on from the one before.
+        length: how many tokens the sequence has in all, those that later steps compute included.
     """
 
     start: int
@@ -28,6 +29,7 @@ class Slice:
     sample: bool
     slot: int = 0
     fresh: bool = True
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class StepCodec:
             added = part.blocks[known:]
             self._tables[part.slot] = part.blocks
             flags = part.sample + 2 * part.fresh
-            numbers += (part.slot, flags, part.start, len(part.token_ids), len(added))
+            numbers += (part.slot, flags, part.start, part.length, len(part.token_ids), len(added))
             numbers += part.token_ids
             numbers += added
         return numbers
@@ -86,14 +88,14 @@ class StepCodec:
         return Step(tuple(self._slice(source) for _ in range(slices)), cleared, bool(stop))
 
     def _slice(self, source: Iterator[int]) -> Slice:
-        slot, flags, start, tokens, added = _take(source, 5)
+        slot, flags, start, length, tokens, added = _take(source, 6)
         token_ids = _take(source, tokens)
         blocks = _take(source, added)
         sample, fresh = bool(flags & 1), bool(flags & 2)
         if not fresh:
             blocks = self._tables[slot] + blocks
         self._tables[slot] = blocks
-        return Slice(start, token_ids, blocks, sample, slot, fresh)
+        return Slice(start, token_ids, blocks, sample, slot, fresh, length)
 
 
 def _take(source: Iterator[int], count: int) -> tuple[int, ...]:

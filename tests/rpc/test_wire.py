@@ -24,6 +24,9 @@ ALL_SET = GenerateParamsConfig(
     num_return_sequences=2,
     logprobs=True,
     stream=True,
+    stop_token_ids=(3, 5),
+    add_special_tokens=False,
+    skip_special_tokens=False,
 )
 
 
