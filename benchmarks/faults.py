@@ -130,6 +130,19 @@ def freeze(module: str, rank: int) -> Callable[[Trial], None]:
 
 def requeue(trial: Trial) -> None:
     subprocess.run(["scontrol", "requeue", trial.entry.job_id], check=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:  # Slurm lets it wait for two minutes otherwise
+        states = [job.state for job in trial.cluster.squeue() if str(job.id) == trial.entry.job_id]
+        if states == ["PENDING"]:
+            subprocess.run(["scontrol", "update", f"JobId={trial.entry.job_id}", "StartTime=now"], check=True)
+            return
+        time.sleep(0.2)
+
+
+def wait_for_ready(trial: Trial) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not trial.is_whole():
+        time.sleep(0.2)
 
 
 FAULTS: dict[str, Callable[[Trial], None]] = {
@@ -144,6 +157,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "node cut": lambda trial: trial.cluster.kill_node(trial.hosts[3]),
     "node 0 cut": lambda trial: trial.cluster.kill_node(trial.hosts[0]),
     "requeued": requeue,
+    "requeued twice": lambda trial: (requeue(trial), wait_for_ready(trial), requeue(trial)) and None,
     "scancel": lambda trial: trial.scancel(),
     "scancel INT": lambda trial: trial.scancel("--signal=INT"),
     "scancel USR1": lambda trial: trial.scancel("--signal=USR1"),

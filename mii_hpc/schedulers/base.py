@@ -59,6 +59,10 @@ class Job(ABC):
         """How often this job, in which this process runs, was started before."""
         return 0
 
+    def is_requeued(self) -> bool:
+        """Whether this job, in which this process runs, is to be started again when it has ended. Never raises."""
+        return False
+
     @abstractmethod
     def ends(self) -> float | None:
         """Return when the walltime is over, in seconds since the epoch; None without one, or when it is not known."""

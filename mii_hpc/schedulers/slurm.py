@@ -151,6 +151,14 @@ class SlurmJob(Job):
         """See Job."""
         return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
+    def is_requeued(self) -> bool:
+        """See Job: squeue counts the next start already."""
+        try:
+            answer = _run("squeue", "--noheader", "--states=all", f"--jobs={self.id}", "--Format=RestartCnt")
+            return int(answer.stdout) > self.incarnation
+        except (OSError, subprocess.TimeoutExpired, ValueError):
+            return False
+
     def ends(self) -> float | None:
         """Ask squeue."""
         try:

@@ -332,3 +332,13 @@ def test_a_setup_line_that_fails_ends_the_job_and_is_named(lines, status, says):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     said = f"mii_hpc: slurm.setup: {says}\n" if says else "on\n"
     assert (done.returncode, done.stdout) == (status, said)
+
+
+def test_a_job_that_slurm_counts_another_start_of_is_requeued(slurm, monkeypatch):
+    slurm(squeue="echo '2      '")
+    assert SlurmJob("1").is_requeued()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert not SlurmJob("1").is_requeued()
+    assert SlurmJob("1").incarnation == 2
+    slurm(squeue="exit 1")
+    assert not SlurmJob("1").is_requeued()

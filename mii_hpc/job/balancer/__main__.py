@@ -53,7 +53,7 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
         "started": progress.started,
         "ends": await asyncio.to_thread(job.ends),
     }
-    await balancer.serve(claimed.model_copy(update=update), lambda: job.state().phase == "pending")
+    await balancer.serve(claimed.model_copy(update=update), job.is_requeued)
     return 0
 
 
