@@ -145,6 +145,12 @@ def wait_for_ready(trial: Trial) -> None:
         time.sleep(0.2)
 
 
+def requeue_twice(trial: Trial) -> None:
+    requeue(trial)
+    wait_for_ready(trial)
+    requeue(trial)
+
+
 FAULTS: dict[str, Callable[[Trial], None]] = {
     "engine killed": kill("engine_process", 2),
     "balancer killed": kill("balancer", 0),
@@ -157,7 +163,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "node cut": lambda trial: trial.cluster.kill_node(trial.hosts[3]),
     "node 0 cut": lambda trial: trial.cluster.kill_node(trial.hosts[0]),
     "requeued": requeue,
-    "requeued twice": lambda trial: (requeue(trial), wait_for_ready(trial), requeue(trial)) and None,
+    "requeued twice": requeue_twice,
     "scancel": lambda trial: trial.scancel(),
     "scancel INT": lambda trial: trial.scancel("--signal=INT"),
     "scancel USR1": lambda trial: trial.scancel("--signal=USR1"),
