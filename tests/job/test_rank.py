@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mii_hpc
+from benchmarks import cycles
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, ReplicaLostError, UnavailableError
@@ -241,3 +242,10 @@ def test_ranks_that_fail_are_told_of_at_once(home, monkeypatch, tmp_path):
         )
     assert "rank 0 (replica 0, host" in str(failure.value)
     eventually(lambda: Registry(home).get("broken") is None, PATIENCE, "the name is free")
+
+
+def test_deployments_leave_nothing_but_their_run_directories(tmp_path):
+    """`python benchmarks/cycles.py` does the same two hundred times."""
+    first = cycles.cycle(tmp_path / "home")
+    assert (first.processes, first.registry, first.runs) == (0, 0, 1)
+    assert cycles.cycle(tmp_path / "home") == first, "the older run directory is removed, as keep_runs says"
