@@ -100,8 +100,11 @@ class Trial:
             thread.join()
 
     def is_whole(self) -> bool:
-        entry = Registry(self.home).get(self.name)
-        return entry is not None and entry.state == "ready"
+        """Whether the registry says so, and every call of the last second was answered."""
+        entry, now = Registry(self.home).get(self.name), self.seen.now()
+        failed = any(at > now - 1 for at, _ in self.seen.errors)
+        answered = any(at > now - 1 for at in self.seen.answers)
+        return entry is not None and entry.state == "ready" and answered and not failed
 
     def left(self) -> list[int]:
         return [pid for node in self.cluster.nodes for pid in self.cluster.job_processes(node)]
