@@ -35,8 +35,9 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     progress = run.begin(job.incarnation)
     balancer = Balancer(run, config, keys, progress, lambda rank, node: job.start_rank(run, config, rank, node))
     balancer.tasks.start(_live())
-    for member in run.read_members():
-        balancer.replacements.lose(member["rank"], member["host"])  # else it has joined in a moment
+    # Of a deployment that was ready, whoever has not joined in a moment was lost while there was no balancer.
+    for member in run.read_members() if progress.ready else ():
+        balancer.replacements.lose(member["rank"], member["host"])
     asyncio.get_running_loop().add_signal_handler(END_CHILD, balancer.ending.begin, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     # On several hosts, login nodes may come in by another interface than the ranks do.
