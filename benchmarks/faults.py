@@ -133,13 +133,6 @@ def freeze(module: str, rank: int) -> Callable[[Trial], None]:
 
 def requeue(trial: Trial) -> None:
     subprocess.run(["scontrol", "requeue", trial.entry.job_id], check=True)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:  # Slurm lets it wait for two minutes otherwise
-        states = [job.state for job in trial.cluster.squeue() if str(job.id) == trial.entry.job_id]
-        if states == ["PENDING"]:
-            subprocess.run(["scontrol", "update", f"JobId={trial.entry.job_id}", "StartTime=now"], check=True)
-            return
-        time.sleep(0.2)
 
 
 def wait_for_ready(trial: Trial) -> None:
@@ -150,8 +143,10 @@ def wait_for_ready(trial: Trial) -> None:
 
 def requeue_twice(trial: Trial) -> None:
     requeue(trial)
+    time.sleep(5)
     wait_for_ready(trial)
     requeue(trial)
+    time.sleep(5)
 
 
 FAULTS: dict[str, Callable[[Trial], None]] = {
