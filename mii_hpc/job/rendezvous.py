@@ -22,8 +22,8 @@ DEADLINE_SECONDS = 300.0
 """All ranks must have met within this time of the first one's start."""
 
 SETTLE_SECONDS = 1.0
-"""How long a rank waits between MPI_Init and its first message. Open MPI 5 crashes a rank that gets one while it is still
-inside MPI_Init, which others may have left some milliseconds earlier (github.com/open-mpi/ompi/issues/12495)."""
+"""How long a rank waits between MPI_Init and its first message. With Open MPI 5, one that gets a message while it is
+still inside MPI_Init crashes, and others may leave that earlier (github.com/open-mpi/ompi/issues/12495)."""
 
 
 @dataclass(frozen=True)
