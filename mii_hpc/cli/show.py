@@ -86,7 +86,7 @@ def wait(
     as_json: AsJson = False,
 ) -> None:
     """Wait until a deployment is ready. Exit status 4 if it fails, 3 if there is none of that name."""
-    found = lookup.find(name, homes(home))
+    found = lookup.find(name, homes(home), schedulers.is_live)
     deadline = None if timeout is None else time.monotonic() + timeout
     asked = float("-inf")
     while (entry := _entry_of_run(found)).state not in (DeploymentState.READY, DeploymentState.DEGRADED):
@@ -138,7 +138,7 @@ def env(
     as_json: AsJson = False,
 ) -> None:
     """Print shell lines that set OPENAI_BASE_URL and OPENAI_API_KEY: eval "$(mii-hpc env NAME)"."""
-    found = lookup.find(name, homes(home))
+    found = lookup.find(name, homes(home), schedulers.is_live)
     variables = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": found.credentials.token}
     show(as_json, variables, "\n".join(f"export {variable}={value}" for variable, value in variables.items()))
 

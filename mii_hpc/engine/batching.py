@@ -49,6 +49,7 @@ class BatchingEngine:
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
         self._generated = 0
+        self._steps = 0
         self._closed = False
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
@@ -104,6 +105,11 @@ class BatchingEngine:
         """The model's tokenizer."""
         return self._tokenizer.pretrained
 
+    @property
+    def steps(self) -> int:
+        """How many steps it has made; grows while requests run."""
+        return self._steps
+
     def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
         with self._changed:
@@ -143,6 +149,7 @@ class BatchingEngine:
         """Take what a step has drawn, once it is known."""
         choices = begun.draw.wait()
         with self._changed:
+            self._steps += 1
             self._generated += begun.step.num_samples
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
                 sequence.unknown -= part.sample
