@@ -37,6 +37,7 @@ class Entry(BaseModel):
             then "ready", and "stopping" from the moment it admits no more requests.
         host: the name of the node of rank 0.
         address: "IP:port" of the balancer; empty before it listens.
+        gateway: the URL of the gateway in the job; empty without one, or before it listens.
         fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
         job_host: the only machine that knows the job's state; "" when every machine of the cluster does.
         run_dir: the run directory; it tells the runs of one name apart.
@@ -56,6 +57,7 @@ class Entry(BaseModel):
     state: Literal["pending", "loading", "ready", "stopping"] = "pending"
     host: str = ""
     address: str = ""
+    gateway: str = ""
     fingerprint: str = ""
     run_dir: Path
     submitted: float

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from mii_hpc.errors import (
     DeploymentError,
@@ -90,6 +90,18 @@ class Detokenize(BaseModel):
 
     model: str | None = None
     tokens: list[int]
+
+
+class Arguments(RootModel[dict[str, Any]]):
+    """A request to DeepSpeed-MII's route: the arguments of generate(), but for those that are no JSON."""
+
+    @model_validator(mode="after")
+    def _prompts_are_there(self) -> Self:
+        if "prompts" not in self.root:
+            raise RefusedError("prompts: there are none", "prompts")
+        if "streaming_fn" in self.root:
+            raise RefusedError("streaming_fn: not over HTTP; use /v1/completions with stream", "streaming_fn")
+        return self
 
 
 class Generation(BaseModel):

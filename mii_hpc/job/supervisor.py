@@ -13,6 +13,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -37,9 +38,9 @@ LEAVE_DEADLINE_SECONDS = 10.0
 """Told to end by a signal, a rank waits this long for the balancer's order to leave, then leaves without it."""
 ENGINE_GRACE_SECONDS = 2.0
 CRASHES = 5
-"""A balancer that dies so often in a row is not started again: the deployment has failed."""
+"""A process that dies so often in a row is not started again: the deployment has failed."""
 STEADY_SECONDS = 60.0
-"""A balancer that has lived so long does not count as one that crashes."""
+"""A process that has lived so long does not count as one that crashes."""
 BALANCER_GRACE_SECONDS = 5.0
 
 
@@ -56,6 +57,8 @@ async def supervise(run: RunDir, world: World, address: str) -> None:
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     balancer = tasks.start(keep_balancer(run, world, address)) if world.role.rank == 0 else None
+    if world.role.rank == 0 and run.load_config().gateway:
+        tasks.start(keep_gateway(run, address.rpartition(":")[0]))
 
     async def live() -> str:
         failure = await supervisor.work()
@@ -69,28 +72,37 @@ async def supervise(run: RunDir, world: World, address: str) -> None:
 
 
 async def keep_balancer(run: RunDir, world: World, address: str) -> None:
-    """Run the balancer process; when it dies, run another one on the same port. Returns when it ends well.
+    """Keep a balancer process on one port. See _keep()."""
+    arguments = (str(run.path), address, "1" if world.spans_hosts else "0")
+    await _keep("balancer", run.balancer_log, "mii_hpc.job.balancer", *arguments)
+
+
+async def keep_gateway(run: RunDir, host: str) -> None:
+    """Keep a gateway process at this host's address. See _keep()."""
+    await _keep("gateway", run.gateway_log, "mii_hpc.gateway", str(run.path), host)
+
+
+async def _keep(name: str, output: Path, module: str, *args: str) -> None:
+    """Run a process of the deployment; when it dies, run another one. Returns when it ends well.
 
     Raises DeploymentFailedError when it dies again and again, soon after its start.
     """
     crashes = 0
     while True:
         began = time.monotonic()
-        balancer = await Child.start(
-            "mii_hpc.job.balancer", str(run.path), address, "1" if world.spans_hosts else "0", log=run.balancer_log
-        )
+        process = await Child.start(module, *args, log=output)
         try:
-            status = await balancer.wait()
+            status = await process.wait()
         except asyncio.CancelledError:
-            await balancer.end(1.0)
+            await process.end(1.0)
             raise
         if status == 0:
             return
         crashes = crashes + 1 if time.monotonic() < began + STEADY_SECONDS else 1
         if crashes == CRASHES:
-            words = tail(run.balancer_log).strip().rpartition("\n")[2]
-            raise DeploymentFailedError(f"the balancer {_ended(status)}, {CRASHES} times in a row: {words}")
-        log.error("the balancer %s; starting another", _ended(status))
+            words = tail(output).strip().rpartition("\n")[2]
+            raise DeploymentFailedError(f"the {name} {_ended(status)}, {CRASHES} times in a row: {words}")
+        log.error("the %s %s; starting another", name, _ended(status))
         await asyncio.sleep(0.2 * crashes)
 
 

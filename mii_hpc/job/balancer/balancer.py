@@ -44,7 +44,7 @@ class Balancer:
             tasks=self.tasks,
         )
         self.relay = Relay(config.deployment_name, self.router, self.ending, on_broken=self.membership.lose)
-        self.lifetime = Lifetime(config, self.ending, self.membership, self.router, self.tasks)
+        self.lifetime = Lifetime(run, config, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(
             config.deployment_name, self.membership, self.router, self.access, self.ending, self.lifetime
         )

@@ -73,7 +73,10 @@ class Ending:
 class Lifetime:
     """Keeps a deployment and its registry entry from its start to its end."""
 
-    def __init__(self, config: MIIConfig, ending: Ending, membership: Membership, router: Router, tasks: Tasks) -> None:
+    def __init__(
+        self, run: RunDir, config: MIIConfig, ending: Ending, membership: Membership, router: Router, tasks: Tasks
+    ) -> None:
+        self._run = run
         self._config, self._tasks = config, tasks
         self._ending, self._membership, self._router = ending, membership, router
         self._registry = Registry(config.home)
@@ -146,7 +149,12 @@ class Lifetime:
             ready = sum(replica.state == "ready" for replica in replicas)
             detail = f"{ready} of {len(replicas)} replicas ready" + (f"; {waiting[0]}" if waiting else "")
             self._entry = self._entry.model_copy(
-                update={"state": self.state, "heartbeat": time.time(), "detail": detail}
+                update={
+                    "state": self.state,
+                    "heartbeat": time.time(),
+                    "detail": detail,
+                    "gateway": self._run.read_gateway_url(),
+                }
             )
             try:
                 await asyncio.to_thread(self._publish, self._entry)
