@@ -70,7 +70,7 @@ def run_proxy(run: RunDir, ours: bool, address: str, told: Connection) -> None:
     async def serve() -> None:
         keys = credentials.load_server(run)
         if ours:
-            balancer = Balancer(run, run.load_config(), keys)
+            balancer = Balancer(run, run.load_config(), keys, run.begin(0))
             channel = transport.open_channel(address, keys.as_client)
             balancer.router.add(ReplicaConnection(0, 1, "localhost", channel, keys.as_client))
             server, port = balancer.server, await balancer.listen("127.0.0.1:0")

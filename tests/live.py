@@ -174,7 +174,7 @@ class Deployment:
         return self
 
     async def start_balancer(self) -> str:
-        self.balancer = Balancer(self.run, self.config, self.keys)
+        self.balancer = Balancer(self.run, self.config, self.keys, self.run.begin(0))
         address = f"127.0.0.1:{await self.balancer.listen('127.0.0.1:0')}"
         self.entry = self.entry.model_copy(
             update={

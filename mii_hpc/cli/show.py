@@ -21,6 +21,7 @@ from mii_hpc.deployments.files import tail
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, SharedHome
 from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import (
     ConfigError,
     DeploymentFailedError,
@@ -41,7 +42,7 @@ def client(name: str, home: Path | None) -> MIIClient:
 def ls(home: HomeFolder = None, as_json: AsJson = False) -> None:
     """List the deployments: your own, and those shared with you (MII_HPC_PATH)."""
     listed = [(each, entry) for each in homes(home) for entry in each.entries()]
-    states = ["gone" if not _is_live(each, entry) else entry.state for each, entry in listed]
+    states = [DeploymentState.ENDED if not _is_live(each, entry) else entry.state for each, entry in listed]
     data = [
         {**entry.model_dump(mode="json"), "state": state, "home": str(each.path)}
         for (each, entry), state in zip(listed, states, strict=True)
@@ -88,7 +89,7 @@ def wait(
     found = lookup.find(name, homes(home))
     deadline = None if timeout is None else time.monotonic() + timeout
     asked = float("-inf")
-    while (entry := _entry_of_run(found)).state != "ready":
+    while (entry := _entry_of_run(found)).state not in (DeploymentState.READY, DeploymentState.DEGRADED):
         if time.monotonic() > asked + SCHEDULER_SECONDS:
             asked = time.monotonic()
             if not _is_live(found.home, entry):

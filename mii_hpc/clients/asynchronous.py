@@ -20,6 +20,7 @@ from mii_hpc.clients.status import DeploymentStatus, ReplicaStatus
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
 from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import (
     ConfigError,
     DeploymentError,
@@ -142,11 +143,20 @@ class AsyncMIIClient:
         return wire.unpack_description(await self._call(lambda way: way.inference.Describe, pb.DescribeRequest()))
 
     async def status(self) -> DeploymentStatus:
-        """Return the state of the deployment and of its replicas."""
+        """Return the state of the deployment and of its replicas.
+
+        Raises DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not answer.
+        """
         entry = self._find().entry
         if not entry.address:
             return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-        return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
+        try:
+            return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
+        except DeploymentNotFoundError:
+            entry = self._find().entry
+            return DeploymentStatus(
+                entry.deployment_name, DeploymentState.ENDED, entry.job_id, entry.host, entry.started, entry.ends, ()
+            )
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -442,7 +452,7 @@ def check_live(found: Found) -> None:
 def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
     return DeploymentStatus(
         deployment_name=answer.deployment_name,
-        state=answer.state,
+        state=DeploymentState(answer.state),
         job_id=answer.job_id,
         host=entry.host,
         started=entry.started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.generation import Load
 
 
@@ -32,10 +33,10 @@ class ReplicaStatus:
 
 @dataclass(frozen=True)
 class DeploymentStatus:
-    """A deployment: state is "pending", "loading", "ready" or "stopping"; times are seconds since the epoch."""
+    """A deployment. Times are seconds since the epoch."""
 
     deployment_name: str
-    state: str
+    state: DeploymentState
     job_id: str
     host: str
     started: float | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ from mii_hpc.deployments import credentials, sharing
 from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.sharing import Share
 from mii_hpc.errors import DeploymentNotFoundError, RegistryError
 
 DEEPSPEED_MIIS_SUFFIX = "-mii-deployment"
@@ -172,6 +173,21 @@ def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
         except DeploymentNotFoundError as error:
             missed.append(str(error))
     raise DeploymentNotFoundError("; ".join(missed))
+
+
+def take_name(config: MIIConfig, run: RunDir, entry: Entry, is_live: Callable[[Entry], bool]) -> None:
+    """Claim the name of a run, and share it with the group that its configuration names.
+
+    Raises DeploymentExistsError when a deployment for which `is_live` holds has the name.
+    """
+    Registry(config.home).claim(entry, is_live)
+    try:
+        sharing.withdraw(config.home, config.deployment_name)  # what a killed run has left
+        if config.shared_group is not None:
+            Share(config.home, config.deployment_name, config.shared_group).create(run)
+    except BaseException:
+        free_name(config.home, entry)
+        raise
 
 
 def free_name(home: Path, entry: Entry) -> None:

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.files import check_private, private_folder, write_atomically
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,7 @@ class Entry(BaseModel):
     """What is known of a deployment. Times are seconds since the epoch.
 
     Attributes:
-        state: "pending" until the job starts, "loading" until every replica has generated something,
-            then "ready", and "stopping" from the moment it admits no more requests.
+        incarnation: how often its job was started before; a requeued job is started again.
         host: the name of the node of rank 0.
         address: "IP:port" of the balancer; empty before it listens.
         gateway: the URL of the gateway in the job; empty without one, or before it listens.
@@ -54,7 +55,8 @@ class Entry(BaseModel):
     cluster: Literal["slurm", "local"]
     job_id: str = ""
     job_host: str = ""
-    state: Literal["pending", "loading", "ready", "stopping"] = "pending"
+    state: DeploymentState = DeploymentState.PENDING
+    incarnation: int = 0
     host: str = ""
     address: str = ""
     gateway: str = ""
@@ -65,6 +67,23 @@ class Entry(BaseModel):
     ends: float | None = None
     heartbeat: float
     detail: str = ""
+
+    @classmethod
+    def of(cls, config: MIIConfig, run_dir: Path, fingerprint: str, job_id: str = "") -> Self:
+        """Return the entry of a new run, from its checked configuration."""
+        now = time.time()
+        return cls(
+            deployment_name=config.deployment_name,
+            model=config.model_conf.model_name_or_path or config.model_conf.inference_engine_config.engine,
+            tensor_parallel=config.model_conf.tensor_parallel,
+            replica_num=config.model_conf.replica_num,
+            cluster=config.cluster,
+            job_id=job_id,
+            fingerprint=fingerprint,
+            run_dir=run_dir,
+            submitted=now,
+            heartbeat=now,
+        )
 
 
 class Registry:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -33,6 +35,21 @@ class Failure:
     host: str
     message: str
     log: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: what a balancer must know that is started in place of another.
+
+    Attributes:
+        incarnation: the start of the job that this is about; see Entry.
+        started: when that was, in seconds since the epoch.
+        ready: the replicas that have been ready, by index.
+    """
+
+    incarnation: int
+    started: float
+    ready: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +196,27 @@ class RunDir:
     def balancer_log(self) -> Path:
         """The log of the balancer."""
         return self.logs / "balancer.log"
+
+    @property
+    def progress(self) -> Path:
+        """How far the run has come, as JSON."""
+        return self.path / "progress.json"
+
+    def write_progress(self, progress: Progress) -> None:
+        """Leave word for the balancer that comes next."""
+        write_atomically(self.progress, json.dumps(asdict(progress)))
+
+    def begin(self, incarnation: int) -> Progress:
+        """Return how far this start of the job has come; at its beginning, forget what an earlier one has written."""
+        with contextlib.suppress(FileNotFoundError):
+            told = json.loads(self.progress.read_text())
+            if told["incarnation"] == incarnation:
+                return Progress(incarnation, told["started"], tuple(told["ready"]))
+            for path in self.failures.iterdir():
+                path.unlink(missing_ok=True)
+        progress = Progress(incarnation, time.time())
+        self.write_progress(progress)
+        return progress
 
     def load_config(self) -> MIIConfig:
         """Read the configuration of the run. Raises RegistryError when directory or file cannot be trusted."""

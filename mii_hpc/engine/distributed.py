@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.extensions import extensions_folder
+from mii_hpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +33,13 @@ class Ranks:
     """The ranks of a replica that has more than one. Opens no port but at `spec.host`."""
 
     def __init__(self, spec: EngineSpec, device: torch.device) -> None:
-        """Wait for all ranks and hand their group to DeepSpeed."""
+        """Wait for all ranks and hand their group to DeepSpeed.
+
+        Raises ConfigError when some have a GPU and others do not.
+        """
         host, _, port = spec.store_address.rpartition(":")
         self._store = _store(spec, host, int(port))
+        refuse_mixture(self._store, spec, device)
         _set_environment(spec, host, port, device)
         use_shared_memory = self._all_can(spec, _shared_memory_works(spec, device))
         if not dist.is_initialized():  # else by an earlier pipeline of the same script, or by the script
@@ -101,6 +106,17 @@ def quiet() -> Iterator[None]:
     """Send what libraries print within this context to standard error: the script's output is its own."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def refuse_mixture(store: Store, spec: EngineSpec, device: torch.device) -> None:
+    """Raise ConfigError on all ranks when some of the replica compute on GPUs and others on CPUs, which never ends."""
+    store.set(f"device/{spec.rank}", f"{device.type} on {socket.gethostname()}")
+    devices = [store.get(f"device/{rank}").decode() for rank in range(spec.world_size)]
+    if len({each.partition(" ")[0] for each in devices}) > 1:
+        raise ConfigError(
+            f"device='{spec.model.device}': the ranks of this replica compute on {', '.join(devices)}; choose nodes "
+            "that are alike, or set device='cpu'"
+        )
 
 
 def _store(spec: EngineSpec, host: str, port: int) -> TCPStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.schedulers.base import Job, JobState, Scheduler
 from mii_hpc.schedulers.local import Local
 from mii_hpc.schedulers.slurm import Slurm
@@ -42,4 +43,4 @@ def is_live(entry: Entry) -> bool:
         case "pending":  # in the queue, perhaps again
             return True
         case _:  # a scheduler may take long to see that a job's processes are gone; the heartbeat tells
-            return entry.state == "pending" or heartbeat_is_fresh(entry)
+            return entry.state == DeploymentState.PENDING or heartbeat_is_fresh(entry)

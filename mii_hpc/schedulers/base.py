@@ -40,6 +40,11 @@ class Job(ABC):
     def state(self) -> JobState:
         """Ask the scheduler. Never raises."""
 
+    @property
+    def incarnation(self) -> int:
+        """How often this job, in which this process runs, was started before."""
+        return 0
+
     @abstractmethod
     def ends(self) -> float | None:
         """Return when the walltime is over, in seconds since the epoch; None without one, or when it is not known."""

@@ -109,11 +109,17 @@ class SlurmJob(Job):
             gone = "Invalid job id" in answer.stderr
             return JobState("gone" if gone else "unknown", reason=answer.stderr.strip())
         name, _, reason = answer.stdout.strip().partition("|")
-        if name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        # A suspended job gives no sign of life, and is none the worse for it.
+        if name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"):
             return JobState("pending", name, reason)
-        if name in ("RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING", "STOPPED"):
+        if name in ("RUNNING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING"):
             return JobState("running", name, reason)
         return JobState("gone", name, reason)
+
+    @property
+    def incarnation(self) -> int:
+        """See Job."""
+        return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
     def ends(self) -> float | None:
         """Ask squeue."""
@@ -155,10 +161,12 @@ def with_gpus(config: MIIConfig, nodes: list[gres.Nodes], environment: Mapping[s
     """
     model, slurm = config.model_conf, config.slurm
     partition = environment.get("SBATCH_PARTITION") or slurm.partition
-    own = gres.of_partitions(nodes, partition, environment.get("SBATCH_CONSTRAINT") or slurm.constraint)
+    constraint = environment.get("SBATCH_CONSTRAINT") or slurm.constraint
+    own = gres.of_partitions(nodes, partition, constraint)
     if not own:
         return config  # sbatch says what is wrong with that
     named = f"partition '{partition}'" if partition else "the default partition"
+    named += f" with constraint '{constraint}'" if constraint else ""
     if (chosen := gres.choose(own, model.tensor_parallel, model.replica_num)) is None:
         if others := sorted({each.partition for each in nodes if each.gpus}):
             there = f"{named} has no GPUs; partitions that have some: {', '.join(map(repr, others))}"
@@ -167,8 +175,18 @@ def with_gpus(config: MIIConfig, nodes: list[gres.Nodes], environment: Mapping[s
             log.warning("%s (slurm.partition); here the model is served on CPUs", there)
         return config
     placement = place(model, slurm.model_copy(update={"gpus_per_node": chosen.per_node}))
-    request = chosen.request(min(placement.tasks_per_node, chosen.per_node))
-    log.info("%s has nodes with GPUs: asking for --gres=%s on %d node(s)", named, request, placement.nodes)
+    per_node = min(placement.tasks_per_node, chosen.per_node)
+    request = chosen.request(per_node)
+    log.info("%s has nodes with GPUs: asking for --gres=%s on each of %d", named, request, placement.nodes)
+    if (idle := per_node * placement.nodes - placement.world_size) > 0:
+        log.warning(
+            "%d of the job's %d GPUs will be idle: every node gets %d, and %d replicas do not divide over %d nodes",
+            idle,
+            per_node * placement.nodes,
+            per_node,
+            model.replica_num,
+            placement.nodes,
+        )
     requests = ",".join(filter(None, (slurm.gres, request)))
     return _with_device(config.model_copy(update={"slurm": slurm.model_copy(update={"gres": requests})}), "cuda")
 
@@ -177,7 +195,8 @@ def _asks_for_gpus(slurm: SlurmConfig) -> bool:
     """Whether the user has said what GPUs to ask for, in whatever way sbatch reads."""
     elsewhere = {name.removeprefix("SBATCH_").lower() for name in os.environ if name.startswith("SBATCH_")}
     directives = {name.replace("-", "_") for name in slurm.extra} | elsewhere
-    return slurm.gpus is not None or any(name.startswith(("gpus", "gres", "tres_per")) for name in directives)
+    asked = "gres" in directives or any(name.startswith(("gpus", "tres_per")) for name in directives)
+    return asked or slurm.gpus is not None
 
 
 def _nodes_named(slurm: SlurmConfig) -> list[str]:

@@ -15,6 +15,7 @@ from mii_hpc.deployments.files import tail
 from mii_hpc.deployments.lookup import free_name
 from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
 from mii_hpc.schedulers import Job, JobState, job_of
 
@@ -64,9 +65,9 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
             raise _died(run, entry, job, state)
         published = registry.get(entry.deployment_name)
         if published is not None and published.run_dir == entry.run_dir:
-            if published.state == "ready":
+            if published.state in (DeploymentState.READY, DeploymentState.DEGRADED):
                 return
-            if published.state == "loading":
+            if published.state == DeploymentState.LOADING:
                 started = started or now
                 show(f"loading: {published.detail}")
         if started is None and state.phase == "running":
@@ -83,7 +84,7 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
                     f" ({state.reason or 'no reason given'}); it was cancelled",
                     deployment_name=entry.deployment_name,
                 )
-        elif published is None or published.state == "pending":
+        elif published is None or published.state == DeploymentState.PENDING:
             show("starting: the ranks are meeting")
         if started is not None and now > started + config.startup_timeout:
             detail = (published.detail if published is not None else "") or "its ranks have not met"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import time
 
 from mii_hpc import schedulers
 from mii_hpc.config import MIIConfig
-from mii_hpc.deployments import credentials, sharing
-from mii_hpc.deployments.lookup import free_name
+from mii_hpc.deployments import credentials
+from mii_hpc.deployments.lookup import free_name, take_name
 from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.sharing import Share
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentError
 from mii_hpc.placement import Placement, place
 from mii_hpc.submission.checkpoint import check_model
@@ -51,27 +51,9 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
     run = RunDir.create(config)
     try:
         keys = credentials.create(run)
-        now = time.time()
-        entry = Entry(
-            deployment_name=config.deployment_name,
-            model=config.model_conf.model_name_or_path or config.model_conf.inference_engine_config.engine,
-            tensor_parallel=config.model_conf.tensor_parallel,
-            replica_num=config.model_conf.replica_num,
-            cluster=schedulers.scheduler(config.cluster).name,
-            job_id=job_id,
-            fingerprint=keys.fingerprint,
-            run_dir=run.path,
-            submitted=now,
-            heartbeat=now,
-        )
-        Registry(config.home).claim(entry, schedulers.is_live)
-        try:
-            sharing.withdraw(config.home, config.deployment_name)  # what a killed run has left
-            if config.shared_group is not None:
-                Share(config.home, config.deployment_name, config.shared_group).create(run)
-        except BaseException:
-            free_name(config.home, entry)
-            raise
+        entry = Entry.of(config, run.path, keys.fingerprint, job_id)
+        # A batch script that is requeued prepares itself again; the entry that it finds is that of its earlier start.
+        take_name(config, run, entry, lambda holder: holder.job_id != (job_id or None) and schedulers.is_live(holder))
     except BaseException:
         shutil.rmtree(run.path)
         raise
@@ -92,7 +74,9 @@ def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -
         raise
     entry = entry.model_copy(update={"job_id": job.id, "job_host": job.host})
     published = registry.get(config.deployment_name)
-    if published is not None and published.state == "pending":  # else the job has begun to write it itself
+    if (
+        published is not None and published.state == DeploymentState.PENDING
+    ):  # else the job has begun to write it itself
         with contextlib.suppress(DeploymentError):
             registry.publish(entry)
     log.info("deployment '%s' submitted as job %s; its files are in %s", entry.deployment_name, job.id, run.path)

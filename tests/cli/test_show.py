@@ -14,7 +14,7 @@ def test_ls_lists_what_runs_and_what_is_gone(run, chat):
     (entry,) = run("ls", "--json").data
     assert (entry["deployment_name"], entry["state"]) == ("chat", "ready")
     chat.deployment.end_job()
-    assert run("ls", "--json").data[0]["state"] == "gone"
+    assert run("ls", "--json").data[0]["state"] == "ended"
 
 
 def test_ls_of_nothing_has_its_headings(run, tmp_path):

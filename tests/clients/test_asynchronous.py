@@ -438,3 +438,18 @@ async def test_the_scheduler_is_asked_sparingly_while_a_deployment_ends(deploy, 
     await deployment.client().terminate_server()
     assert squeue.asked <= 1
     await asyncio.wait({running})
+
+
+async def test_status_says_degraded_and_ended(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1,))
+    deployment = await deploy()
+    client = deployment.client()
+    deployment.ranks[1].comes_back = False
+    deployment.ranks[1].engine.die()
+    await until(lambda: deployment.state() == "degraded")
+    assert (await client.status()).state == "degraded"
+    await gone(deployment)
+    Squeue(monkeypatch, False)
+    with contextlib.suppress(UnavailableError):  # where the end of the connection is noticed only by the call
+        await client.status()
+    assert (await client.status()).state == "ended"

@@ -3,10 +3,12 @@ from socket import gethostname
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.devices import choose_device, gpus_given, ranks_per_device
+from mii_hpc.engine.distributed import refuse_mixture
 from mii_hpc.errors import ConfigError
 
 JOB = {"SLURM_JOB_ID": "7"}
@@ -129,3 +131,12 @@ def test_ranks_that_share_a_device_are_counted(ranks, visible, given, sharing):
     environment = {} if given is None else {**JOB, "SLURM_GPUS_ON_NODE": str(given)}
     specs = [spec(local_rank=rank, local_world_size=ranks) for rank in range(ranks)]
     assert [ranks_per_device(each, visible, environment) for each in specs] == sharing
+
+
+def test_a_replica_of_ranks_with_and_without_a_gpu_is_refused():
+    store = HashStore()
+    replica = {"world_size": 2, "replica_local_size": 1}
+    store.set("device/1", "cpu on n2")
+    refuse_mixture(store, spec(**replica), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=rf"^device='auto': .* compute on cuda on {gethostname()}, cpu on n2; choose"):
+        refuse_mixture(store, spec(**replica), torch.device("cuda", 0))

@@ -149,6 +149,23 @@ def test_the_environment_says_what_sbatch_reads_from_it(fitted, monkeypatch):
     assert "gres" not in fitted()
 
 
+def test_gpus_that_will_be_idle_are_told_of(fitted, caplog):
+    fitted(replica_num=3, slurm={"partition": "gpu"})
+    assert caplog.messages == [
+        "2 of the job's 8 GPUs will be idle: every node gets 4, and 3 replicas do not divide over 2 nodes"
+    ]
+
+
+def test_what_only_sounds_like_asking_for_gpus(fitted):
+    assert fitted(slurm={"partition": "gpu", "extra": {"gres-flags": "enforce-binding"}})["gres"] == "gpu:a100:4"
+
+
+def test_a_constraint_without_gpus_is_told_of(fitted, caplog):
+    mixed = "printf 'gpu|9|(null)|cpu\\ngpu|8|gpu:a100:4(S:0-1)|a100\\n'"
+    assert "gres" not in fitted(mixed, slurm={"partition": "gpu", "constraint": "cpu"})
+    assert caplog.messages[0].startswith("partition 'gpu' with constraint 'cpu' has no GPUs; ")
+
+
 def test_a_partition_without_gpus_is_told_of(fitted, caplog):
     assert fitted() == {"nodes": 2, "ntasks_per_node": 2, "device": "auto"}
     assert caplog.messages == [

@@ -7,6 +7,7 @@ import pytest
 from mii_hpc.config import resolve
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import Failure
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentFailedError, DeploymentTimeoutError
 from mii_hpc.schedulers import JobState
 from mii_hpc.submission import startup
@@ -44,6 +45,8 @@ class Submitted:
         self.registry = Registry(self.config.home)
 
     def publish(self, **fields):
+        if "state" in fields:
+            fields["state"] = DeploymentState(fields["state"])
         self.entry = self.entry.model_copy(update={"job_id": Job.id, "heartbeat": time.time(), **fields})
         self.registry.publish(self.entry)
 
@@ -189,7 +192,7 @@ def test_the_scheduler_is_asked_sparingly(submitted, monkeypatch):
 def test_the_entry_of_another_run_is_not_ours(submitted):
     """A stale entry of the same name must not look like readiness."""
     submitted.registry.withdraw(submitted.entry)
-    other = submitted.entry.model_copy(update={"run_dir": submitted.run.path / "other", "state": "ready"})
+    other = submitted.entry.model_copy(update={"run_dir": submitted.run.path / "other", "state": DeploymentState.READY})
     submitted.registry.claim(other, lambda _entry: True)
     with pytest.raises(DeploymentTimeoutError):
         submitted.wait(queue_timeout=0.1)

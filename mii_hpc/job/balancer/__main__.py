@@ -8,14 +8,18 @@ import resource
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 from mii_hpc import schedulers
+from mii_hpc.config import MIIConfig
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.registry import Registry
-from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.lookup import take_name
+from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.rundir import Failure, RunDir
+from mii_hpc.deployments.state import DeploymentState
+from mii_hpc.errors import DeploymentExistsError
 from mii_hpc.job.balancer.balancer import Balancer
+from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import end_with_rank
 
@@ -26,33 +30,39 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     """Run the balancer at "host:port" until the deployment has ended. Returns the process's exit status."""
     config = run.load_config()
     keys = credentials.load_server(run)
-    balancer = Balancer(run, config, keys)
+    job = schedulers.scheduler(config.cluster).own_job(run)
+    progress = run.begin(job.incarnation)
+    balancer = Balancer(run, config, keys, progress)
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, balancer.ending.begin, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     # On several hosts, login nodes may come in by another interface than the ranks do.
     await balancer.listen(f"{'0.0.0.0' if spans_hosts else host}:{port}")
     log.info("listening on %s", address)
-    job = schedulers.scheduler(config.cluster).own_job(run)
-    ends = await asyncio.to_thread(job.ends)
+    claimed = await asyncio.to_thread(_claimed, config, run, keys.as_client.fingerprint, balancer.ending)
+    update = {
+        "job_id": job.id,
+        "job_host": job.host,
+        "incarnation": job.incarnation,
+        "state": DeploymentState.LOADING,
+        "host": socket.gethostname(),
+        "address": address,
+        "started": progress.started,
+        "ends": await asyncio.to_thread(job.ends),
+    }
+    await balancer.serve(claimed.model_copy(update=update), lambda: job.state().phase == "pending")
+    return 0
+
+
+def _claimed(config: MIIConfig, run: RunDir, fingerprint: str, ending: Ending) -> Entry:
+    """Return the run's entry; a run that has none takes its name again, or fails."""
     claimed = Registry(config.home).get(config.deployment_name)
     if claimed is None or claimed.run_dir != run.path:
-        log.error("the name '%s' is not claimed for this run", config.deployment_name)
-        return 1
-    await balancer.serve(
-        claimed.model_copy(
-            update={
-                "job_id": job.id,
-                "job_host": job.host,
-                "state": "loading",
-                "host": socket.gethostname(),
-                "address": address,
-                "fingerprint": keys.as_client.fingerprint,
-                "started": claimed.started or time.time(),
-                "ends": ends,
-            }
-        )
-    )
-    return 0
+        claimed = Entry.of(config, run.path, fingerprint)
+        try:
+            take_name(config, run, claimed, schedulers.is_live)
+        except DeploymentExistsError as error:
+            ending.fail(Failure(-1, socket.gethostname(), str(error), ""))
+    return claimed
 
 
 def main(run_path: str, address: str, spans_hosts: str) -> None:

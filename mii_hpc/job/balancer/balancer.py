@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import grpc
 
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.credentials import ServerCredentials
 from mii_hpc.deployments.registry import Entry
-from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.rundir import Progress, RunDir
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending, Lifetime
@@ -27,7 +29,7 @@ STOP_SECONDS = 0.5
 class Balancer:
     """The balancer of one deployment. Belongs to the event loop that it is made in."""
 
-    def __init__(self, run: RunDir, config: MIIConfig, keys: ServerCredentials) -> None:
+    def __init__(self, run: RunDir, config: MIIConfig, keys: ServerCredentials, progress: Progress) -> None:
         model = config.model_conf
         self._keys = keys
         self.tasks = Tasks()
@@ -42,9 +44,10 @@ class Balancer:
             on_death=self.ending.on_death,
             on_leaving=self.ending.begin,
             tasks=self.tasks,
+            ready=progress.ready,
         )
         self.relay = Relay(config.deployment_name, self.router, self.ending, on_broken=self.membership.lose)
-        self.lifetime = Lifetime(run, config, self.ending, self.membership, self.router, self.tasks)
+        self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(
             config.deployment_name, self.membership, self.router, self.access, self.ending, self.lifetime
         )
@@ -65,13 +68,13 @@ class Balancer:
         await self.server.start()
         return port
 
-    async def serve(self, entry: Entry) -> None:
+    async def serve(self, entry: Entry, is_requeued: Callable[[], bool] = lambda: False) -> None:
         """Serve under a registry entry until the deployment has ended, and the entry is gone.
 
         Raises what a background task has raised; the entry stays then, for the balancer that comes next.
         """
         try:
-            await self.tasks.guard(self.lifetime.run(entry))
+            await self.tasks.guard(self.lifetime.run(entry, is_requeued))
         finally:
             await self.server.stop(STOP_SECONDS)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
 import time
-from typing import Literal
+from collections.abc import Callable
 
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import free_name
 from mii_hpc.deployments.registry import HEARTBEAT_SECONDS, Entry, Registry
-from mii_hpc.deployments.rundir import Failure, RunDir
+from mii_hpc.deployments.rundir import Failure, Progress, RunDir
 from mii_hpc.deployments.sharing import Share
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentError, RegistryError
 from mii_hpc.heap import trim_heap
 from mii_hpc.job.balancer.membership import EngineDeath, Membership
@@ -74,31 +76,41 @@ class Lifetime:
     """Keeps a deployment and its registry entry from its start to its end."""
 
     def __init__(
-        self, run: RunDir, config: MIIConfig, ending: Ending, membership: Membership, router: Router, tasks: Tasks
+        self,
+        run: RunDir,
+        config: MIIConfig,
+        progress: Progress,
+        ending: Ending,
+        membership: Membership,
+        router: Router,
+        tasks: Tasks,
     ) -> None:
-        self._run = run
-        self._config, self._tasks = config, tasks
+        self._run, self._config, self._progress, self._tasks = run, config, progress, tasks
         self._ending, self._membership, self._router = ending, membership, router
         self._registry = Registry(config.home)
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
-        self._started = time.monotonic()
         self._entry: Entry | None = None
         self._ended = False
 
     @property
-    def state(self) -> Literal["loading", "ready", "stopping"]:
-        """The deployment's state: it is ready once every replica has been."""
+    def state(self) -> DeploymentState:
+        """The deployment's state."""
         if self._ending.has_begun:
-            return "stopping"
-        return "ready" if self._membership.has_been_ready else "loading"
+            return DeploymentState.STOPPING
+        if not self._membership.has_been_ready:
+            return DeploymentState.LOADING
+        return DeploymentState.READY if self._membership.are_ready else DeploymentState.DEGRADED
 
     @property
     def job_id(self) -> str:
         """The scheduler's id of the job; "" before run()."""
         return self._entry.job_id if self._entry else ""
 
-    async def run(self, entry: Entry) -> None:
-        """Keep the entry until the end has begun; then drain, let the ranks leave, and withdraw the entry."""
+    async def run(self, entry: Entry, is_requeued: Callable[[], bool] = lambda: False) -> None:
+        """Keep the entry until the end has begun; then drain, let the ranks leave, and withdraw the entry.
+
+        Where the job `is_requeued`, as is asked at its end, the entry says that it is pending again.
+        """
         self._entry = entry
         keeping = self._tasks.start(self._keep_entry())
         watching = self._tasks.start(self._watch_deadlines())
@@ -113,7 +125,12 @@ class Lifetime:
         await keeping
         for replica in self._router.live:
             await replica.close()
-        await asyncio.to_thread(free_name, self._config.home, self._entry)
+        if not self._ending.failure and await asyncio.to_thread(is_requeued):
+            pending = {"state": DeploymentState.PENDING, "address": "", "host": "", "detail": "its job was requeued"}
+            with contextlib.suppress(DeploymentError):
+                await asyncio.to_thread(self._publish, self._entry.model_copy(update=pending))
+        else:
+            await asyncio.to_thread(free_name, self._config.home, self._entry)
 
     async def _drain(self) -> None:
         """Let the requests that run end by themselves for a while, then cancel them."""
@@ -128,7 +145,7 @@ class Lifetime:
             await asyncio.sleep(1.0)
             trim_heap()
             timeout = self._config.startup_timeout
-            if not self._membership.has_been_ready and time.monotonic() > self._started + timeout:
+            if not self._membership.has_been_ready and time.time() > self._progress.started + timeout:
                 details = "; ".join(
                     f"replica {replica.index}: {replica.detail}"
                     for replica in self._membership.replicas
@@ -157,6 +174,7 @@ class Lifetime:
                 }
             )
             try:
+                await asyncio.to_thread(self._remember, tuple(each.index for each in replicas if each.was_ready))
                 await asyncio.to_thread(self._publish, self._entry)
             except DeploymentError as error:
                 self._ending.begin(f"it has lost its name: {error}")
@@ -166,6 +184,12 @@ class Lifetime:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_SECONDS if not waiting else 0.5):
                     await changed.wait()
+
+    def _remember(self, ready: tuple[int, ...]) -> None:
+        if ready != self._progress.ready:
+            progress = dataclasses.replace(self._progress, ready=ready)
+            self._run.write_progress(progress)
+            self._progress = progress
 
     def _publish(self, entry: Entry) -> None:
         self._registry.publish(entry)

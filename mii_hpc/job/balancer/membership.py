@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,9 +81,10 @@ class Membership:
         on_death: Callable[[EngineDeath], None],
         on_leaving: Callable[[str], None],
         tasks: Tasks,
+        ready: Collection[int] = (),
     ) -> None:
         self.replicas = [
-            Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks)
+            Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks, was_ready=index in ready)
             for index in range(replica_num)
         ]
         self._tensor_parallel = tensor_parallel
@@ -99,6 +100,11 @@ class Membership:
     def members(self) -> Mapping[int, Member]:
         """The ranks that have joined, by number."""
         return self._members
+
+    @property
+    def are_ready(self) -> bool:
+        """Whether every replica takes requests."""
+        return all(replica.state == "ready" for replica in self.replicas)
 
     @property
     def has_been_ready(self) -> bool:

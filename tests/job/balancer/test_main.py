@@ -57,9 +57,41 @@ async def test_a_new_balancer_adopts_the_running_engines(deploy):
     assert status.started == deployment.registry.get("chat").started < time.time()
 
 
-async def test_a_balancer_without_a_claim_does_not_serve(tmp_path):
+async def test_a_run_without_an_entry_takes_its_name_again(tmp_path):
+    """As a job does that was requeued after an orderly end."""
     deployment = OwnProcess(tmp_path)
     deployment.registry.withdraw(deployment.entry)
     await deployment.start_balancer()
-    assert await asyncio.to_thread(deployment.process.wait, PATIENCE) == 1
+    await until(lambda: deployment.state() == "loading")
+    assert deployment.registry.get("chat").run_dir == deployment.run.path
     await deployment.stop()
+
+
+async def test_a_run_whose_name_is_another_s_fails(tmp_path):
+    deployment = OwnProcess(tmp_path)
+    deployment.registry.withdraw(deployment.entry)
+    other = OwnProcess(tmp_path)
+    await deployment.start_balancer()
+    assert await asyncio.to_thread(deployment.process.wait, PATIENCE) == 0
+    assert "taken by job (new), which is pending" in deployment.run.read_failure().message
+    assert deployment.registry.get("chat").run_dir == other.run.path
+    await deployment.stop()
+    other.end_job()
+
+
+async def test_a_new_balancer_knows_what_was_ready(deploy):
+    """The death of an engine while another balancer takes over does not end what has served already."""
+    deployment = await deploy(OwnProcess)
+    started = deployment.registry.get("chat").started
+    deployment.process.kill()
+    deployment.process.wait()
+    deployment.ranks[1].comes_back = False
+    deployment.ranks[1].engine.die()
+    deployment.start_process()
+    await until(lambda: deployment.state() == "degraded")
+    epochs = len(deployment.ranks[1].epochs)
+    deployment.ranks[1].comes_back = True
+    deployment.ranks[1].engine.die("RuntimeError: again", status=1)
+    await until(lambda: deployment.state() == "ready")
+    assert len(deployment.ranks[1].epochs) > epochs
+    assert deployment.registry.get("chat").started == started

@@ -36,10 +36,10 @@ class Handler:
     async def error(self, *messages):
         async with transport.open_channel(self.address, self.owner) as channel:
             call = channel.stream_stream(Method.GENERATE)(metadata=transport.authorization(self.owner), timeout=10)
-            for message in messages:
-                await call.write(message)
-            await call.done_writing()
             with pytest.raises(grpc.aio.AioRpcError) as failure:
+                for message in messages:
+                    await call.write(message)
+                await call.done_writing()
                 while await call.read() is not grpc.aio.EOF:
                     pass
         assert not wire.is_lost(failure.value)
