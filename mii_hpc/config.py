@@ -148,6 +148,10 @@ _Memory = _written_as('a number with a unit, such as "64G"', r"\d+[KMGT]?B?")
 _Sharing = _written_as('"group:NAME" with the name of a Unix group', r"group:[A-Za-z_][A-Za-z0-9_.-]*")
 
 
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class GenerateParamsConfig(_Model):
     """The options of one request: names, defaults and ranges. Lengths are in tokens.
 
@@ -182,6 +186,17 @@ class GenerateParamsConfig(_Model):
     """How many answers to give to the prompt. Each beyond the first adds one to `seed`."""
     logprobs: bool = False
     """Give the natural logarithm of each generated token's probability under the model."""
+    top_logprobs: int = Field(0, ge=0, le=20)
+    """With `logprobs`, also those of this many most likely tokens at each place."""
+    prompt_logprobs: bool = False
+    """Give log probabilities of the prompt's own tokens, too, but for the first one's. Nothing of the prompt is taken
+    from what others have computed."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtracted from the logit of a token for each time that the answer has it (as OpenAI does)."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtracted from the logits of all tokens that the answer has (as OpenAI does)."""
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=300)
+    """Added to the logits of tokens, by their ids. At most 300 of them, each from -100 to 100."""
     stream: bool = False
     """Send each piece as it is made, instead of the whole answer at its end."""
 
@@ -195,6 +210,8 @@ class GenerateParamsConfig(_Model):
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> GenerateParamsConfig:
+        if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=True")
         bound = self.max_new_tokens
         if bound is not None and self.min_new_tokens > bound:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={bound}")
