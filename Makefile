@@ -2,6 +2,7 @@
 # make demo    make a small model, serve it on this machine, ask it, end it
 # make bench   what serving costs and gains, as a table and a plot
 # make test    everything: style, types, and all tests
+# make families   every family of models, as tiny ones, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
 TORCH ?= torch==2.13.0
@@ -11,7 +12,7 @@ DEMO_MODEL := $(VENV)/demo-model
 # What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
 DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
-.PHONY: setup system demo bench test lint proto cluster clean
+.PHONY: setup system demo bench test families lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -43,6 +44,9 @@ bench: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+families: setup
+	$(BIN)/python -m pytest tests/engine/test_families.py --families
 
 lint: setup
 	$(BIN)/ruff check .

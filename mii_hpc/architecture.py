@@ -12,14 +12,33 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
+_STATE = "it keeps a state besides keys and values, which no paged KV cache can hold"
+_INDEXER = "its indexer keeps keys of its own besides the KV cache"
+_STATEFUL = (
+    "mamba mamba2 falcon_mamba rwkv xlstm recurrent_gemma jamba bamba zamba zamba2 falcon_h1 nemotron_h zaya lfm2 lfm3 "
+    "granitemoehybrid olmo_hybrid bailing_hybrid kimi_linear minimax qwen3_next qwen3_5_text qwen3_5_moe_text lfm2_moe"
+)
+_UNSERVED = {
+    **dict.fromkeys(_STATEFUL.split(" "), _STATE),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _INDEXER),
+    "openai-gpt": "it keeps no keys and values",
+    "reformer": "its attention is over hashes of whole sequences",
+}
+"""Types of models that cannot be served, and why."""
+_STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "ssm")
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Attention heads, KV heads, and the context in tokens; None where the config does not say."""
+    """Attention heads, KV heads, and the context in tokens; None where the config does not say.
+
+    `refused` is why such a model cannot be served, as far as its config tells.
+    """
 
     heads: int | None
     key_value_heads: int | None
     context: int | None
+    refused: str | None = None
 
     @classmethod
     def read(cls, get: Callable[[str], Any]) -> Self:
@@ -29,7 +48,12 @@ class Architecture:
             values = (get(name) for name in names)
             return next((value for value in values if isinstance(value, int) and value > 0), None)
 
-        return cls(first(_HEADS), first(_KEY_VALUE_HEADS), first(_CONTEXT))
+        return cls(first(_HEADS), first(_KEY_VALUE_HEADS), first(_CONTEXT), _refused(get))
+
+    def check_served(self) -> None:
+        """Raise ConfigError for a model that cannot be served."""
+        if self.refused is not None:
+            raise ConfigError(self.refused)
 
     def check_tensor_parallel(self, ranks: int) -> None:
         """Raise ConfigError unless so many ranks can share the heads evenly."""
@@ -41,3 +65,14 @@ class Architecture:
                     f"tensor_parallel={ranks}: does not divide the model's {count} {kind}; "
                     f"allowed are {', '.join(map(str, allowed))}"
                 )
+
+
+def _refused(get: Callable[[str], Any]) -> str | None:
+    kind = get("model_type")
+    kinds = get("layer_types")
+    reason = _UNSERVED.get(kind) if isinstance(kind, str) else None
+    if get("is_encoder_decoder"):
+        reason = "it is an encoder with a decoder"
+    if isinstance(kinds, list | tuple) and any(part in str(name) for name in kinds for part in _STATEFUL_LAYERS):
+        reason = _STATE
+    return f"models of the type '{kind}' cannot be served: {reason}" if reason else None

@@ -131,7 +131,7 @@ def _as_template(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int) else value
 
 
 def _written_as(how: str, pattern: str) -> AfterValidator:
@@ -199,6 +199,12 @@ class GenerateParamsConfig(_Model):
     """Added to the logits of tokens, by their ids. At most 300 of them, each from -100 to 100."""
     stream: bool = False
     """Send each piece as it is made, instead of the whole answer at its end."""
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field((), max_length=64)
+    """The answer ends with any of these tokens, which has no text. At most 64."""
+    add_special_tokens: bool = True
+    """Let the tokenizer put its special tokens, such as that of the beginning, around a prompt of text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the answer's text."""
 
     @field_validator("stop")
     @classmethod
@@ -207,6 +213,14 @@ class GenerateParamsConfig(_Model):
             if not 1 <= len(text) <= 1024:
                 raise ValueError(f"a stop string has 1 to 1024 characters, one here has {len(text)}")
         return stop
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _token_ids_are_such(cls, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        for token_id in stop_token_ids:
+            if not 0 <= token_id < 2**31:
+                raise ValueError(f"a token id is a number from 0 on, not {token_id}")
+        return stop_token_ids
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> GenerateParamsConfig:

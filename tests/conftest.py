@@ -93,4 +93,5 @@ def echo_config(tmp_path: Path) -> Callable[..., MIIConfig]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--attention", default="auto", help="the engines' attention back end, where a test names none")
+    parser.addoption("--families", action="store_true", help="all families of models, not a part")
     parser.addoption("--golden", action="store_true", help="write the golden files anew")

@@ -59,7 +59,9 @@ class BatchingEngine:
         runner = ModelRunner(self._spec, progress)
         config = self._spec.model.inference_engine_config
         self._tokenizer = Tokenizer(self._spec.model, runner.vocabulary, runner.eos_token_ids)
-        self._scheduler: Scheduler[_Sequence] = Scheduler(runner.budget, config.prefix_sharing)
+        self._scheduler: Scheduler[_Sequence] = Scheduler(
+            runner.budget, config.prefix_sharing and runner.recompute_beyond is None, runner.recompute_beyond
+        )
         self._context = min(runner.context, self._scheduler.allocator.capacity)
         self._runner = runner
 
@@ -227,24 +229,24 @@ class BatchingEngine:
     def _sequences(self, entry: _Request) -> list[_Sequence]:
         """Return a request's answers to be. Raises InvalidRequestError when it cannot have any."""
         request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
-        token_ids = tokenizer.encode(request.prompt)
+        token_ids = tokenizer.encode(request.prompt, plain=not params.add_special_tokens)
+        ends = tokenizer.ends(params)
         limit = answer_limit(params, len(token_ids), self._context)
-        ends_with = frozenset() if params.ignore_eos else frozenset(tokenizer.eos_token_ids)
         sequences = []
         for index in range(params.num_return_sequences):
             tokens = list(token_ids)
             answer = Answer(
                 params,
-                tokenizer.detokenizer(token_ids if params.return_full_text else ()),
+                tokenizer.detokenizer(token_ids if params.return_full_text else (), params.skip_special_tokens),
                 prompt=request.prompt,
                 prompt_length=len(token_ids),
                 limit=limit,
                 index=index,
             )
-            sampler = Sampler(params, tokens, tokenizer.vocabulary, tokenizer.eos_token_ids, index)
+            sampler = Sampler(params, tokens, tokenizer.vocabulary, (*{*tokenizer.eos_token_ids, *ends},), index)
             longest = len(tokens) + limit
             scores = params.prompt_logprobs and len(tokens) > 1
-            sequences.append(_Sequence(entry, tokens, sampler, answer, ends_with, longest, scores))
+            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest, scores))
         return sequences
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from mii_hpc.engine.attention.visibility import MaskFunction
+
 NULL_BLOCK = 0
 """Belongs to nobody and stays zero: block tables of different lengths are filled up with it."""
 
@@ -151,11 +153,15 @@ class BlockAllocator:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one attention layer keeps of a token on this rank: (heads, head size) of keys and of values."""
+    """What one attention layer keeps of a token on this rank: (heads, head size) of keys and of values.
+
+    `mask` says which tokens each one sees, by their positions, where a window does not say it.
+    """
 
     key: tuple[int, int]
     value: tuple[int, int]
     dtype: torch.dtype
+    mask: MaskFunction | None = None
 
     def token_bytes(self) -> int:
         """Bytes per token."""

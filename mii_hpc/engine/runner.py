@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from mii_hpc.engine.attention import create_backend
+from mii_hpc.engine.attention.cached import CachedForward
 from mii_hpc.engine.attention.interface import attach
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
@@ -34,6 +36,7 @@ class ModelRunner:
         vocabulary: how many token ids there are.
         context: the bound on prompt plus answer, in tokens.
         eos_token_ids: those that end an answer, as far as the checkpoint says it.
+        recompute_beyond: so long may a sequence grow before all of it is computed anew; None is for ever.
         drawn: [max_batch_size + 1], on rank 0 the token that each slot has drawn last, for slices with DRAWN.
     """
 
@@ -59,14 +62,20 @@ class ModelRunner:
         self._module = model.module
         # One block more, for the null block.
         self._cache = PagedCache(model.layers, self.budget.num_blocks + 1, self.budget.page_size, self._device)
+        self._rope = model.rope
+        self.recompute_beyond = None if model.rope is None else model.rope.bound
+        self._cached: CachedForward | None = None
         self._attention = create_backend(config.attention, self._cache)
-        attach(self._module, self._attention)
+        if model.serving.way == "paged":
+            attach(self._module, self._attention)
+        else:
+            self._cached = CachedForward(self._module, self._cache, together=model.serving.way == "cached")
         self.drawn = torch.zeros(self.budget.max_batch_size + 1, dtype=torch.int64, device=self._device)
         self._codec = StepCodec()
         progress(f"KV cache: {self.budget.num_blocks} blocks of {self.budget.page_size} tokens")
         self._compiled: CompiledLayers | None = None
         self._graphs: DecodeGraphs | None = None
-        if config.cuda_graphs and DecodeGraphs.work_on(self._device, self._attention):
+        if config.cuda_graphs and not self._cached and DecodeGraphs.work_on(self._device, self._attention):
             context = min(self.context, self.budget.num_blocks * self.budget.page_size)
             agree = self._ranks.all_agree if self._ranks else bool
             share = self._ranks.share if self._ranks else None
@@ -91,6 +100,10 @@ class ModelRunner:
             self._ranks.broadcast(self._codec.encode(step))
         if step.clear:
             self._cache.clear(step.clear)
+        if self._cached:
+            return self._cached(self._known(step))
+        if self._rope:
+            self._rope.prepare(step, self._device)
         if self._graphs and (logits := self._graphs.run(step)) is not None:
             return logits
         self._attention.prepare(step)
@@ -118,6 +131,23 @@ class ModelRunner:
             if self._ranks:
                 self._ranks.share(token_ids)
         return self.forward(token_ids[None], packed_positions[None], rows)
+
+    def _known(self, step: Step) -> Step:
+        """Return a step with the tokens that its slots have drawn, once they are known."""
+        drawn = [part.slot for part in step.slices if part.token_ids[-1] == DRAWN]
+        if not drawn:
+            return step
+        tokens = self.drawn[drawn]
+        if self._ranks:
+            self._ranks.share(tokens)
+        known = dict(zip(drawn, tokens.tolist(), strict=True))
+        return replace(
+            step,
+            slices=tuple(
+                replace(part, token_ids=(known[part.slot],)) if part.token_ids[-1] == DRAWN else part
+                for part in step.slices
+            ),
+        )
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -152,7 +182,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Free the model and the cache. Nothing can be executed afterwards."""
-        self._graphs = self._compiled = None
+        self._graphs = self._compiled = self._cached = None
         del self._module, self._attention, self._cache, self.drawn
         trim_heap()
         if self._device.type == "cuda":

@@ -57,10 +57,14 @@ class Scheduler(Generic[S]):
     `unknown` token, as DRAWN, but starts again after a preemption only once all its tokens are known.
     """
 
-    def __init__(self, budget: Budget, prefix_sharing: bool = True) -> None:
+    def __init__(self, budget: Budget, prefix_sharing: bool = True, recompute_beyond: int | None = None) -> None:
+        """Schedule for these sizes. A sequence that grows beyond `recompute_beyond` tokens is computed anew, once."""
         self.allocator = BlockAllocator(budget.num_blocks + 1, budget.page_size)
         self._budget = budget
         self._prefix_sharing = prefix_sharing
+        self._recompute_beyond = recompute_beyond
+        # Those that have been computed while they were no longer than that.
+        self._short: set[S] = set()
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
         self._slots = list(range(budget.max_batch_size - 1, -1, -1))
@@ -89,6 +93,10 @@ class Scheduler(Generic[S]):
     def schedule(self) -> tuple[Step, list[S]]:
         """Return the next step and the sequences of its slices, none if all wait for tokens that are being drawn."""
         room = _Room(self._budget.max_batch_tokens, MOST_SCORES)
+        for sequence in [one for one in self._running if one in self._short and not self._is_short(one)]:
+            self._running.remove(sequence)
+            self._release(sequence)
+            self._waiting.appendleft(sequence)
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
         for sequence in sorted(self._running, key=_prefills):
@@ -104,6 +112,7 @@ class Scheduler(Generic[S]):
         admitted: set[S] = set()
         if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
             admitted = self._admit(room, counts)
+        self._short.update(sequence for sequence in counts if self._is_short(sequence))
         chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
         slices = tuple(_slice(sequence, counts[sequence], sequence in admitted) for sequence in chosen)
         for part, sequence in zip(slices, chosen, strict=True):
@@ -153,9 +162,14 @@ class Scheduler(Generic[S]):
     def _release(self, sequence: S) -> None:
         self.allocator.release(sequence.table)
         sequence.computed = sequence.registered = 0
+        self._short.discard(sequence)
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None
+
+    def _is_short(self, sequence: S) -> bool:
+        length = len(sequence.tokens) + sequence.unknown
+        return self._recompute_beyond is not None and length <= self._recompute_beyond
 
 
 @dataclass
@@ -196,5 +210,6 @@ def _slice(sequence: Scheduled, count: int, fresh: bool) -> Slice:
         sample=end == len(sequence.tokens) + sequence.unknown,
         slot=sequence.slot,
         fresh=fresh,
+        length=len(sequence.tokens) + sequence.unknown,
         scores=sequence.scores,
     )

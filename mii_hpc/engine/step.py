@@ -21,6 +21,7 @@ class Slice:
         slot: the number that the sequence has in the batch, from 0 to max_batch_size - 1, while it runs.
         scores: whether the logits of its other tokens are wanted, too: of all but the one that `sample` is for.
         fresh: whether this is the first slice since it has that slot. `blocks` of the others go on from the one before.
+        length: how many tokens the sequence has in all, those that later steps compute included.
     """
 
     start: int
@@ -29,6 +30,7 @@ class Slice:
     sample: bool
     slot: int = 0
     fresh: bool = True
+    length: int = 0
     scores: bool = False
 
     @property
@@ -80,7 +82,7 @@ class StepCodec:
             added = part.blocks[known:]
             self._tables[part.slot] = part.blocks
             flags = part.sample + 2 * part.fresh + 4 * part.scores
-            numbers += (part.slot, flags, part.start, len(part.token_ids), len(added))
+            numbers += (part.slot, flags, part.start, part.length, len(part.token_ids), len(added))
             numbers += part.token_ids
             numbers += added
         return numbers
@@ -93,14 +95,14 @@ class StepCodec:
         return Step(tuple(self._slice(source) for _ in range(slices)), cleared, bool(stop))
 
     def _slice(self, source: Iterator[int]) -> Slice:
-        slot, flags, start, tokens, added = _take(source, 5)
+        slot, flags, start, length, tokens, added = _take(source, 6)
         token_ids = _take(source, tokens)
         blocks = _take(source, added)
         sample, fresh = bool(flags & 1), bool(flags & 2)
         if not fresh:
             blocks = self._tables[slot] + blocks
         self._tables[slot] = blocks
-        return Slice(start, token_ids, blocks, sample, slot, fresh, scores=bool(flags & 4))
+        return Slice(start, token_ids, blocks, sample, slot, fresh, length, scores=bool(flags & 4))
 
 
 def _take(source: Iterator[int], count: int) -> tuple[int, ...]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mii_hpc.config import ModelConfig
+from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine.text import REPLACEMENT, Detokenizer
 from mii_hpc.errors import ConfigError, InvalidRequestError
 from mii_hpc.generation import Chat, Description, Prompt, Tokenization
@@ -43,6 +43,11 @@ class TokenizerCodec:
         if isinstance(prompt, Chat):
             prompt, plain = self._rendered(prompt), True
         token_ids: list[int] = self.pretrained(prompt, add_special_tokens=not plain)["input_ids"]
+        begins = self.pretrained.bos_token
+        # A prompt that a chat template has made begins with it already.
+        if begins and prompt.startswith(begins) and not prompt.startswith(begins * 2):
+            twice = token_ids[:2] == [self.pretrained.bos_token_id] * 2
+            token_ids = token_ids[1:] if twice else token_ids
         if not token_ids and self.pretrained.bos_token_id is not None:
             token_ids = [self.pretrained.bos_token_id]
         if not token_ids:
@@ -129,15 +134,35 @@ class Tokenizer(TokenizerCodec):
             raise InvalidRequestError(f"the model does not know the prompt's token {max(token_ids)}")
         return token_ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, special ones left out and spaces as they are."""
-        if getattr(self.pretrained, "is_fast", False):
-            return str(self.pretrained.backend_tokenizer.decode(token_ids, skip_special_tokens=True))
-        return str(self.pretrained.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def ends(self, params: GenerateParamsConfig) -> frozenset[int]:
+        """Return the tokens that end an answer; a stop string that is a special token is one of them.
 
-    def detokenizer(self, after: Sequence[int] = ()) -> Detokenizer:
+        Raises InvalidRequestError for one that the model does not know.
+        """
+        for token_id in params.stop_token_ids:
+            if token_id >= self.vocabulary:
+                raise InvalidRequestError(
+                    f"stop_token_ids={token_id}: the model knows {self.vocabulary} tokens, from 0 on"
+                )
+        added = self.pretrained.added_tokens_decoder
+        special = {str(token): token_id for token_id, token in added.items() if token.special}
+        named = [special[text] for text in params.stop if text in special]
+        return frozenset((*params.stop_token_ids, *named, *(() if params.ignore_eos else self.eos_token_ids)))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids, spaces as they are."""
+        if getattr(self.pretrained, "is_fast", False):
+            return str(self.pretrained.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        return str(
+            self.pretrained.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def detokenizer(self, after: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
         """Return what decodes one answer, token by token, as the text that comes after these tokens."""
-        return Detokenizer(self.decode, frozenset(self._bytes), after)
+        decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return Detokenizer(decode, frozenset(self._bytes), after)
 
 
 def _load(model: ModelConfig) -> Any:

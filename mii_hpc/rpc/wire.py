@@ -117,8 +117,8 @@ def unpack_request(payload: bytes) -> GenerationRequest:
     except DecodeError as error:
         raise InvalidRequestError(f"the request is not a valid GenerateRequest message: {error}") from None
     given = {field.name: value for field, value in message.params.ListFields()}
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
+    for name in {"stop", "stop_token_ids"} & given.keys():
+        given[name] = tuple(given[name])
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])

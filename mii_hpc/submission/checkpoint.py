@@ -41,6 +41,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {path} is unreadable: {error}") from error
     architecture = Architecture.read(described.get)
+    architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)
     if architecture.context is not None and model.max_length is not None and model.max_length > architecture.context:
         raise ConfigError(

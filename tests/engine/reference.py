@@ -68,6 +68,19 @@ class Reference:
         values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
         return values
 
+    def stepwise_logprobs(self, prompt: str, token_ids: Sequence[int]) -> list[float]:
+        """The same, but each from the tokens before it alone, for models where the length of a text matters."""
+        import torch
+
+        ids = self._tokenizer(prompt).input_ids
+        result = []
+        for token in token_ids:
+            with torch.inference_mode():
+                logits = self._model(torch.tensor([ids], device=self._model.device), use_cache=False).logits[0, -1]
+            result.append(logits.log_softmax(-1)[token].item())
+            ids = [*ids, token]
+        return result
+
     def decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text

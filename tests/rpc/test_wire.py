@@ -29,6 +29,9 @@ ALL_SET = GenerateParamsConfig(
     presence_penalty=0.25,
     logit_bias={0: -100.0, 2**31 - 1: 0.5},
     stream=True,
+    stop_token_ids=(3, 5),
+    add_special_tokens=False,
+    skip_special_tokens=False,
 )
 
 

@@ -12,8 +12,11 @@ from mii_hpc.errors import ConfigError
 def create_backend(name: str, cache: PagedCache) -> AttentionBackend:
     """Return the back end that EngineConfig.attention names, over a cache; "auto" is the fastest that works here.
 
+    A model with a mask of its own goes through the gather, whatever is named.
     Raises ConfigError if the one named does not work here.
     """
+    if any(layer.mask for layer in cache.layers):
+        return GatherAttention(cache)
     if cache.device.type == "cuda" and name in ("auto", "triton"):
         try:
             from mii_hpc.engine.attention.triton import TritonAttention

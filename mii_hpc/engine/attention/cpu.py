@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from mii_hpc.engine.attention.gather import DecodeGroup, GatherAttention
+from mii_hpc.engine.attention.visibility import Visibility
 from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.extensions import extensions_folder
 from mii_hpc.engine.processor import compiler_flag
@@ -55,14 +56,14 @@ class CpuAttention(GatherAttention):
         values: torch.Tensor,
         group: DecodeGroup,
         scaling: float | None,
-        window: int | None,
+        visible: Visibility,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         if query.dtype != keys.dtype or softcap is not None or sinks is not None:
-            return super()._decode(query, keys, values, group, scaling, window, softcap, sinks)
+            return super()._decode(query, keys, values, group, scaling, visible, softcap, sinks)
         output = query.new_empty(*query.shape[:2], values.shape[3])
-        self._kernel(query, keys, values, output, group.tables, group.lengths, scaling, window)
+        self._kernel(query, keys, values, output, group.tables, group.lengths, scaling, visible.window)
         return output
 
 

@@ -15,6 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from mii_hpc.engine.attention.base import LayerAttention
+from mii_hpc.engine.attention.visibility import Visibility, see
 from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
 from mii_hpc.engine.step import Slice, Step
 
@@ -26,18 +27,20 @@ class DecodeGroup:
     rows: slice
     tables: torch.Tensor  # [sequences, blocks]
     lengths: torch.Tensor  # [sequences], the new token included
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    masks: dict[Visibility, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, size: int) -> torch.Tensor:
+    def mask(self, visible: Visibility, size: int) -> torch.Tensor:
         """Return [sequences, 1, 1, size]; True is attended to."""
-        if window not in self.masks:
+        if visible not in self.masks:
             positions = torch.arange(size, device=self.lengths.device)
             lengths = self.lengths[:, None]
             mask = positions < lengths
-            if window is not None:
-                mask &= positions >= lengths - window
-            self.masks[window] = mask[:, None, None]
-        return self.masks[window]
+            if visible.window is not None:
+                mask &= positions >= lengths - visible.window
+            if visible.mask is not None:
+                mask &= see(visible.mask, lengths - 1, positions)
+            self.masks[visible] = mask[:, None, None]
+        return self.masks[visible]
 
 
 @dataclass
@@ -48,18 +51,20 @@ class Chunk:
     table: torch.Tensor
     start: int
     end: int
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    masks: dict[Visibility, torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> torch.Tensor:
+    def mask(self, visible: Visibility) -> torch.Tensor:
         """Return [new tokens, all tokens]; True is attended to."""
-        if window not in self.masks:
+        if visible not in self.masks:
             positions = torch.arange(self.end, device=self.table.device)
             own = positions[self.start :, None]
             mask = positions <= own
-            if window is not None:
-                mask &= positions > own - window
-            self.masks[window] = mask
-        return self.masks[window]
+            if visible.window is not None:
+                mask &= positions > own - visible.window
+            if visible.mask is not None:
+                mask &= see(visible.mask, own, positions)
+            self.masks[visible] = mask
+        return self.masks[visible]
 
 
 @dataclass
@@ -127,12 +132,13 @@ class GatherAttention:
         keys.view(-1, *keys.shape[2:]).index_copy_(0, layout.slots, key)
         values.view(-1, *values.shape[2:]).index_copy_(0, layout.slots, value)
         output = query.new_empty(*query.shape[:2], value.shape[2])
+        visible = Visibility(window, self._cache.layers[layer].mask)
         for group in layout.groups:
             queries = query[group.rows]
-            output[group.rows] = self._decode(queries, keys, values, group, scaling, window, softcap, sinks)
+            output[group.rows] = self._decode(queries, keys, values, group, scaling, visible, softcap, sinks)
         for chunk in layout.chunks:
             queries = query[chunk.rows]
-            output[chunk.rows] = self._prefill(queries, keys, values, chunk, scaling, window, softcap, sinks)
+            output[chunk.rows] = self._prefill(queries, keys, values, chunk, scaling, visible, softcap, sinks)
         return output
 
     def _groups(self, singles: list[Slice]) -> Iterator[DecodeGroup]:
@@ -160,7 +166,7 @@ class GatherAttention:
         values: torch.Tensor,
         group: DecodeGroup,
         scaling: float | None,
-        window: int | None,
+        visible: Visibility,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -170,7 +176,7 @@ class GatherAttention:
         tables = group.tables.view(-1)
         key = keys.index_select(0, tables).view(sequences, size, *keys.shape[2:]).transpose(1, 2)
         value = values.index_select(0, tables).view(sequences, size, *values.shape[2:]).transpose(1, 2)
-        mask = group.mask(window, size)
+        mask = group.mask(visible, size)
         # The query heads that share a key head attend to the same tokens, just as several queries would.
         grouped = query.reshape(sequences, key.shape[1], -1, query.shape[2])
         if softcap is None and sinks is None:
@@ -188,7 +194,7 @@ class GatherAttention:
         values: torch.Tensor,
         chunk: Chunk,
         scaling: float | None,
-        window: int | None,
+        visible: Visibility,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -200,18 +206,18 @@ class GatherAttention:
         if softcap is not None or sinks is not None:
             key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
             own = None if sinks is None else sinks.view(-1, 1, 1)
-            output = _attention(query, key, value, chunk.mask(window), scaling, softcap, own)
+            output = _attention(query, key, value, chunk.mask(visible), scaling, softcap, own)
             return output[0].transpose(0, 1)
         if query.is_cuda and shared > 1:
             # Not every fused kernel knows shared key heads, and the one that is always there holds all scores at once.
             key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-        unbounded = window is None or window >= chunk.end
+        unbounded = visible.mask is None and (visible.window is None or visible.window >= chunk.end)
         whole = chunk.start == 0 and unbounded
         mask = None
         if not whole:
             # The first is the same mask, but one that fast kernels know.
             lower_right = query.is_cuda and unbounded
-            mask = causal_lower_right(query.shape[2], chunk.end) if lower_right else chunk.mask(window)
+            mask = causal_lower_right(query.shape[2], chunk.end) if lower_right else chunk.mask(visible)
         with _without_cudnn():
             output = scaled_dot_product_attention(
                 query,

@@ -15,12 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine import processor
-from mii_hpc.engine.attention.interface import measure_layers
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
+from mii_hpc.engine.model.check import Serving, check_loaded, choose_serving, measure
 from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.packing import pack_linears
-from mii_hpc.engine.model.sharding import check_sharding, load_shard, shard
+from mii_hpc.engine.model.rope import PerSequenceRope
+from mii_hpc.engine.model.sharding import load_shard, shard
 from mii_hpc.engine.model.weights import refuse_missing
 from mii_hpc.errors import ConfigError
 
@@ -40,6 +41,8 @@ class LoadedModel:
         context: the model's bound on prompt plus answer, in tokens.
         eos_token_ids: those that end an answer, as far as the checkpoint says it.
         weights: bytes of this rank's parameters.
+        serving: how it is sharded, and how it attends.
+        rope: rotary embeddings that depend on the length of a sequence, if the model has such.
     """
 
     module: nn.Module
@@ -48,6 +51,8 @@ class LoadedModel:
     context: int
     eos_token_ids: tuple[int, ...]
     weights: int
+    serving: Serving
+    rope: PerSequenceRope | None
 
 
 def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> LoadedModel:
@@ -58,29 +63,41 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     """
     model = spec.model
     config = _load_config(model)
+    name = (config.architectures or [config.model_type])[0]
     dtype = _dtype(model, config, device)
     progress(f"loading {model.model_name_or_path} in {str(dtype).removeprefix('torch.')} on {device}")
+    context, vocabulary = _context(model, config), config.get_text_config().vocab_size
+    architecture = _architecture(config)
+    architecture.check_served()
+    if spec.world_size > 1:
+        architecture.check_tensor_parallel(spec.world_size)
+    serving = choose_serving(config, model, spec.world_size, device)
+    if serving is not None:
+        progress(f"a small model of this architecture is served right ({serving.sharding}, {serving.way})")
     if spec.world_size == 1:
         module = _load_alone(model, config, dtype, device, progress)
+    elif serving is None:
+        raise ConfigError(f"tensor_parallel={spec.world_size}: {name} cannot be tried before it loads")
     else:
-        _architecture(config).check_tensor_parallel(spec.world_size)
-        check_sharding(config, spec.world_size)
-        progress("DeepSpeed shards this architecture right")
-        module = load_shard(model, config, dtype, spec.world_size, device, progress)
+        module = load_shard(model, config, dtype, spec.world_size, serving.sharding, device, progress)
     module.eval().requires_grad_(False)
-    pack_linears(module)
-    replace_linears(module)
+    if serving is not None and serving.packed:
+        pack_linears(module)
+        replace_linears(module)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    layers = measure_layers(module, device)
+    if serving is None:
+        serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
+    layers = measure(module, serving.way, device, context)
     progress(f"loaded: {weights / 2**30:.2f} GiB of weights on rank {spec.rank}")
-    text_config = config.get_text_config()
     return LoadedModel(
         module=module,
         layers=layers,
-        vocabulary=text_config.vocab_size,
-        context=_context(model, config),
+        vocabulary=vocabulary,
+        context=context,
         eos_token_ids=_eos_token_ids(model, config),
         weights=weights,
+        serving=serving,
+        rope=PerSequenceRope.of(module, context) if serving.way == "paged" else None,
     )
 
 
@@ -145,8 +162,8 @@ def _load_alone(
         # Straight to the device, where the checkpoint has each parameter as it is; else transformers says what is
         # wrong.
         with suppress(ConfigError):
-            return load_shard(model, config, dtype, 1, device, progress)
-    return shard(_load_whole(model, dtype), 1, dtype)
+            return load_shard(model, config, dtype, 1, "whole", device, progress)
+    return shard(_load_whole(model, dtype), 1, dtype, "whole")
 
 
 def _load_whole(model: ModelConfig, dtype: torch.dtype) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,11 @@ from mii_hpc.engine.distributed import quiet
 from mii_hpc.engine.model.weights import Checkpoint, refuse_missing
 from mii_hpc.errors import ConfigError
 
+SHARDINGS = ("DeepSpeed",)
+"""Who decides how layers are cut, in this order."""
 
-def shard(module: nn.Module, ranks: int, dtype: torch.dtype) -> nn.Module:
+
+def shard(module: nn.Module, ranks: int, dtype: torch.dtype, sharding: str) -> nn.Module:
     """Let DeepSpeed replace the layers of a module by this rank's, with parameters in `dtype`.
 
     They are on the current device. Buffers stay as they are: their content is computed and not read, and rotary
@@ -43,70 +45,12 @@ def shard(module: nn.Module, ranks: int, dtype: torch.dtype) -> nn.Module:
     return sharded
 
 
-def check_sharding(config: Any, ranks: int) -> None:
-    """Raise ConfigError when DeepSpeed shards an architecture so that it answers wrongly.
-
-    A small model of the same architecture is made, alike on all ranks, and must give the same logits
-    whole and sharded. To be called on all ranks at once.
-    """
-    name = (config.architectures or [config.model_type])[0]
-    try:
-        difference = _sharding_error(_small(config, ranks), ranks)
-    except Exception as error:  # DeepSpeed fails in many ways on what it does not know
-        raise ConfigError(f"tensor_parallel={ranks}: DeepSpeed cannot shard {name}: {error}") from error
-    if not difference < 1e-3:
-        raise ConfigError(
-            f"tensor_parallel={ranks}: DeepSpeed shards {name} wrongly: its answers differ by "
-            f"{difference:.2g} of their size; use tensor_parallel=1"
-        )
-
-
-def _sharding_error(config: Any, ranks: int) -> float:
-    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        ids = torch.arange(16)[None]
-        whole = module(input_ids=ids, use_cache=False).logits
-        module = shard(module, ranks, torch.float32)
-        device = next(module.parameters()).device
-        sharded = module(input_ids=ids.to(device), use_cache=False).logits.cpu()
-    return float((whole - sharded).abs().max() / whole.abs().max())
-
-
-def _small(config: Any, ranks: int) -> Any:
-    """Return a configuration of the same architecture with few layers, few heads and a small vocabulary."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    heads = text.num_attention_heads
-    shared = heads // (getattr(text, "num_key_value_heads", None) or heads)
-    few = 2 * ranks * shared if heads % (2 * ranks * shared) == 0 else heads
-    head_size = text.hidden_size // heads
-    sizes = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": few,
-        "num_key_value_heads": few // shared,
-        "hidden_size": head_size * few,
-        "word_embed_proj_dim": head_size * few,
-        "intermediate_size": 32 * ranks,
-        "ffn_dim": 32 * ranks,
-        "vocab_size": 64,
-        "pad_token_id": None,
-    }
-    for field, size in sizes.items():
-        if getattr(text, field, None) is not None:
-            setattr(text, field, size)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:2]
-    return small
-
-
 def load_shard(
     model: ModelConfig,
     config: Any,
     dtype: torch.dtype,
     ranks: int,
+    sharding: str,
     device: torch.device,
     progress: Callable[[str], None],
 ) -> nn.Module:
@@ -121,7 +65,7 @@ def load_shard(
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sources = checkpoint.names(module)
-    module = shard(module, ranks, dtype)
+    module = shard(module, ranks, dtype, sharding)
     refuse_missing(model, [name for name in shapes if name not in sources])
     kept: dict[str, nn.Parameter] = {}
     modules = [(name, part) for name, part in module.named_modules() if part._parameters]

@@ -21,13 +21,6 @@ def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tmp_path):
         engine.load(lambda sentence: None)
 
 
-def test_an_attention_of_its_own_is_refused_by_name(tmp_path):
-    folder = tiny_model(tmp_path, "bloom", n_head=4, n_layer=2, intermediate_size=None, num_key_value_heads=None)
-    engine = make(model_name_or_path=str(folder), max_length=64)
-    with pytest.raises(ConfigError, match="BloomForCausalLM"):
-        engine.load(lambda sentence: None)
-
-
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="model_name_or_path"):
         make(model_name_or_path=str(tmp_path)).load(lambda sentence: None)

@@ -1,0 +1,59 @@
+"""Every family of models is served right, or refused in a sentence. A part of the list; with --families, all."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mii_hpc.errors import ConfigError  # noqa: E402
+from tests.engine.collect import make, running, submit  # noqa: E402
+from tests.engine.families import FAMILIES, config_of, save_family  # noqa: E402
+from tests.engine.reference import PROMPTS, Reference  # noqa: E402
+
+pytestmark = pytest.mark.engine
+# Prefilled in chunks, in blocks that none of the lengths is a multiple of.
+SMALL = {"max_batch_size": 8, "max_batch_tokens": 32, "page_size": 8, "num_blocks": 256, "threads": 1}
+LONG = [*PROMPTS, "All that is gold does not glitter, not all those who wander are lost; " * 3]
+IN_CI = {
+    "llama4_text", "mixtral", "qwen2_moe-window", "gemma2", "phi3-longrope", "phimoe", "gpt_oss", "bloom", "falcon",
+    "mpt", "diffllama", "deepseek_v3", "deepseek_v32", "jamba", "falcon_h1", "bert-encoder",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that threads would wait for each other all the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request):
+    if request.param.name not in IN_CI and not request.config.getoption("--families"):
+        pytest.skip("with --families")
+    return request.param
+
+
+def test_a_family_is_served_right_or_refused(family, tmp_path, models):
+    folder = str(tmp_path)
+    if family.refused:
+        config_of(family).save_pretrained(folder)
+        with pytest.raises(ConfigError, match=family.refused):
+            make(model_name_or_path=folder).load(lambda sentence: None)
+        return
+    save_family(family, tmp_path)
+    reference = Reference(folder)
+    options = {"max_new_tokens": 12, "do_sample": False, "logprobs": True}
+    with running(make(model_name_or_path=folder, dtype="float32", inference_engine_config=SMALL)) as engine:
+        together = [submit(engine, prompt, **options) for prompt in LONG]
+        for one in together:
+            one.wait()
+        alone = [submit(engine, prompt, **options).wait() for prompt in LONG]
+    (model,) = models
+    assert model.serving.way == family.attention
+    for prompt, one, other in zip(LONG, together, alone, strict=True):
+        assert one.token_ids() == reference.greedy(prompt, max_new_tokens=12)
+        assert other.token_ids() == one.token_ids()
+        expected = reference.stepwise_logprobs(prompt, one.token_ids())
+        assert one.logprobs() == pytest.approx(expected, abs=1e-4)
