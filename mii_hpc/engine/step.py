@@ -19,6 +19,7 @@ class Slice(NamedTuple):
         blocks: its block table, long enough for all of them. Slices that begin alike may share blocks.
         sample: whether the last of them is the sequence's last, so that another is drawn from its logits.
         slot: the number that the sequence has in the batch, from 0 to max_batch_size - 1, while it runs.
+        scores: whether the logits of its other tokens are wanted, too: of all but the one that `sample` is for.
         fresh: whether this is the first slice since it has that slot. `blocks` of the others go on from the one before.
         length: how many tokens the sequence has in all, those that later steps compute included.
     """
@@ -30,6 +31,12 @@ class Slice(NamedTuple):
     slot: int = 0
     fresh: bool = True
     length: int = 0
+    scores: bool = False
+
+    @property
+    def num_scores(self) -> int:
+        """For how many of its tokens, the first ones, logits are wanted besides those for `sample`."""
+        return (len(self.token_ids) - self.sample) * self.scores
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class StepCodec:
             known = 0 if part.fresh else len(self._tables[part.slot])
             added = part.blocks[known:]
             self._tables[part.slot] = part.blocks
-            flags = part.sample + 2 * part.fresh
+            flags = part.sample + 2 * part.fresh + 4 * part.scores
             numbers += (part.slot, flags, part.start, part.length, len(part.token_ids), len(added))
             numbers += part.token_ids
             numbers += added
@@ -94,5 +101,6 @@ class StepCodec:
             if not fresh:
                 blocks = self._tables[slot] + blocks if added else self._tables[slot]
             self._tables[slot] = blocks
-            slices.append(Slice(start, tuple(numbers[first:middle]), blocks, sample, slot, fresh, length))
+            token_ids = tuple(numbers[first:middle])
+            slices.append(Slice(start, token_ids, blocks, sample, slot, fresh, length, scores=bool(flags & 4)))
         return Step(tuple(slices), tuple(numbers[3 : 3 + clear]), bool(stop))
