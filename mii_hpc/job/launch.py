@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
+from mii_hpc.job.signals import DRAIN
 from mii_hpc.schedulers.base import SAFE_PATH
 from mii_hpc.schedulers.local import JOB_ID
 
@@ -21,7 +22,7 @@ from mii_hpc.schedulers.local import JOB_ID
 def main(run_path: str) -> None:
     """Run a deployment's ranks under mpiexec until they end, and exit with mpiexec's status.
 
-    SIGTERM and SIGUSR2 end the deployment in order. Raises SubmissionError when there is no mpiexec.
+    The signals of DRAIN end the deployment in order. Raises SubmissionError when there is no mpiexec.
     """
     # serve()'s process may have blocked or ignored signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -30,6 +31,7 @@ def main(run_path: str) -> None:
     mpiexec = find_mpiexec()
     rank = [sys.executable, *SAFE_PATH, "-m", "mii_hpc.job.rank", run_path]
     command = [mpiexec, *_options(mpiexec), "-n", str(world_size), *rank]
+    os.environ.setdefault("HOME", str(Path("~").expanduser()))  # MPI libraries complain without
     ranks: subprocess.Popen[bytes] | None = None
     ending = False
 
@@ -40,7 +42,7 @@ def main(run_path: str) -> None:
             # mpiexec passes it on to the ranks, which take it as an order to end; SIGTERM would end mpiexec first.
             ranks.send_signal(signal.SIGUSR2)
 
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
+    for signum in DRAIN:
         signal.signal(signum, end)
     ranks = subprocess.Popen(command, env={**os.environ, JOB_ID: str(os.getpid())}, start_new_session=True)
     if ending:
