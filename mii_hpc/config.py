@@ -535,6 +535,11 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
 
 
+def is_name(name: str) -> bool:
+    """Whether a deployment can have that name."""
+    return 0 < len(name) <= NAME_LENGTH and name == plain_name(name)
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> str:
     """Return a sentence that answers an unknown, perhaps dotted, name with the closest valid ones, or with all."""
     valid = sorted(valid)

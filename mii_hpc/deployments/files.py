@@ -17,6 +17,8 @@ from mii_hpc.errors import RegistryError
 T = TypeVar("T")
 
 LOG_TAIL_BYTES = 8192
+SMALL_FILE_BYTES = 2**20
+"""No entry, certificate or token is longer."""
 STALE_READS = 5
 
 
@@ -33,11 +35,72 @@ def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
     return text.split("\n", 1)[-1] if start else text
 
 
+def read_bounded(path: Path, limit: int = SMALL_FILE_BYTES, owner: int | None = None) -> bytes:
+    """Return what is in a file that others may have put there. It never waits, and never reads more than `limit` bytes.
+
+    Where an `owner` (a user id) is named, only a file that nobody else can have written is read, and no link followed.
+    Raises RegistryError, naming the file, when it is something else or longer; OSError as open() does.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if owner is None else os.O_NOFOLLOW)
+
+    def read() -> bytes:
+        descriptor = os.open(path, flags)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise RegistryError(f"{path}: is not a regular file; it is not read")
+            if owner is not None and (status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+                raise RegistryError(f"{path}: others than user id {owner} could have written it; it is not believed")
+            return file.read(limit + 1)
+
+    try:
+        content = unless_stale(read)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket; a folder
+            raise RegistryError(f"{path}: is not a regular file; it is not read") from None
+        raise
+    if len(content) > limit:
+        raise RegistryError(f"{path}: is longer than {limit} bytes; it is not read")
+    return content
+
+
+def check_links(path: Path) -> None:
+    """Raise RegistryError when a link of another user (but root) is on the way to a path."""
+    for each in (path, *path.parents):
+        try:
+            status = each.lstat()
+        except OSError:
+            continue
+        if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+            raise RegistryError(
+                f"{each}: is a link that belongs to user id {status.st_uid}, who says where it leads; choose another "
+                "folder with MII_HPC_HOME or `home`"
+            )
+
+
+def open_to_group(folder: Path, group_id: int, mode: int) -> None:
+    """Give a group access to a folder of ours, which is made where there is none.
+
+    Raises RegistryError for a folder of another user, also one that another's link leads to.
+    """
+    check_links(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if (owner := os.fstat(descriptor).st_uid) != os.geteuid():
+            raise RegistryError(f"{folder}: belongs to user id {owner}, and cannot be shared by another")
+        os.fchown(descriptor, -1, group_id)
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
 def private_folder(path: Path, entered_by_group: bool = False) -> Path:
     """Make a directory with mode 0700 where there is none, and return it.
 
-    Raises RegistryError as check_private() does.
+    Raises RegistryError as check_private() and check_links() do.
     """
+    check_links(path)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

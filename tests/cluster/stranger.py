@@ -115,6 +115,36 @@ def main(user: str, task: dict[str, Any]) -> None:
     print(json.dumps(result))
 
 
+def share(home: Path, entry: dict[str, Any]) -> None:
+    """As one who shares his home with bad intent: beside a good share, each kind of a bad one."""
+    os.umask(0o022)
+    for name in ("good", "fifo", "endless", "link", "escapes", "command", "shell", "other"):
+        folder = home / "shared" / name
+        folder.mkdir(parents=True)
+        certificate, token, told = entry["certificate"], "token", {**entry["entry"], "deployment_name": name}
+        match name:
+            case "escapes":
+                told["detail"] = "\x1b]0;owned\x07"
+            case "command":
+                told["job_id"] = "--user=root"
+            case "shell":
+                token = "$(touch owned)"
+            case "other":
+                told["deployment_name"] = "../good"
+        (folder / "tls.crt").write_text(certificate)
+        (folder / "token").write_text(token)
+        (folder / "entry.json").write_text(json.dumps(told))
+        if name in ("fifo", "endless", "link"):
+            (folder / "entry.json").unlink()
+        if name == "fifo":
+            os.mkfifo(folder / "entry.json")
+        elif name == "endless":
+            (folder / "entry.json").touch()
+            os.truncate(folder / "entry.json", 3 * 2**30)
+        elif name == "link":
+            (folder / "entry.json").symlink_to("/dev/zero")
+
+
 def use(user: str, home: str, name: str) -> None:
     """As a member of the group: generate, then try to terminate."""
     import mii_hpc as mii
@@ -142,3 +172,6 @@ if __name__ == "__main__":
         case "plant":
             become(user)
             plant(Path(rest[0]))
+        case "share":
+            become(user)
+            share(Path(rest[0]), json.loads(rest[1]))
