@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from mii_hpc.errors import ConfigError
+from mii_hpc.printable import one_line
 
+MOST_RANKS = 1024
+"""As ModelConfig bounds tensor_parallel."""
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -46,7 +50,7 @@ class Architecture:
 
         def first(names: tuple[str, ...]) -> int | None:
             values = (get(name) for name in names)
-            return next((value for value in values if isinstance(value, int) and value > 0), None)
+            return next((value for value in values if isinstance(value, int) and 0 < value < 2**63), None)
 
         return cls(first(_HEADS), first(_KEY_VALUE_HEADS), first(_CONTEXT), _refused(get))
 
@@ -60,7 +64,8 @@ class Architecture:
         counts = [count for count in (self.heads, self.key_value_heads) if count is not None]
         for kind, count in (("attention heads", self.heads), ("KV heads", self.key_value_heads)):
             if count is not None and count % ranks:
-                allowed = (n for n in range(1, count + 1) if all(each % n == 0 for each in counts))
+                most = min(math.gcd(*counts), MOST_RANKS)
+                allowed = (n for n in range(1, most + 1) if all(each % n == 0 for each in counts))
                 raise ConfigError(
                     f"tensor_parallel={ranks}: does not divide the model's {count} {kind}; "
                     f"allowed are {', '.join(map(str, allowed))}"
@@ -75,4 +80,4 @@ def _refused(get: Callable[[str], Any]) -> str | None:
         reason = "it is an encoder with a decoder"
     if isinstance(kinds, list | tuple) and any(part in str(name) for name in kinds for part in _STATEFUL_LAYERS):
         reason = _STATE
-    return f"models of the type '{kind}' cannot be served: {reason}" if reason else None
+    return f"models of the type '{one_line(kind)}' cannot be served: {reason}" if reason else None

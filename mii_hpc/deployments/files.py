@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mii_hpc import reading
 from mii_hpc.errors import RegistryError
 
 T = TypeVar("T")
 
 LOG_TAIL_BYTES = 8192
-SMALL_FILE_BYTES = 2**20
-"""No entry, certificate or token is longer."""
 STALE_READS = 5
 
 
@@ -35,33 +34,18 @@ def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
     return text.split("\n", 1)[-1] if start else text
 
 
-def read_bounded(path: Path, limit: int = SMALL_FILE_BYTES, owner: int | None = None) -> bytes:
+def read_bounded(path: Path, limit: int = reading.SMALL_FILE_BYTES, owner: int | None = None) -> bytes:
     """Return what is in a file that others may have put there. It never waits, and never reads more than `limit` bytes.
 
     Where an `owner` (a user id) is named, only a file that nobody else can have written is read, and no link followed.
     Raises RegistryError, naming the file, when it is something else or longer; OSError as open() does.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | (0 if owner is None else os.O_NOFOLLOW)
-
-    def read() -> bytes:
-        descriptor = os.open(path, flags)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise RegistryError(f"{path}: is not a regular file; it is not read")
-            if owner is not None and (status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-                raise RegistryError(f"{path}: others than user id {owner} could have written it; it is not believed")
-            return file.read(limit + 1)
-
     try:
-        content = unless_stale(read)
+        return unless_stale(lambda: reading.read_bounded(path, limit, owner))
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket; a folder
-            raise RegistryError(f"{path}: is not a regular file; it is not read") from None
+        if error.errno == errno.EINVAL:
+            raise RegistryError(f"{path}: {error.strerror}") from None
         raise
-    if len(content) > limit:
-        raise RegistryError(f"{path}: is longer than {limit} bytes; it is not read")
-    return content
 
 
 def check_links(path: Path) -> None:
