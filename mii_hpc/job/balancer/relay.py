@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
 
 import grpc.aio
 
@@ -13,6 +14,7 @@ from mii_hpc.errors import (
     InvalidRequestError,
     MIIError,
     ReplicaLostError,
+    RequestCancelledError,
     RequestError,
     RequestTimeoutError,
 )
@@ -22,17 +24,28 @@ from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import BatchPosition, Context, Method
 
+FIRST_MESSAGE_SECONDS = 30.0
+"""A call that has sent no request by then is ended."""
+
 
 class Relay:
     """Passes requests to replicas.
 
-    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
+    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke; `is_guest`
+    tells of a token whether it is the guests'.
     """
 
     def __init__(
-        self, deployment_name: str, router: Router, ending: Ending, on_broken: Callable[[int, int, str], None]
+        self,
+        deployment_name: str,
+        router: Router,
+        ending: Ending,
+        on_broken: Callable[[int, int, str], None],
+        is_guest: Callable[[str], bool],
     ) -> None:
-        self._deployment_name = deployment_name
+        self._deployment_name, self._is_guest = deployment_name, is_guest
+        self._of_guests: dict[Any, bool] = {}
+        """The guests' calls in flight, and whether they were cancelled."""
         self._router, self._ending, self._on_broken = router, ending, on_broken
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
@@ -52,11 +65,18 @@ class Relay:
             replica = self._router.next(_position(context))
         except MIIError as error:
             raise self._located(error) from None
+        call = None
         try:
-            payload = await anext(requests, None)
+            try:
+                payload = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
+            except TimeoutError:
+                late = f"the call has had no request within {FIRST_MESSAGE_SECONDS:.0f} s"
+                raise self._located(InvalidRequestError(late)) from None
             if payload is None:
                 raise self._located(InvalidRequestError("the call has ended without a request"))
             with replica.request(payload, context.time_remaining()) as call:
+                if self._is_guest(transport.token_of(context.invocation_metadata())):
+                    self._of_guests[call] = False
                 await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
                 async for chunk in call:
                     yield chunk
@@ -68,7 +88,17 @@ class Relay:
             # Cancelled by us, because the replica is lost or the time to drain is over; or by the client.
             if transport.is_being_cancelled():
                 raise
+            if self._of_guests.get(call):
+                raise self._located(RequestCancelledError("the owner has taken the guests' token back")) from None
             raise self._interrupted(replica) from None
+        finally:
+            self._of_guests.pop(call, None)
+
+    def cancel_guests(self) -> None:
+        """Cancel all requests that guests have in hand."""
+        for call in self._of_guests:
+            self._of_guests[call] = True
+            call.cancel()
 
     def passing(self, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return a handler that passes calls of a method to any replica, and the answers back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
@@ -30,7 +30,9 @@ class DeploymentService(pb_grpc.DeploymentServicer):
         access: Access,
         ending: Ending,
         lifetime: Lifetime,
+        cancel_guests: Callable[[], None],
     ) -> None:
+        self._cancel_guests = cancel_guests
         self._deployment_name = deployment_name
         self._membership, self._router, self._access = membership, router, access
         self._ending, self._lifetime = ending, lifetime
@@ -71,7 +73,9 @@ class DeploymentService(pb_grpc.DeploymentServicer):
         """Refuse the clients' tokens from now on, and write new ones to their files."""
         async with wire.answering(context):
             await asyncio.to_thread(self._access.rotate)
-            log.info("the clients' tokens were replaced")
+            if request.cancel_guests:
+                self._cancel_guests()
+            log.info("the clients' tokens were replaced%s", ", and guests cancelled" if request.cancel_guests else "")
             return pb.RotateTokenResponse()
 
 

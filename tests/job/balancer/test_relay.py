@@ -4,6 +4,7 @@ import pytest
 
 from mii_hpc.deployments import credentials
 from mii_hpc.errors import InvalidRequestError, RequestError
+from mii_hpc.job.balancer import relay
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
 from tests.waiting import PATIENCE
@@ -85,3 +86,15 @@ async def test_long_words_travel(deploy, monkeypatch):
     deployment = await deploy(replica_num=1)
     monkeypatch.setattr(wire, "unpack_request", long)
     assert str(await Handler(deployment).error(b"")) == "é" * wire.MAX_WORDS + " ..."
+
+
+async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
+    """Streams that say nothing cost us and not who opens them."""
+    monkeypatch.setattr(relay, "FIRST_MESSAGE_SECONDS", 0.05)
+    deployment = await deploy(replica_num=1)
+    owner = credentials.load_owner(deployment.run)
+    async with transport.open_channel(deployment.address, owner) as channel:
+        call = channel.stream_stream(Method.GENERATE)(metadata=transport.authorization(owner), timeout=PATIENCE)
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await call.read()
+    assert str(wire.error_of(failure.value)) == "the call has had no request within 0 s"
