@@ -73,7 +73,7 @@ def table(outputs: list[Path], plot: Path = Path("build/gpu.png")) -> None:
 
 
 @app.command()
-def way(name: str, model: Path, output: Path) -> None:
+def way(name: str, model: Path, output: Annotated[Path, typer.Option()]) -> None:
     """Measure one way, and save the numbers."""
     warnings.simplefilter("ignore")
     kind, _, ranks = name.partition(":")

@@ -140,6 +140,7 @@ class BatchingEngine:
 
     def _lead(self, runner: ModelRunner) -> None:
         sampling = create_sampling(runner.drawn, self._tokenizer.vocabulary, self._tokenizer.eos_token_ids)
+        lag = sampling.lag if runner.runs_ahead else 0
         begun: deque[_Begun] = deque()
         while True:
             step, sequences = self._next_step(wait=not begun)
@@ -151,7 +152,7 @@ class BatchingEngine:
                 _score(logits[len(sequences) :], step, sequences)
                 draw = sampling.draw(logits[: len(sequences)], step, [sequence.sampler for sequence in sequences])
                 begun.append(_Begun(step, sequences, draw))
-            if len(begun) > (sampling.lag if step.slices else 0):
+            if len(begun) > (lag if step.slices else 0):
                 self._finish(begun.popleft())
 
     def _finish(self, begun: _Begun) -> None:
