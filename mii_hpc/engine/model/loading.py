@@ -88,7 +88,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     module.eval().requires_grad_(False)
     if serving is not None and serving.packed:
         pack_linears(module)
-        replace_linears(module)
+        replace_linears(module, on_one_host=spec.replica_local_size == spec.world_size > 1)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     if serving is None:
         serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
