@@ -53,8 +53,10 @@ def test_a_family_is_served_right_or_refused(family, tmp_path, models):
         for one in together:
             one.wait()
         alone = [submit(engine, prompt, **options).wait() for prompt in LONG]
+        scored = submit(engine, LONG[-1], prompt_logprobs=True, **options).wait().of()[0]
     (model,) = models
     assert model.serving.way == family.attention
+    assert scored.prompt_logprobs == pytest.approx(reference.prompt_logprobs(LONG[-1]), abs=1e-4)
     for prompt, one, other in zip(LONG, together, alone, strict=True):
         assert one.token_ids() == reference.greedy(prompt, max_new_tokens=12)
         assert other.token_ids() == one.token_ids()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 
-from mii_hpc.engine.model.linears import all_reduce
+from mii_hpc.engine.model.linears import sum_over_ranks
 from mii_hpc.errors import ConfigError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -35,7 +35,7 @@ def apply_plan(module: nn.Module, ranks: int, rank: int) -> dict[str, Cut]:
         if isinstance(part, nn.Linear) and f"{name}.weight" not in tied:
             _replace(module, name, part, style, cuts, ranks, rank)
         elif style == "moe_tp_experts":
-            part.register_forward_hook(_sum_over_ranks)
+            part.register_forward_hook(_sum_of_experts)
         for leaf, parameter in list(part._parameters.items()):
             full = f"{name}.{leaf}"
             style = _style(plan, full)
@@ -57,8 +57,7 @@ class RowLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for rows [..., inputs]."""
-        output = linear(rows if self.inputs is None else rows[..., self.inputs], self.weight)
-        all_reduce(output, dist.group.WORLD.group_name)  # type: ignore[union-attr]
+        output = _sum(linear(rows if self.inputs is None else rows[..., self.inputs], self.weight))
         return output if self.bias is None else output + self.bias
 
 
@@ -130,10 +129,13 @@ def _cut(name: str, dim: int, ranks: int, rank: int, pieces: int = 1) -> Cut:
     return cut
 
 
-def _sum_over_ranks(part: nn.Module, inputs: Any, output: Any) -> Any:
-    rows = output.contiguous()
-    all_reduce(rows, dist.group.WORLD.group_name)  # type: ignore[union-attr]
-    return rows
+def _sum_of_experts(part: nn.Module, inputs: Any, output: Any) -> Any:
+    return _sum(output)
+
+
+def _sum(rows: torch.Tensor) -> torch.Tensor:
+    total: torch.Tensor = sum_over_ranks(rows.contiguous(), None, dist.group.WORLD.group_name)  # type: ignore[union-attr]
+    return total
 
 
 def _style(plan: dict[str, str], name: str) -> str | None:
