@@ -114,9 +114,12 @@ def check_loaded(module: nn.Module, device: torch.device, vocabulary: int, conte
     """Return how a loaded model is served right, tried on itself. Raises ConfigError if it is not."""
     expected = expected_logits(module, device, vocabulary, context)
     tolerance = TOLERANCE if next(module.parameters()).dtype == torch.float32 else ROUGH_TOLERANCE
+    before = module.config._attn_implementation  # type: ignore[union-attr]
     reasons = []
     for way in WAYS:
         reason = _reason(module, way, expected, device, vocabulary, context, attention, tolerance)
+        if reason is not None and way == "paged":
+            module.set_attn_implementation(before)  # type: ignore[operator]
         if reason is None:
             return Serving("whole", way, packed=False)
         reasons.append(reason)
@@ -124,9 +127,10 @@ def check_loaded(module: nn.Module, device: torch.device, vocabulary: int, conte
 
 
 def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, attention: str) -> Serving | None:
-    small = miniature(config, ranks)
-    vocabulary, context = small.get_text_config().vocab_size, CONTEXT
+    context = CONTEXT
     try:
+        small = miniature(config, ranks)
+        vocabulary = small.get_text_config().vocab_size
         expected = expected_logits(_seeded(small, model, device), device, vocabulary, context)
     except Exception as error:  # noqa: BLE001 (a configuration may have any rules of its own)
         _log.info("no small model of this architecture can be made: %s", error)
