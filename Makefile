@@ -2,6 +2,7 @@
 # make demo    make a small model, serve it on this machine, ask it, end it
 # make bench   what serving costs and gains, as a table and a plot
 # make test    everything: style, types, and all tests
+# make test-real  a real model of 270M weights, which is downloaded, against transformers' own generate
 # make families   every family of models, as tiny ones, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
@@ -12,7 +13,7 @@ DEMO_MODEL := $(VENV)/demo-model
 # What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
 DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
-.PHONY: setup system demo bench test families lint proto cluster clean
+.PHONY: setup system demo bench test families test-real lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -49,6 +50,10 @@ test: setup lint
 
 families: setup
 	$(BIN)/python -m pytest tests/engine/test_families.py --families
+
+test-real: setup
+	$(BIN)/python -m tests.real $(VENV)/real-model
+	MII_REAL_MODEL=$(VENV)/real-model $(BIN)/python -m pytest tests/engine/test_real.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,9 @@ SMALL = {"max_batch_size": 64, "max_batch_tokens": 64, "page_size": 8}
         ("mistral", {"sliding_window": 24}),
         ("opt", {}),
         ("gpt_neox", {}),
+        ("phi3", {}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("llama", {"num_key_value_heads": 1}),
     ],
 )
 def test_greedy_answers_are_generates_own(tmp_path, architecture, changes):
