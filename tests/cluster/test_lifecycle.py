@@ -25,14 +25,8 @@ def ended(cluster):
 @pytest.fixture
 def serve(cluster, home, ended):
     """Serve replicas, each on a node of its own."""
-    return lambda name, replica_num=2: mii.serve(
-        deployment_name=name,
-        home=home,
-        replica_num=replica_num,
-        slurm={"tasks_per_node": 1},
-        startup_timeout=120,
-        **ECHO,
-    )
+    given = {"home": home, "slurm": {"tasks_per_node": 1}, "startup_timeout": 120, **ECHO}
+    return lambda name, replica_num=2: mii.serve(deployment_name=name, replica_num=replica_num, **given)
 
 
 def state_of(home, name):
