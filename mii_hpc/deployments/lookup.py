@@ -65,6 +65,10 @@ class Home(ABC):
             raise RegistryError(f"deployment '{deployment_name}': its certificate is not the one in the registry")
         return Found(self, entry, keys)
 
+    @abstractmethod
+    def certificate(self, entry: Entry) -> Path:
+        """Return the file with the certificate of a deployment that is there."""
+
     def find(self, model_or_deployment_name: str, is_live: Callable[[Entry], bool] = lambda entry: True) -> Found:
         """Return the deployment of that name, or else the one that serves that model.
 
@@ -113,6 +117,10 @@ class OwnHome(Home):
         """See Home.config_of()."""
         return RunDir(entry.run_dir).load_config()
 
+    def certificate(self, entry: Entry) -> Path:
+        """See Home.certificate()."""
+        return RunDir(entry.run_dir).tls_certificate
+
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         registry = Registry(self.path)
         entry = registry.get(deployment_name)
@@ -146,6 +154,10 @@ class SharedHome(Home):
                 model_name_or_path=entry.model, tensor_parallel=entry.tensor_parallel, replica_num=entry.replica_num
             ),
         )
+
+    def certificate(self, entry: Entry) -> Path:
+        """See Home.certificate()."""
+        return sharing.certificate(self.path, entry.deployment_name)
 
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         return sharing.read(self.path, deployment_name)

@@ -38,6 +38,7 @@ class Entry(BaseModel):
         incarnation: how often its job was started before; a requeued job is started again.
         host: the name of the node of rank 0.
         address: "IP:port" of the balancer; empty before it listens.
+        gateway: the URL of the gateway in the job; empty without one, or before it listens.
         fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
         job_host: the only machine that knows the job's state; "" when every machine of the cluster does.
         run_dir: the run directory; it tells the runs of one name apart.
@@ -58,6 +59,7 @@ class Entry(BaseModel):
     incarnation: int = 0
     host: str = ""
     address: str = ""
+    gateway: str = ""
     fingerprint: str = ""
     run_dir: Path
     submitted: float

@@ -160,6 +160,26 @@ class RunDir:
         return self.credentials / "rank-token"
 
     @property
+    def gateway_key(self) -> Path:
+        """The private key of the gateway in the job."""
+        return self.credentials / "gateway.key"
+
+    @property
+    def gateway_certificate(self) -> Path:
+        """The gateway's certificate, signed with the deployment's key."""
+        return self.credentials / "gateway.crt"
+
+    @property
+    def gateway_url(self) -> Path:
+        """The URL of the gateway in the job, once it listens."""
+        return self.path / "gateway-url"
+
+    @property
+    def gateway_log(self) -> Path:
+        """The log of the gateway in the job."""
+        return self.logs / "gateway.log"
+
+    @property
     def submitit(self) -> Path:
         """Submitit's batch script, pickles, and the ranks' first output."""
         return self.path / "submitit"
@@ -246,6 +266,13 @@ class RunDir:
         """Read the configuration of the run. Raises RegistryError when directory or file cannot be trusted."""
         check_private(self.path)
         return MIIConfig.model_validate_json(self.config.read_text())
+
+    def read_gateway_url(self) -> str:
+        """Return the URL of the gateway in the job; empty while there is none."""
+        try:
+            return self.gateway_url.read_text()
+        except FileNotFoundError:
+            return ""
 
     def write_failure(self, failure: Failure) -> None:
         """Write a failure down for serve(), which waits for the deployment."""

@@ -93,6 +93,11 @@ def names(home: Path) -> list[str]:
         return []
 
 
+def certificate(home: Path, deployment_name: str) -> Path:
+    """Return the file with the certificate of a deployment that is shared."""
+    return _shares_of(home) / deployment_name / _CERTIFICATE
+
+
 def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
     """Return the entry and the guests' credentials of a deployment that another user shares.
 

@@ -103,6 +103,10 @@ class Engine(Protocol):
         """
 
     @property
+    def context(self) -> int | None:
+        """The bound on prompt plus answer, in tokens; None without one. Known once `load` has returned."""
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, as transformers has it; None where there is none. Known once `load` has returned."""
 

@@ -14,6 +14,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -45,9 +46,9 @@ LEAVE_DEADLINE_SECONDS = 10.0
 """Told to end by a signal, a rank waits this long for the balancer's order to leave, then leaves without it."""
 ENGINE_GRACE_SECONDS = 2.0
 CRASHES = 5
-"""A balancer that dies so often in a row is not started again: the deployment has failed."""
+"""A process that dies so often in a row is not started again: the deployment has failed."""
 STEADY_SECONDS = 60.0
-"""A balancer that has lived so long does not count as one that crashes."""
+"""A process that has lived so long does not count as one that crashes."""
 BALANCER_GRACE_SECONDS = 5.0
 
 
@@ -68,6 +69,8 @@ async def supervise(run: RunDir, world: World, address: str, revive: Callable[[]
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     balancer = tasks.start(keep_balancer(run, world, address)) if world.role.rank == 0 else None
+    if world.role.rank == 0 and run.load_config().gateway:
+        tasks.start(keep_gateway(run, address.rpartition(":")[0]))
 
     async def live() -> str:
         failure = await supervisor.work()
@@ -81,28 +84,37 @@ async def supervise(run: RunDir, world: World, address: str, revive: Callable[[]
 
 
 async def keep_balancer(run: RunDir, world: World, address: str) -> None:
-    """Run the balancer process; when it dies, run another one on the same port. Returns when it ends well.
+    """Keep a balancer process on one port. See _keep()."""
+    arguments = (str(run.path), address, "1" if world.spans_hosts else "0")
+    await _keep("balancer", run.balancer_log, "mii_hpc.job.balancer", *arguments)
+
+
+async def keep_gateway(run: RunDir, host: str) -> None:
+    """Keep a gateway process at this host's address. See _keep()."""
+    await _keep("gateway", run.gateway_log, "mii_hpc.gateway", str(run.path), host)
+
+
+async def _keep(name: str, output: Path, module: str, *args: str) -> None:
+    """Run a process of the deployment; when it dies, run another one. Returns when it ends well.
 
     Raises AbandonedError when it dies again and again, soon after its start.
     """
     crashes = 0
     while True:
         began = time.monotonic()
-        balancer = await Child.start(
-            "mii_hpc.job.balancer", str(run.path), address, "1" if world.spans_hosts else "0", log=run.balancer_log
-        )
+        process = await Child.start(module, *args, log=output)
         try:
-            reason = await hear(balancer, lambda note: None)
+            reason = await hear(process, lambda note: None)
         except asyncio.CancelledError:
-            await balancer.end(1.0)
+            await process.end(1.0)
             raise
         if not reason:
             return
         crashes = crashes + 1 if time.monotonic() < began + STEADY_SECONDS else 1
         if crashes == CRASHES:
-            words = tail(run.balancer_log).strip().rpartition("\n")[2]
-            raise AbandonedError(f"the balancer {reason}, {CRASHES} times in a row: {words}")
-        log.error("the balancer %s; starting another", reason)
+            words = tail(output).strip().rpartition("\n")[2]
+            raise AbandonedError(f"the {name} {reason}, {CRASHES} times in a row: {words}")
+        log.error("the %s %s; starting another", name, reason)
         await asyncio.sleep(0.2 * crashes)
 
 

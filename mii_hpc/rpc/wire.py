@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, validate
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
-from mii_hpc.generation import Chat, Description, GenerationRequest, Load, Prompt, Response, Tokenization
+from mii_hpc.generation import Chat, Description, GenerationRequest, Load, Prompt, Response, Tokenization, TopLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ def unpack_request(payload: bytes) -> GenerationRequest:
     for name in {"stop", "stop_token_ids"} & given.keys():
         given[name] = tuple(given[name])
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
     return GenerationRequest(message.id, prompt, validate(GenerateParamsConfig, given))
 
 
@@ -168,6 +170,9 @@ def pack_response(piece: Response) -> pb.GenerateChunk:
         prompt_length=piece.prompt_length,
         generated_length=piece.generated_length,
         finish_reason=piece.finish_reason if piece.ended else "",
+        top_logprobs=_pack_top(piece.top_logprobs),
+        prompt_logprobs=piece.prompt_logprobs,
+        prompt_top_logprobs=_pack_top(piece.prompt_top_logprobs),
     )
 
 
@@ -177,6 +182,9 @@ def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
         generated_text=message.text,
         token_ids=tuple(message.token_ids),
         logprobs=tuple(message.logprobs),
+        top_logprobs=_unpack_top(message.top_logprobs),
+        prompt_logprobs=tuple(message.prompt_logprobs),
+        prompt_top_logprobs=_unpack_top(message.prompt_top_logprobs),
         index=message.index,
         prompt_length=message.prompt_length,
         generated_length=message.generated_length,
@@ -232,6 +240,14 @@ def error_of(failure: grpc.aio.AioRpcError) -> MIIError:
 def is_lost(failure: grpc.aio.AioRpcError) -> bool:
     """Whether a call failed because the connection is lost, and not for anything that its server did with it."""
     return _named(failure) is None and _OF_GRPC.get(failure.code()) is errors.UnavailableError
+
+
+def _pack_top(places: Iterable[TopLogprobs]) -> list[pb.TopLogprobs]:
+    return [pb.TopLogprobs(token_ids=[t for t, _ in top], logprobs=[value for _, value in top]) for top in places]
+
+
+def _unpack_top(places: Iterable[pb.TopLogprobs]) -> tuple[TopLogprobs, ...]:
+    return tuple(tuple(zip(top.token_ids, top.logprobs, strict=True)) for top in places)
 
 
 def _pack_prompt(prompt: Prompt) -> tuple[str, tuple[int, ...], str]:

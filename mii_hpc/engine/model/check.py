@@ -64,6 +64,7 @@ class _Sequence:
     computed: int = 0
     registered: int = 0
     slot: int | None = None
+    scores: bool = False
 
 
 @dataclass(frozen=True)
