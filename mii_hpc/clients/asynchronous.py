@@ -147,10 +147,12 @@ class AsyncMIIClient:
 
         Raises DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not answer.
         """
-        entry = self._find().entry
-        if not entry.address:
-            return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
+        found = await asyncio.to_thread(self._find)
+        entry = found.entry
         try:
+            if not entry.address:
+                await asyncio.to_thread(check_live, found)
+                return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
             return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
         except DeploymentNotFoundError:
             entry = self._find().entry
@@ -375,6 +377,8 @@ class AsyncMIIClient:
             for seconds in CONNECT_SECONDS:
                 found = await asyncio.to_thread(self._find)
                 self._metadata = transport.authorization(found.credentials)
+                if not found.entry.address:
+                    await asyncio.to_thread(check_live, found)
                 target = self._way_to(found.entry), found.credentials.certificate
                 if self._connection is None or target != self._target:
                     self._connection, self._target = transport.Connection(target[0], found.credentials), target

@@ -453,3 +453,13 @@ async def test_status_says_degraded_and_ended(deploy, monkeypatch):
     with contextlib.suppress(UnavailableError):  # where the end of the connection is noticed only by the call
         await client.status()
     assert (await client.status()).state == "ended"
+
+
+async def test_a_job_that_died_before_it_served_has_ended(tmp_path, monkeypatch):
+    deployment = Deployment(tmp_path)
+    client = deployment.client()
+    Squeue(monkeypatch, False)
+    with pytest.raises(DeploymentNotFoundError, match="has ended: its job"):
+        await client.generate("x")
+    assert (await client.status()).state == "ended"
+    deployment.end_job()
