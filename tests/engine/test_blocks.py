@@ -154,7 +154,7 @@ def test_steps_survive_their_way_to_the_other_ranks():
         Step(
             slices=(
                 Slice(start=7, token_ids=(3,), blocks=(1, 2), sample=True),
-                Slice(start=0, token_ids=(4, 5, 6), blocks=(9,), sample=False, slot=2),
+                Slice(start=0, token_ids=(4, 5, 6), blocks=(9,), sample=False, slot=2, scores=True),
             ),
             clear=(5, 6),
         ),
@@ -172,7 +172,7 @@ def test_a_step_that_goes_on_is_small():
     codec = StepCodec()
     table = tuple(range(1000))
     codec.encode(Step((Slice(start=999, token_ids=(3,), blocks=table, sample=True),)))
-    assert len(codec.encode(Step((Slice(1000, (DRAWN,), (*table, 1000), True, fresh=False),)))) == 10
+    assert len(codec.encode(Step((Slice(1000, (DRAWN,), (*table, 1000), True, fresh=False),)))) == 11
 
 
 @pytest.mark.engine
