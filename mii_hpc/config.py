@@ -426,6 +426,8 @@ class MIIConfig(_Model):
     """"group:NAME" lets the members of a Unix group generate and ask for the status, but not terminate."""
     wait: bool = True
     """False makes serve() return once the job is submitted."""
+    keep_runs: float = Field(30.0, gt=0)
+    """Days after which serve() removes the run directories, with their logs, of deployments that have ended."""
     startup_timeout: float = Field(1800.0, gt=0)
     """Seconds from the job's start until it must be ready."""
     queue_timeout: float | None = Field(None, gt=0)

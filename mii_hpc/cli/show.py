@@ -86,7 +86,7 @@ def wait(
     as_json: AsJson = False,
 ) -> None:
     """Wait until a deployment is ready. Exit status 4 if it fails, 3 if there is none of that name."""
-    found = lookup.find(name, homes(home))
+    found = lookup.find(name, homes(home), schedulers.is_live)
     deadline = None if timeout is None else time.monotonic() + timeout
     asked = float("-inf")
     while (entry := _entry_of_run(found)).state not in (DeploymentState.READY, DeploymentState.DEGRADED):
@@ -142,7 +142,7 @@ def env(
     They set OPENAI_BASE_URL and OPENAI_API_KEY, and for a gateway in the job SSL_CERT_FILE, so that its certificate,
     and no other, is believed.
     """
-    found = lookup.find(name, homes(home))
+    found = lookup.find(name, homes(home), schedulers.is_live)
     base = url or (f"{found.entry.gateway}/v1" if found.entry.gateway else "http://127.0.0.1:8000/v1")
     variables = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": found.credentials.token}
     if base.startswith("https:"):

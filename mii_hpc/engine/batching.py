@@ -51,6 +51,7 @@ class BatchingEngine:
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
         self._generated = 0
+        self._steps = 0
         self._closed = False
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
@@ -111,6 +112,11 @@ class BatchingEngine:
         """The model's tokenizer."""
         return self._tokenizer.pretrained
 
+    @property
+    def steps(self) -> int:
+        """How many steps it has made; grows while requests run."""
+        return self._steps
+
     def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
         with self._changed:
@@ -152,6 +158,7 @@ class BatchingEngine:
         """Take what a step has drawn, once it is known."""
         choices = begun.draw.wait()
         with self._changed:
+            self._steps += 1
             self._generated += begun.step.num_samples
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
                 sequence.unknown -= part.sample

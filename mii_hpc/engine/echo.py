@@ -39,6 +39,7 @@ class EchoEngine:
         self._waiting: deque[_Echo] = deque()
         self._running: dict[str, _Echo] = {}
         self._generated = 0
+        self.steps = 0
         self._closed = False
 
     def load(self, progress: Callable[[str], None]) -> None:
@@ -57,6 +58,7 @@ class EchoEngine:
                     echo = self._waiting.popleft()
                     self._running[echo.request.id] = echo
                 running = list(self._running.values())
+                self.steps += 1
             self._step(running)
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:

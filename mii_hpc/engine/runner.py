@@ -144,7 +144,7 @@ class ModelRunner:
         return replace(
             step,
             slices=tuple(
-                replace(part, token_ids=(known[part.slot],)) if part.token_ids[-1] == DRAWN else part
+                part._replace(token_ids=(known[part.slot],)) if part.token_ids[-1] == DRAWN else part
                 for part in step.slices
             ),
         )
@@ -179,6 +179,7 @@ class ModelRunner:
         """Let the other ranks return from `follow`; for rank 0."""
         if self._ranks:
             self._ranks.broadcast(self._codec.encode(Step(stop=True)))
+            self._ranks.flush()
 
     def close(self) -> None:
         """Free the model and the cache. Nothing can be executed afterwards."""

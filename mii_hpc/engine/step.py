@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 DRAWN = -1
 """Stands for the token that its slot has drawn last, where the device knows it and the host does not yet."""
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """The next tokens of one sequence.
 
     Attributes:
@@ -89,21 +89,19 @@ class StepCodec:
 
     def decode(self, numbers: Sequence[int]) -> Step:
         """Return the step that `encode` wrote."""
-        source = iter(numbers)
-        stop, slices, clear = _take(source, 3)
-        cleared = _take(source, clear)
-        return Step(tuple(self._slice(source) for _ in range(slices)), cleared, bool(stop))
-
-    def _slice(self, source: Iterator[int]) -> Slice:
-        slot, flags, start, length, tokens, added = _take(source, 6)
-        token_ids = _take(source, tokens)
-        blocks = _take(source, added)
-        sample, fresh = bool(flags & 1), bool(flags & 2)
-        if not fresh:
-            blocks = self._tables[slot] + blocks
-        self._tables[slot] = blocks
-        return Slice(start, token_ids, blocks, sample, slot, fresh, length, scores=bool(flags & 4))
-
-
-def _take(source: Iterator[int], count: int) -> tuple[int, ...]:
-    return tuple(next(source) for _ in range(count))
+        stop, count, clear = numbers[:3]
+        at = 3 + clear
+        slices = []
+        for _ in range(count):
+            slot, flags, start, length, tokens, added = numbers[at : at + 6]
+            middle = at + 6 + tokens
+            at, first = middle + added, at + 6
+            blocks = tuple(numbers[middle:at])
+            sample, fresh = bool(flags & 1), bool(flags & 2)
+            if not fresh:
+                blocks = self._tables[slot] + blocks if added else self._tables[slot]
+            self._tables[slot] = blocks
+            slices.append(
+                Slice(start, tuple(numbers[first:middle]), blocks, sample, slot, fresh, length, bool(flags & 4))
+            )
+        return Step(tuple(slices), tuple(numbers[3 : 3 + clear]), bool(stop))
