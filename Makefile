@@ -2,6 +2,7 @@
 # make demo    make a small model, serve it on this machine, ask it, end it
 # make bench   what serving costs and gains, as a table and a plot
 # make test    everything: style, types, and all tests
+# make docs    the documentation, with a reference made from the code
 # make families   every family of models, as tiny ones, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
@@ -12,7 +13,7 @@ DEMO_MODEL := $(VENV)/demo-model
 # What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
 DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
-.PHONY: setup system demo bench test families lint proto cluster clean
+.PHONY: setup system demo bench test families docs lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -47,6 +48,12 @@ test: setup lint
 
 families: setup
 	$(BIN)/python -m pytest tests/engine/test_families.py --families
+
+# The documentation, in .venv/docs.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/typer mii_hpc.cli.main utils docs --name mii-hpc --title "Command line" --output docs/reference/cli.md
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .

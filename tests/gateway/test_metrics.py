@@ -1,5 +1,8 @@
 """Metrics as Prometheus reads them agree with what was sent."""
 
+import re
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -52,3 +55,13 @@ def test_a_stream_tells_of_its_tokens_latencies(start):
     buckets = [value for key, value in told.items() if key[0] == "vllm:e2e_request_latency_seconds_bucket"]
     assert sorted(buckets) == buckets
     assert buckets[-1] == told["vllm:e2e_request_latency_seconds_count", *labels]
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(start):
+    dashboard = (Path(__file__).parents[2] / "configs" / "grafana.json").read_text()
+    asked = set(re.findall(r"(?:vllm|mii):\w+", dashboard)) - {"mii:seconds_to_walltime"}  # of a job with a walltime
+    face = start()
+    with face.openai() as api, face.http() as http:
+        list(api.completions.create(model="chat", prompt="a", max_tokens=3, stream=True))
+        told = {key[0] for key in values(http.get("/metrics").text)}
+    assert asked <= told
