@@ -101,7 +101,6 @@ class StepCodec:
             if not fresh:
                 blocks = self._tables[slot] + blocks if added else self._tables[slot]
             self._tables[slot] = blocks
-            slices.append(
-                Slice(start, tuple(numbers[first:middle]), blocks, sample, slot, fresh, length, bool(flags & 4))
-            )
+            token_ids = tuple(numbers[first:middle])
+            slices.append(Slice(start, token_ids, blocks, sample, slot, fresh, length, scores=bool(flags & 4)))
         return Step(tuple(slices), tuple(numbers[3 : 3 + clear]), bool(stop))
