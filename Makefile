@@ -3,6 +3,7 @@
 # make bench   what serving costs and gains, as a table and a plot
 # make test    everything: style, types, and all tests
 # make test-real  a real model of 270M weights, which is downloaded, against transformers' own generate
+# make docs    the documentation, with a reference made from the code
 # make families   every family of models, as tiny ones, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
@@ -13,7 +14,7 @@ DEMO_MODEL := $(VENV)/demo-model
 # What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
 DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
-.PHONY: setup system demo bench test families test-real lint proto cluster clean
+.PHONY: setup system demo bench test families test-real docs lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -54,6 +55,12 @@ families: setup
 test-real: setup
 	$(BIN)/python -m tests.real $(VENV)/real-model
 	MII_REAL_MODEL=$(VENV)/real-model $(BIN)/python -m pytest tests/engine/test_real.py
+
+# The documentation, in .venv/docs.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/typer mii_hpc.cli.main utils docs --name mii-hpc --title "Command line" --output docs/reference/cli.md
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .

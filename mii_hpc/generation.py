@@ -153,19 +153,43 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many values fell up to each bound, above the one before, and beyond the last; and their sum."""
+
+    counts: tuple[int, ...] = ()
+    sum: float = 0.0
+
+
+@dataclass(frozen=True)
 class Load:
-    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache."""
+    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache.
+
+    What it has done so far: tokens of the prompts that it has answered, and of the answers; tokens that it has looked
+    for, and found, in what the KV cache holds of others' prompts; answers by their finish reason; and latencies in
+    seconds, those of tokens for requests that stream.
+    """
 
     running: int = 0
     waiting: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
     generated_tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    time_to_first_token: Histogram = Histogram()
+    inter_token_latency: Histogram = Histogram()
+    request_latency: Histogram = Histogram()
 
 
 Prompts = Prompt | Sequence[int] | Iterable[str | Sequence[int] | Chat]
 """One prompt or several."""
 _NO_PROMPT = "prompts: must be a string or a list of strings; each may also be a list of token ids, or a Chat"
+
+LATENCY_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+"""Bounds of the histograms of requests' and tokens' latencies, in seconds."""
 
 PER_TOKEN = ("token_ids", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
 """Fields of a Response that have an item for each token."""

@@ -127,6 +127,8 @@ class BatchingEngine:
                 free_blocks=allocator.free,
                 total_blocks=allocator.total,
                 generated_tokens=self._generated,
+                prefix_queries=self._scheduler.prefix_queries,
+                prefix_hits=self._scheduler.prefix_hits,
             )
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.engine.base import Codec, Engine
 from mii_hpc.errors import InvalidRequestError, MIIError, RequestError
 from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.job.recording import Recorder
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Context, Method
 
@@ -32,6 +33,7 @@ class InferenceService(pb_grpc.EngineServicer):
         self._codec = codec
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._numbers = itertools.count()
+        self._recorder = Recorder()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a server answer with this service."""
@@ -50,8 +52,10 @@ class InferenceService(pb_grpc.EngineServicer):
 
         The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
         """
+        recording = self._recorder.request()
         async with wire.answering(context), aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
             async for piece in pieces:
+                recording.piece(piece)
                 message = wire.pack_response(piece).SerializeToString()
                 if len(message) > wire.MAX_MESSAGE_BYTES:
                     raise InvalidRequestError(
@@ -77,7 +81,7 @@ class InferenceService(pb_grpc.EngineServicer):
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
         """Return the engine's load."""
         async with wire.answering(context):
-            return wire.pack_load(self._engine.stats())
+            return wire.pack_load(self._recorder.added_to(self._engine.stats()))
 
     async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
         loop = asyncio.get_running_loop()

@@ -19,7 +19,17 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, validate
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
-from mii_hpc.generation import Chat, Description, GenerationRequest, Load, Prompt, Response, Tokenization, TopLogprobs
+from mii_hpc.generation import (
+    Chat,
+    Description,
+    GenerationRequest,
+    Histogram,
+    Load,
+    Prompt,
+    Response,
+    Tokenization,
+    TopLogprobs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +210,11 @@ def pack_load(load: Load) -> pb.LoadResponse:
 
 def unpack_load(message: pb.LoadResponse) -> Load:
     """Return the engine's load in a message."""
-    return Load(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Load)})
+    values = {field.name: getattr(message, field.name) for field in dataclasses.fields(Load)}
+    for name, value in values.items():
+        if isinstance(value, pb.Histogram):
+            values[name] = Histogram(tuple(value.counts), value.sum)
+    return Load(**{**values, "finished": dict(message.finished)})
 
 
 @contextlib.asynccontextmanager
