@@ -17,18 +17,32 @@ STARTING: EngineState
 READY: EngineState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: str
     params: GenerateParams
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     chat: str
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ...) -> None: ...
+    resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
+    report: bool
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ...) -> None: ...
+
+class ResumedAnswer(_message.Message):
+    __slots__ = ("token_ids", "characters", "ended")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    characters: int
+    ended: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., characters: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("prompt", "token_ids", "chat", "plain")
@@ -103,7 +117,7 @@ class GenerateParams(_message.Message):
     def __init__(self, max_length: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., do_sample: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., return_full_text: _Optional[bool] = ..., num_return_sequences: _Optional[int] = ..., logprobs: _Optional[bool] = ..., stream: _Optional[bool] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., add_special_tokens: _Optional[bool] = ..., skip_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "index", "prompt_length", "generated_length", "finish_reason")
+    __slots__ = ("text", "token_ids", "logprobs", "index", "prompt_length", "generated_length", "finish_reason", "replica", "migrations")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +125,8 @@ class GenerateChunk(_message.Message):
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     GENERATED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -118,7 +134,9 @@ class GenerateChunk(_message.Message):
     prompt_length: int
     generated_length: int
     finish_reason: str
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., generated_length: _Optional[int] = ..., finish_reason: _Optional[str] = ...) -> None: ...
+    replica: int
+    migrations: int
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., generated_length: _Optional[int] = ..., finish_reason: _Optional[str] = ..., replica: _Optional[int] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ()
@@ -155,7 +173,7 @@ class StatusResponse(_message.Message):
     def __init__(self, deployment_name: _Optional[str] = ..., state: _Optional[str] = ..., job_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load")
+    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load", "migrations")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +182,7 @@ class ReplicaStatus(_message.Message):
     SERVED_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     index: int
     state: str
     host: str
@@ -172,7 +191,8 @@ class ReplicaStatus(_message.Message):
     served: int
     detail: str
     load: LoadResponse
-    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ...) -> None: ...
+    migrations: int
+    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class TerminateRequest(_message.Message):
     __slots__ = ()

@@ -30,7 +30,7 @@ from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
-from mii_hpc.generation import Deliver, GenerationRequest, Load
+from mii_hpc.generation import Deliver, GenerationRequest, Load, ResumedAnswer
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class BatchingEngine:
         """Queue a request. Raises QueueFullError when too many wait."""
         entry = _Request(request, deliver)
         with self._changed:
-            if self._unstarted >= self._queue_bound:
+            # One that goes on was admitted before.
+            if self._unstarted >= self._queue_bound and not request.resume:
                 raise QueueFullError(f"{self._unstarted} requests are waiting; try again later")
             if self._closed:
                 return
@@ -216,14 +217,17 @@ class BatchingEngine:
                     self._changed.notify_all()
 
     def _sequences(self, entry: _Request) -> list[_Sequence]:
-        """Return a request's answers to be. Raises InvalidRequestError when it cannot have any."""
+        """Return a request's answers to be, those that have ended left out. Raises InvalidRequestError if it is bad."""
         request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
         token_ids = tokenizer.encode(request.prompt, plain=not params.add_special_tokens)
         ends = tokenizer.ends(params)
         limit = answer_limit(params, len(token_ids), self._context)
         sequences = []
-        for index in range(params.num_return_sequences):
-            tokens = list(token_ids)
+        for index, so_far in enumerate(request.resume or (ResumedAnswer(),) * params.num_return_sequences):
+            if so_far.ended:
+                continue
+            tokens = [*token_ids, *so_far.token_ids]
+            tokenizer.check(so_far.token_ids)
             answer = Answer(
                 params,
                 tokenizer.detokenizer(token_ids if params.return_full_text else (), params.skip_special_tokens),
@@ -233,7 +237,9 @@ class BatchingEngine:
                 index=index,
             )
             sampler = Sampler(params, tokens, tokenizer.vocabulary, (*{*tokenizer.eos_token_ids, *ends},), index)
-            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest=len(tokens) + limit))
+            answer.resume(so_far, ends)
+            sampler.skip(len(so_far.token_ids))
+            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest=len(token_ids) + limit))
         return sequences
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
