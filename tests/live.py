@@ -144,6 +144,8 @@ class Deployment:
         replica_num: int = 2,
         max_length: int | None = None,
         chat_template: str | None = None,
+        migration_limit: int = 3,
+        hold_seconds: float = PATIENCE,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -153,6 +155,8 @@ class Deployment:
             replica_num=replica_num,
             max_length=max_length,
             chat_template=chat_template,
+            migration_limit=migration_limit,
+            hold_seconds=hold_seconds,
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",

@@ -467,6 +467,7 @@ def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
                 served=replica.served,
                 detail=replica.detail,
                 load=wire.unpack_load(replica.load) if replica.HasField("load") else None,
+                migrations=replica.migrations,
             )
             for replica in answer.replicas
         ),

@@ -127,11 +127,16 @@ def parse_request(payload: bytes) -> pb.GenerateRequest:
 
 def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
     """Return the request in a message. Raises InvalidRequestError when an option is out of its range."""
+    prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
+    return GenerationRequest(message.id, prompt, unpack_params(message), get_resume(message))
+
+
+def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:
+    """Return the options in a message. Raises InvalidRequestError when one is out of its range."""
     given = {field.name: value for field, value in message.params.ListFields()}
     for name in {"stop", "stop_token_ids"} & given.keys():
         given[name] = tuple(given[name])
-    prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
-    return GenerationRequest(message.id, prompt, validate(GenerateParamsConfig, given), get_resume(message))
+    return validate(GenerateParamsConfig, given)
 
 
 def set_resume(message: pb.GenerateRequest, resume: Sequence[ResumedAnswer]) -> None:
@@ -190,6 +195,7 @@ def pack_response(piece: Response) -> pb.GenerateChunk:
         prompt_length=piece.prompt_length,
         generated_length=piece.generated_length,
         finish_reason=piece.finish_reason if piece.ended else "",
+        replica=piece.replica,
         migrations=piece.migrations,
     )
 

@@ -193,7 +193,7 @@ async def test_a_failing_streaming_fn_ends_the_request(deploy):
 
 @pytest.mark.parametrize("notice", ["connection", "report"])
 async def test_a_replica_lost_in_mid_stream(deploy, notice):
-    deployment = await deploy(tensor_parallel=2, echo_delay=0.01)
+    deployment = await deploy(tensor_parallel=2, echo_delay=0.01, migration_limit=0)
     client = deployment.client()
     calls = [asyncio.create_task(client.generate(f"{n} b", max_new_tokens=60)) for n in range(4)]
     await until(lambda: [stats.running for stats in deployment.stats()] == [2, 2])
@@ -204,7 +204,10 @@ async def test_a_replica_lost_in_mid_stream(deploy, notice):
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     lost = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert [type(error) for error in lost] == [ReplicaLostError] * 2
-    assert {str(error) for error in lost} == {"deployment 'chat' lost replica 1 on node2 with the request in flight"}
+    assert {str(error) for error in lost} == {
+        "deployment 'chat' lost replica 1 on node2 with the request in flight, "
+        "and migration_limit=0 lets it move no more"
+    }
     assert {(error.deployment_name, error.replica, error.host) for error in lost} == {("chat", 1, "node2")}
     assert [response.generated_length for (response,) in (o for o in outcomes if o not in lost)] == [60, 60]
     await until(lambda: deployment.balancer.membership.replicas[1].state == "ready")
@@ -223,7 +226,7 @@ async def test_a_replica_lost_between_requests_is_not_asked(deploy):
 
 
 async def test_without_a_live_replica(deploy):
-    deployment = await deploy()
+    deployment = await deploy(hold_seconds=0)
     for rank in deployment.ranks:
         rank.comes_back = False
         rank.engine.die()
