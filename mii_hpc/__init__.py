@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mii_hpc.constants import DeploymentType as DeploymentType
     from mii_hpc.constants import GenerationFinishReason as GenerationFinishReason
     from mii_hpc.constants import TaskType as TaskType
+    from mii_hpc.deployments.state import DeploymentState as DeploymentState
     from mii_hpc.generation import Chat as Chat
     from mii_hpc.generation import Description as Description
     from mii_hpc.generation import Load as Load
@@ -51,6 +52,7 @@ _HOMES = {
     "clients.status": ("DeploymentStatus", "ReplicaStatus"),
     "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
     "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
+    "deployments.state": ("DeploymentState",),
     "generation": ("Chat", "Description", "Load", "Response", "Tokenization"),
     "pipelines": ("MIIAsyncPipeline", "MIIPipeline", "async_pipeline", "pipeline"),
 }

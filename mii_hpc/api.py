@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mii_hpc import schedulers
 from mii_hpc.clients.asynchronous import check_live
 from mii_hpc.clients.blocking import MIIClient
 from mii_hpc.config import MIIConfig, ModelConfig, resolve, validate
@@ -58,6 +59,6 @@ def client(
     home = (mii_config if isinstance(mii_config, MIIConfig) else validate(MIIConfig, mii_config or {})).home
     paths = str(registry) if registry is not None else os.environ.get("MII_HPC_PATH", "")
     shared = [SharedHome(Path(path).expanduser()) for path in paths.split(":") if path]
-    found = lookup.find(model_or_deployment_name, [OwnHome(home), *shared])
+    found = lookup.find(model_or_deployment_name, [OwnHome(home), *shared], schedulers.is_live)
     check_live(found)
     return MIIClient(found.config, home=found.home)

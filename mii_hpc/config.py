@@ -44,27 +44,23 @@ SUPERSEDED_MODEL_FIELDS: dict[str, str] = {
 }
 SUPERSEDED_MII_FIELDS: dict[str, str] = {
     "deployment_type": "a deployment is always a persistent one; use pipeline() for the other kind",
-    "enable_restful_api": "there is no REST gateway yet; use the client",
     "hf_auth_token": "set HF_TOKEN in the environment; no secret is stored in a configuration",
     "hostfile": "Slurm chooses the hosts; use slurm.nodelist or slurm.constraint",
     "instance_type": "Slurm chooses the machines; use slurm.partition and slurm.constraint",
-    "restful_api_host": "there is no REST gateway yet; use the client",
-    "restful_api_port": "there is no REST gateway yet; use the client",
-    "restful_processes": "there is no REST gateway yet; use the client",
+    "restful_api_host": "the gateway answers on the node of the job's first rank",
+    "restful_processes": "one process answers all requests",
     "version": "deployments are not versioned; use another deployment_name",
 }
 """Fields of DeepSpeed-MII that are accepted with a warning, and what happens instead."""
 SILENT: dict[str, Any] = {
     "deployment_type": "local",
     "device_map": "auto",
-    "enable_restful_api": False,
     "hostfile": "/job/hostfile",
     "instance_type": "Standard_NC12s_v3",
     "profile_model_time": False,
     "quantization_mode": None,
     "replica_configs": [],
     "restful_api_host": "localhost",
-    "restful_api_port": 51080,
     "restful_processes": 32,
     "sync_debug": False,
     "torch_dist_port": 29500,
@@ -72,6 +68,8 @@ SILENT: dict[str, Any] = {
     "zmq_port_number": 25555,
 }
 """DeepSpeed-MII's defaults of these. Who gives them asks for nothing, and needs no warning."""
+RENAMED_MII_FIELDS: dict[str, str] = {"enable_restful_api": "gateway", "restful_api_port": "gateway_port"}
+"""Fields of DeepSpeed-MII that have another name here."""
 STATE_MANAGER: dict[str, str] = {
     "max_ragged_batch_size": "max_batch_tokens",
     "max_ragged_sequence_count": "max_batch_size",
@@ -150,6 +148,10 @@ _Memory = _written_as('a number with a unit, such as "64G"', r"\d+[KMGT]?B?")
 _Sharing = _written_as('"group:NAME" with the name of a Unix group', r"group:[A-Za-z_][A-Za-z0-9_.-]*")
 
 
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class GenerateParamsConfig(_Model):
     """The options of one request: names, defaults and ranges. Lengths are in tokens.
 
@@ -184,6 +186,17 @@ class GenerateParamsConfig(_Model):
     """How many answers to give to the prompt. Each beyond the first adds one to `seed`."""
     logprobs: bool = False
     """Give the natural logarithm of each generated token's probability under the model."""
+    top_logprobs: int = Field(0, ge=0, le=20)
+    """With `logprobs`, also those of this many most likely tokens at each place."""
+    prompt_logprobs: bool = False
+    """Give log probabilities of the prompt's own tokens, too, but for the first one's. Nothing of the prompt is taken
+    from what others have computed."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtracted from the logit of a token for each time that the answer has it (as OpenAI does)."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtracted from the logits of all tokens that the answer has (as OpenAI does)."""
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=300)
+    """Added to the logits of tokens, by their ids. At most 300 of them, each from -100 to 100."""
     stream: bool = False
     """Send each piece as it is made, instead of the whole answer at its end."""
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field((), max_length=64)
@@ -211,6 +224,8 @@ class GenerateParamsConfig(_Model):
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> GenerateParamsConfig:
+        if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=True")
         bound = self.max_new_tokens
         if bound is not None and self.min_new_tokens > bound:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={bound}")
@@ -401,12 +416,18 @@ class MIIConfig(_Model):
     slurm: SlurmConfig = SlurmConfig()
     port_number: int = Field(0, ge=0, le=65535)
     """The balancer's port; 0 takes any free one."""
+    gateway: bool = False
+    """Answer the OpenAI API in the job, over HTTPS; see the command `mii-hpc env`."""
+    gateway_port: int = Field(0, ge=0, le=65535)
+    """The gateway's port; 0 takes any free one."""
     home: Path = Field(default_factory=lambda: default_home(), validate_default=True)
     """The folder of the registry and the run directories, on a filesystem that all nodes share."""
     share: Annotated[str, _Sharing] | None = None
     """"group:NAME" lets the members of a Unix group generate and ask for the status, but not terminate."""
     wait: bool = True
     """False makes serve() return once the job is submitted."""
+    keep_runs: float = Field(30.0, gt=0)
+    """Days after which serve() removes the run directories, with their logs, of deployments that have ended."""
     startup_timeout: float = Field(1800.0, gt=0)
     """Seconds from the job's start until it must be ready."""
     migration_limit: int = Field(3, ge=0)
@@ -419,7 +440,10 @@ class MIIConfig(_Model):
     @model_validator(mode="before")
     @classmethod
     def _drop_superseded(cls, values: Any) -> Any:
-        return _without_superseded(values, SUPERSEDED_MII_FIELDS)
+        values = _without_superseded(values, SUPERSEDED_MII_FIELDS)
+        if not isinstance(values, dict):
+            return values
+        return {RENAMED_MII_FIELDS.get(name, name): value for name, value in values.items()}
 
     @property
     def shared_group(self) -> str | None:
@@ -488,7 +512,7 @@ def resolve(
     if model_name_or_path:
         _add(model, {"model_name_or_path": str(model_name_or_path)})
     model_fields = {*ModelConfig.model_fields, *SUPERSEDED_MODEL_FIELDS}
-    mii_fields = {*MIIConfig.model_fields, *SUPERSEDED_MII_FIELDS} - {"model_conf"}
+    mii_fields = {*MIIConfig.model_fields, *SUPERSEDED_MII_FIELDS, *RENAMED_MII_FIELDS} - {"model_conf"}
     for name, value in kwargs.items():
         if name not in model_fields | mii_fields:
             raise UnknownArgument(unknown_name("keyword", name, model_fields | mii_fields))

@@ -117,6 +117,10 @@ class Description:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Tokens with the natural logarithms of their probabilities."""
+
+
 @dataclass(repr=False)
 class Response:
     """One answer, or, from a stream, the next piece of it.
@@ -131,6 +135,11 @@ class Response:
         finish_reason: NONE in a stream until its last piece.
         token_ids: the generated tokens behind `generated_text`.
         logprobs: one natural logarithm per token of these, if the request asked for them.
+        top_logprobs: for each of these the most likely tokens at its place with their logarithms, the likeliest first,
+            if the request asked for them.
+        prompt_logprobs: one logarithm per token of the prompt but the first, if the request asked for them; of a
+            stream, the first piece of each answer has them.
+        prompt_top_logprobs: the most likely tokens at the places of these.
         index: which of the prompt's `num_return_sequences` this is.
         replica: index of the replica that served it.
         migrations: how often its request went on elsewhere, because a replica or the balancer was lost.
@@ -144,6 +153,9 @@ class Response:
     logprobs: tuple[float, ...] = field(default=(), compare=False)
     index: int = field(default=0, compare=False)
     replica: int = field(default=0, compare=False)
+    top_logprobs: tuple[TopLogprobs, ...] = field(default=(), compare=False)
+    prompt_logprobs: tuple[float, ...] = field(default=(), compare=False)
+    prompt_top_logprobs: tuple[TopLogprobs, ...] = field(default=(), compare=False)
     migrations: int = field(default=0, compare=False)
 
     @property
@@ -181,6 +193,9 @@ class Load:
 Prompts = Prompt | Sequence[int] | Iterable[str | Sequence[int] | Chat]
 """One prompt or several."""
 _NO_PROMPT = "prompts: must be a string or a list of strings; each may also be a list of token ids, or a Chat"
+
+PER_TOKEN = ("token_ids", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+"""Fields of a Response that have an item for each token."""
 
 Deliver = Callable[[Response | Exception], None]
 """Takes each piece of a request's answers, or the one error that ends it. Called on the engine's own thread,
@@ -255,12 +270,11 @@ def joined(pieces: Iterable[Response]) -> list[Response]:
     answers: dict[int, list[Response]] = {}
     for piece in pieces:
         answers.setdefault(piece.index, []).append(piece)
-    return [
-        replace(
-            parts[-1],
-            generated_text="".join(part.generated_text for part in parts),
-            token_ids=tuple(itertools.chain.from_iterable(part.token_ids for part in parts)),
-            logprobs=tuple(itertools.chain.from_iterable(part.logprobs for part in parts)),
-        )
-        for _, parts in sorted(answers.items())
-    ]
+    return [_join(parts) for _, parts in sorted(answers.items())]
+
+
+def _join(parts: Sequence[Response]) -> Response:
+    changes: dict[str, Any] = {"generated_text": "".join(part.generated_text for part in parts)}
+    for name in PER_TOKEN:
+        changes[name] = tuple(itertools.chain.from_iterable(getattr(part, name) for part in parts))
+    return replace(parts[-1], **changes)

@@ -177,7 +177,7 @@ class Deployment:
         await until(lambda: self.state() == "ready")
         return self
 
-    async def start_balancer(self) -> str:
+    async def start_balancer(self, is_requeued: Callable[[], bool] = lambda: False) -> str:
         self.balancer = Balancer(self.run, self.config, self.keys, self.run.begin(0))
         address = f"127.0.0.1:{await self.balancer.listen('127.0.0.1:0')}"
         self.entry = self.entry.model_copy(
@@ -189,7 +189,7 @@ class Deployment:
                 "address": address,
             }
         )
-        self.working = asyncio.create_task(self.balancer.serve(self.entry))
+        self.working = asyncio.create_task(self.balancer.serve(self.entry, is_requeued))
         return address
 
     def start_ranks(self) -> None:

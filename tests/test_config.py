@@ -106,6 +106,11 @@ def test_a_model_is_needed_except_by_the_echo_engine():
     assert resolve(inference_engine_config={"engine": "echo"}).deployment_name == "echo"
 
 
+def test_deepspeed_miis_restful_api_is_the_gateway():
+    config = resolve("model", enable_restful_api=True, restful_api_port=51080)
+    assert (config.gateway, config.gateway_port) == (True, 51080)
+
+
 @pytest.mark.parametrize("name", sorted({**SUPERSEDED_MODEL_FIELDS, **SUPERSEDED_MII_FIELDS}))
 def test_deepspeed_miis_other_fields_warn_and_are_dropped(name):
     says = {**SUPERSEDED_MODEL_FIELDS, **SUPERSEDED_MII_FIELDS}[name]

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mii_hpc import api
+from mii_hpc import api, schedulers
 from mii_hpc.cli.options import takes
 from mii_hpc.cli.output import FAILED, AsJson, show
 from mii_hpc.cli.serve import FIELDS, configuration
@@ -59,7 +59,7 @@ def batch(
 
     work = Batch(source, answers, errors or answers.with_suffix(f".errors{answers.suffix}"))
     if name:
-        found = lookup.find(name, homes(given["home"]))
+        found = lookup.find(name, homes(given["home"]), schedulers.is_live)
         _run(work, found.entry.deployment_name, found.home, concurrency)
     else:
         serving = configuration(model, config, assignments, {**given, "wait": None})

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mii_hpc import schedulers
 from mii_hpc.cli.output import HomeFolder, Name, tell
 from mii_hpc.cli.show import homes
 from mii_hpc.deployments import lookup
@@ -30,6 +31,6 @@ def gateway(
     except ImportError as error:
         raise ConfigError(f"the gateway needs '{error.name}': pip install 'mii_hpc[gateway]'") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    found = lookup.find(name, homes(home))
+    found = lookup.find(name, homes(home), schedulers.is_live)
     listening = Listening(port=port, path=socket)
     serve(found.entry.deployment_name, found.home, listening, lambda address: tell(f"answering at {address}"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -30,10 +28,9 @@ def prune(
     """Remove the run directories, with their logs, of deployments that have ended."""
     own = own_home(home)
     in_use = {entry.run_dir for entry in own.entries()}
-    before = datetime.now(UTC) - timedelta(days=older_than)
-    ended = [run for run in RunDir.all(own.path) if run.path not in in_use and run.created < before]
+    ended = RunDir.ended(own.path, older_than, in_use)
     for run in ended if not dry_run else ():
-        shutil.rmtree(run.path)
+        run.remove()
     said = "would be removed" if dry_run else "removed"
     data = {"removed": [] if dry_run else [str(run.path) for run in ended], "ended": [str(run.path) for run in ended]}
     show(as_json, data, "\n".join([*(str(run.path) for run in ended), f"{len(ended)} run directories {said}"]))

@@ -86,7 +86,7 @@ def wait(
     as_json: AsJson = False,
 ) -> None:
     """Wait until a deployment is ready. Exit status 4 if it fails, 3 if there is none of that name."""
-    found = lookup.find(name, homes(home))
+    found = lookup.find(name, homes(home), schedulers.is_live)
     deadline = None if timeout is None else time.monotonic() + timeout
     asked = float("-inf")
     while (entry := _entry_of_run(found)).state not in (DeploymentState.READY, DeploymentState.DEGRADED):
@@ -133,13 +133,20 @@ def logs(
 
 def env(
     name: Name,
-    url: Annotated[str, typer.Option(help="Where `mii-hpc gateway` answers.")] = "http://127.0.0.1:8000/v1",
+    url: Annotated[str, typer.Option(help="Where `mii-hpc gateway` answers, for a deployment without a gateway.")] = "",
     home: HomeFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print shell lines that set OPENAI_BASE_URL and OPENAI_API_KEY: eval "$(mii-hpc env NAME)"."""
-    found = lookup.find(name, homes(home))
-    variables = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": found.credentials.token}
+    """Print shell lines that point OpenAI's clients to a deployment: eval "$(mii-hpc env NAME)".
+
+    They set OPENAI_BASE_URL and OPENAI_API_KEY, and for a gateway in the job SSL_CERT_FILE, so that its certificate,
+    and no other, is believed.
+    """
+    found = lookup.find(name, homes(home), schedulers.is_live)
+    base = url or (f"{found.entry.gateway}/v1" if found.entry.gateway else "http://127.0.0.1:8000/v1")
+    variables = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": found.credentials.token}
+    if base.startswith("https:"):
+        variables["SSL_CERT_FILE"] = str(found.home.certificate(found.entry))
     show(as_json, variables, "\n".join(f"export {variable}={value}" for variable, value in variables.items()))
 
 

@@ -8,14 +8,21 @@ call where the deployment is shared; the ranks' those between the processes of t
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import secrets
 import ssl
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mii_hpc.deployments.files import check_private, write_atomically
 from mii_hpc.deployments.rundir import RunDir
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 TLS_NAME = "mii-hpc"
 """The name in every certificate. Clients pin the certificate itself, so hosts and addresses may change."""
@@ -54,34 +61,98 @@ def create(run: RunDir) -> ClientCredentials:
     """Make new credentials for a run, write them to its directory, and return the owner's."""
     # Imported here, because only who submits a deployment needs it.
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
 
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, TLS_NAME)])
-    today = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(today - timedelta(days=1))
-        .not_valid_after(today + _LIFETIME)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(TLS_NAME)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    key_pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    write_atomically(run.tls_key, key_pem.decode())
-    write_atomically(run.tls_certificate, certificate.public_bytes(serialization.Encoding.PEM).decode())
+    name = _name(TLS_NAME)
+    certificate = _certificate(name, name, key.public_key(), key, [x509.DNSName(TLS_NAME)], is_authority=True)
+    write_atomically(run.tls_key, _pem(key))
+    write_atomically(run.tls_certificate, _pem(certificate))
     write_atomically(run.rank_token, new_token())
     write_atomically(run.owner_token, new_token())
     write_atomically(run.guest_token, new_token())
     return load_owner(run)
+
+
+def create_for_gateway(run: RunDir, hosts: Iterable[str]) -> None:
+    """Make key and certificate for HTTPS at the given names and IP addresses, and write them to the run's directory.
+
+    Who believes the deployment's certificate believes this one, too.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    authority = load_pem_private_key(_read(run.tls_key), None)
+    assert isinstance(authority, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    names: list[x509.GeneralName] = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+    certificate = _certificate(_name(f"{TLS_NAME} gateway"), _name(TLS_NAME), key.public_key(), authority, names)
+    write_atomically(run.gateway_key, _pem(key))
+    write_atomically(run.gateway_certificate, _pem(certificate))
+
+
+def _name(common: str) -> x509.Name:
+    from cryptography import x509
+
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common)])
+
+
+def _certificate(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    authority: ec.EllipticCurvePrivateKey,
+    names: Sequence[x509.GeneralName],
+    is_authority: bool = False,
+) -> x509.Certificate:
+    """Return a certificate that strict verifiers take (RFC 5280, section 4.2)."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    today = datetime.now(UTC)
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only"), False
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + _LIFETIME)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=is_authority, path_length=0 if is_authority else None), critical=True)
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=True,
+                key_cert_sign=is_authority,
+                crl_sign=False,
+                decipher_only=False,
+                **usage,
+            ),
+            critical=True,
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+
+
+def _pem(item: ec.EllipticCurvePrivateKey | x509.Certificate) -> str:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    if isinstance(item, x509.Certificate):
+        return item.public_bytes(serialization.Encoding.PEM).decode()
+    encoding, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    return item.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain).decode()
 
 
 def new_token() -> str:

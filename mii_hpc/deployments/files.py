@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from mii_hpc.errors import RegistryError
 
+T = TypeVar("T")
+
 LOG_TAIL_BYTES = 8192
+STALE_READS = 5
 
 
 def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
@@ -20,7 +28,7 @@ def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
             start = max(0, file.tell() - size)
             file.seek(start)
             text = file.read().decode(errors="replace")
-    except FileNotFoundError:
+    except OSError:  # none, or replaced meanwhile
         return ""
     return text.split("\n", 1)[-1] if start else text
 
@@ -41,10 +49,10 @@ def private_folder(path: Path, entered_by_group: bool = False) -> Path:
 def check_private(path: Path, entered_by_group: bool = False) -> None:
     """Raise RegistryError unless the path is ours and closed to others; the message says how to correct it.
 
-    `entered_by_group` lets a group pass through a directory, without listing it, to what is shared below it.
+    `entered_by_group` lets others pass through a directory, without listing it, to what is shared below it.
     """
     try:
-        status = path.stat()
+        status = unless_stale(path.stat)
     except OSError as error:
         raise RegistryError(f"{path}: cannot be read: {error.strerror}") from error
     if status.st_uid != os.geteuid():
@@ -52,11 +60,28 @@ def check_private(path: Path, entered_by_group: bool = False) -> None:
             f"{path}: belongs to user id {status.st_uid}, and only a folder or file of your own (user id "
             f"{os.geteuid()}) can be trusted; choose another with MII_HPC_HOME or `home`"
         )
-    if stat.S_IMODE(status.st_mode) & 0o077 & ~(0o010 if entered_by_group else 0):
+    if stat.S_IMODE(status.st_mode) & 0o077 & ~(0o011 if entered_by_group else 0):
         kind = "700" if path.is_dir() else "600"
         raise RegistryError(
             f"{path}: mode {stat.S_IMODE(status.st_mode):04o} gives others access; correct it with: chmod {kind} {path}"
         )
+
+
+def unless_stale(read: Callable[[], T]) -> T:
+    """Return what a function reads. It is called again where an NFS client says ESTALE: a file was replaced."""
+    for _ in range(STALE_READS):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            time.sleep(0.05)
+    return read()
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text, also where it is being replaced."""
+    return unless_stale(path.read_text)
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600, group_id: int = -1) -> None:
@@ -64,16 +89,45 @@ def write_atomically(path: Path, text: str, mode: int = 0o600, group_id: int = -
 
     Written aside in the same directory, flushed to the server, then renamed.
     """
+    write_together(NewFile(path, text, mode, group_id))
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """What a file shall be. A group of -1 leaves that as it is."""
+
+    path: Path
+    text: str
+    mode: int = 0o600
+    group_id: int = -1
+
+
+def write_together(*files: NewFile) -> None:
+    """Write files like write_atomically(), all of them, or none where there is no room for all."""
+    asides: list[Path] = []
+    try:
+        for file in files:
+            asides.append(_written_aside(file))
+        for file, aside in zip(files, asides, strict=True):
+            aside.replace(file.path)
+    except BaseException:
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def _written_aside(new: NewFile) -> Path:
+    path = new.path
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:
-            os.fchown(file.fileno(), -1, group_id)
-            os.fchmod(file.fileno(), mode)
-            file.write(text)
+            os.fchown(file.fileno(), -1, new.group_id)
+            os.fchmod(file.fileno(), new.mode)
+            file.write(new.text)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+    return aside

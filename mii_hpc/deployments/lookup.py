@@ -13,7 +13,7 @@ from typing import ClassVar
 from mii_hpc.config import MIIConfig, ModelConfig, plain_name
 from mii_hpc.deployments import credentials, sharing
 from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.registry import Entry, Registry, heartbeat_is_fresh
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.errors import DeploymentNotFoundError, RegistryError
@@ -65,17 +65,24 @@ class Home(ABC):
             raise RegistryError(f"deployment '{deployment_name}': its certificate is not the one in the registry")
         return Found(self, entry, keys)
 
-    def find(self, model_or_deployment_name: str) -> Found:
+    @abstractmethod
+    def certificate(self, entry: Entry) -> Path:
+        """Return the file with the certificate of a deployment that is there."""
+
+    def find(self, model_or_deployment_name: str, is_live: Callable[[Entry], bool] = lambda entry: True) -> Found:
         """Return the deployment of that name, or else the one that serves that model.
 
         The name may be written as it was to serve(), or with DeepSpeed-MII's "-mii-deployment" at its end. A model is
         named as it was to serve(), or by any path to the same folder. Raises DeploymentNotFoundError when there is
-        none, or more than one deployment of that model.
+        none, or more than one deployment of that model for which `is_live` holds.
         """
         name, entries = model_or_deployment_name, self.entries()
         model = name.removesuffix(DEEPSPEED_MIIS_SUFFIX)
         folder = os.path.realpath(model)
         serving = [e.deployment_name for e in entries if e.model == model or os.path.realpath(e.model) == folder]
+        if len(serving) > 1:
+            by_name = {entry.deployment_name: entry for entry in entries}
+            serving = [name for name in serving if is_live(by_name[name])] or serving
         only = serving if len(serving) == 1 else []
         for written in (name, *only, plain_name(name), plain_name(model)):
             if any(entry.deployment_name == written for entry in entries):
@@ -109,6 +116,10 @@ class OwnHome(Home):
     def config_of(self, entry: Entry) -> MIIConfig:
         """See Home.config_of()."""
         return RunDir(entry.run_dir).load_config()
+
+    def certificate(self, entry: Entry) -> Path:
+        """See Home.certificate()."""
+        return RunDir(entry.run_dir).tls_certificate
 
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         registry = Registry(self.path)
@@ -144,11 +155,17 @@ class SharedHome(Home):
             ),
         )
 
+    def certificate(self, entry: Entry) -> Path:
+        """See Home.certificate()."""
+        return sharing.certificate(self.path, entry.deployment_name)
+
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         return sharing.read(self.path, deployment_name)
 
 
-def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
+def find(
+    model_or_deployment_name: str, homes: Iterable[Home], is_live: Callable[[Entry], bool] = lambda entry: True
+) -> Found:
     """Return the deployment of that name or model in the first of the homes that has one.
 
     Raises DeploymentNotFoundError, with what each home says, when none has; RegistryError when a home that was
@@ -157,7 +174,8 @@ def find(model_or_deployment_name: str, homes: Iterable[Home]) -> Found:
     missed = []
     for home in homes:
         try:
-            return home.find(model_or_deployment_name)
+            # A cluster may hide the jobs of other users.
+            return home.find(model_or_deployment_name, is_live if home.is_own else heartbeat_is_fresh)
         except DeploymentNotFoundError as error:
             missed.append(str(error))
     raise DeploymentNotFoundError("; ".join(missed))

@@ -18,14 +18,14 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mii_hpc.config import MIIConfig
-from mii_hpc.deployments.files import check_private, private_folder, write_atomically
+from mii_hpc.deployments.files import check_private, private_folder, read_text, unless_stale, write_atomically
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
 
 log = logging.getLogger(__name__)
 
-CLAIM_SECONDS = 5.0
-"""How long to try to replace a stale entry that other processes replace as well."""
+CLAIM_TURNS = 200
+"""How often to try to replace a stale entry that others replace, too."""
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 """A heartbeat older than this, where the job's scheduler cannot be asked, means that the deployment has ended."""
@@ -38,6 +38,7 @@ class Entry(BaseModel):
         incarnation: how often its job was started before; a requeued job is started again.
         host: the name of the node of rank 0.
         address: "IP:port" of the balancer; empty before it listens.
+        gateway: the URL of the gateway in the job; empty without one, or before it listens.
         fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
         job_host: the only machine that knows the job's state; "" when every machine of the cluster does.
         run_dir: the run directory; it tells the runs of one name apart.
@@ -58,6 +59,7 @@ class Entry(BaseModel):
     incarnation: int = 0
     host: str = ""
     address: str = ""
+    gateway: str = ""
     fingerprint: str = ""
     run_dir: Path
     submitted: float
@@ -104,8 +106,7 @@ class Registry:
         aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         write_atomically(aside, entry.model_dump_json(indent=2))
         try:
-            deadline = time.monotonic() + CLAIM_SECONDS
-            while time.monotonic() < deadline:  # each turn but the last has met a stale entry
+            for _ in range(CLAIM_TURNS):  # each but the last has met a stale entry; asking of it may take long
                 try:
                     os.link(aside, path)
                     return
@@ -165,18 +166,29 @@ class Registry:
 
     def get(self, deployment_name: str) -> Entry | None:
         """Return the entry of that name, or None."""
-        if not self.folder.exists():
+        if not self._exists():
             return None
-        check_private(self.folder)
         return self._read(self._path(deployment_name))
 
     def entries(self) -> list[Entry]:
         """Return all entries, by name."""
-        if not self.folder.exists():
+        if not self._exists():
             return []
-        check_private(self.folder)
         read = (self._read(path) for path in sorted(self.folder.glob("[!.]*.json")))
         return [entry for entry in read if entry is not None]
+
+    def _exists(self) -> bool:
+        """Whether there is a folder; raises RegistryError when it cannot be trusted, or its home not be entered."""
+        try:
+            unless_stale(self.folder.stat)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise RegistryError(
+                f"{self.folder}: cannot be read: {error.strerror}; choose another home with MII_HPC_HOME or `home`"
+            ) from None
+        check_private(self.folder)
+        return True
 
     def _path(self, deployment_name: str) -> Path:
         return self.folder / f"{deployment_name}.json"
@@ -184,7 +196,7 @@ class Registry:
     def _read(self, path: Path) -> Entry | None:
         # Opening it again makes an NFS client ask the server; a stat would be answered from its cache.
         try:
-            text = path.read_text()
+            text = read_text(path)
         except FileNotFoundError:
             return None
         try:

@@ -6,15 +6,16 @@ import contextlib
 import json
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mii_hpc.config import MIIConfig
-from mii_hpc.deployments.files import check_private, private_folder, write_atomically
+from mii_hpc.deployments.files import check_private, private_folder, read_text, unless_stale, write_atomically
 
 _STAMP = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(?P<deployment>.+)-(?P<stamp>\d{8}-\d{6})-[0-9a-f]{6}")
@@ -56,7 +57,7 @@ class Progress:
 class RunDir:
     """The directory of one run. Mode 0700, owned by the user; everything in it is named here.
 
-    It stays after the run has ended, with its logs, until the user removes it.
+    It stays after the run has ended, with its logs, until a later serve() or the user removes it.
     """
 
     path: Path
@@ -68,10 +69,24 @@ class RunDir:
         private_folder(runs)
         stamp = datetime.now(UTC).strftime(_STAMP)
         run = cls(runs / f"{config.deployment_name}-{stamp}-{secrets.token_hex(3)}")
-        for folder in (run.path, run.credentials, run.submitit, run.logs, run.failures):
-            private_folder(folder)
-        write_atomically(run.config, run._with_tokenizer(config).model_dump_json(indent=2))
+        try:
+            for folder in (run.path, run.credentials, run.submitit, run.logs, run.failures):
+                private_folder(folder)
+            write_atomically(run.config, run._with_tokenizer(config).model_dump_json(indent=2))
+        except BaseException:
+            run.remove()
+            raise
         return run
+
+    @classmethod
+    def ended(cls, home: Path, days: float, in_use: Collection[Path]) -> list[Self]:
+        """Return the directories of runs that were submitted more than so many days ago, and are not in use."""
+        before = datetime.now(UTC) - timedelta(days=days)
+        return [run for run in cls.all(home) if run.path not in in_use and run.created < before]
+
+    def remove(self) -> None:
+        """Remove the directory with all that is in it, as far as that is possible."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
     def all(cls, home: Path) -> list[Self]:
@@ -145,6 +160,26 @@ class RunDir:
         return self.credentials / "rank-token"
 
     @property
+    def gateway_key(self) -> Path:
+        """The private key of the gateway in the job."""
+        return self.credentials / "gateway.key"
+
+    @property
+    def gateway_certificate(self) -> Path:
+        """The gateway's certificate, signed with the deployment's key."""
+        return self.credentials / "gateway.crt"
+
+    @property
+    def gateway_url(self) -> Path:
+        """The URL of the gateway in the job, once it listens."""
+        return self.path / "gateway-url"
+
+    @property
+    def gateway_log(self) -> Path:
+        """The log of the gateway in the job."""
+        return self.logs / "gateway.log"
+
+    @property
     def submitit(self) -> Path:
         """Submitit's batch script, pickles, and the ranks' first output."""
         return self.path / "submitit"
@@ -178,6 +213,35 @@ class RunDir:
         return self.logs / "balancer.log"
 
     @property
+    def members(self) -> Path:
+        """The ranks as they have met, as JSON."""
+        return self.path / "members.json"
+
+    def write_members(self, members: Sequence[Mapping[str, Any]]) -> None:
+        """Leave word of the ranks for one that is started again."""
+        write_atomically(self.members, json.dumps(members))
+
+    def read_members(self) -> list[dict[str, Any]]:
+        """Return what write_members() was given; nothing before that."""
+        with contextlib.suppress(FileNotFoundError):
+            return list(json.loads(self.members.read_text()))
+        return []
+
+    def rank_process(self, rank: int) -> Path:
+        """The id of a rank's supervisor process, and its host."""
+        return self.logs / f"rank-{rank}.pid"
+
+    def may_revive(self, every: float) -> bool:
+        """Whether this process is the one to start rank 0 again; of all that ask, one is every so many seconds."""
+        turns = sorted(self.logs.glob("revival-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        if turns and time.time() < turns[-1].stat().st_mtime + every:
+            return False
+        with contextlib.suppress(FileExistsError):
+            (self.logs / f"revival-{len(turns)}").touch(0o600, exist_ok=False)
+            return True
+        return False
+
+    @property
     def progress(self) -> Path:
         """How far the run has come, as JSON."""
         return self.path / "progress.json"
@@ -203,14 +267,21 @@ class RunDir:
         check_private(self.path)
         return MIIConfig.model_validate_json(self.config.read_text())
 
+    def read_gateway_url(self) -> str:
+        """Return the URL of the gateway in the job; empty while there is none."""
+        try:
+            return self.gateway_url.read_text()
+        except FileNotFoundError:
+            return ""
+
     def write_failure(self, failure: Failure) -> None:
         """Write a failure down for serve(), which waits for the deployment."""
         write_atomically(self.failures / f"{failure.rank}.json", json.dumps(asdict(failure)))
 
     def read_failure(self) -> Failure | None:
         """Return the first failure that was written, or None."""
-        written = [(path.stat().st_mtime_ns, path) for path in self.failures.glob("*.json")]
-        return Failure(**json.loads(min(written)[1].read_text())) if written else None
+        written = unless_stale(lambda: [(path.stat().st_mtime_ns, path) for path in self.failures.glob("*.json")])
+        return Failure(**json.loads(read_text(min(written)[1]))) if written else None
 
     def outputs(self) -> Iterator[Path]:
         """Yield the files that may hold the last output of a job, the likeliest first."""

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.deployments.files import write_atomically
+from mii_hpc.deployments.files import NewFile, write_together
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
@@ -49,24 +49,29 @@ class Share:
     def create(self, run: RunDir) -> None:
         """Open the folder to the group, with the certificate and the guests' token."""
         group_id = self._group_id()
-        for folder, mode in ((self._home, 0o710), (_shares_of(self._home), 0o750), (self._folder, 0o750)):
+        shares = _shares_of(self._home)
+        shares.mkdir(mode=0o700, exist_ok=True)
+        others = any(each.stat().st_gid != group_id for each in shares.iterdir())
+        # Where another group passes through as well, everybody may: to names, which squeue shows too, and no further.
+        open_to = [(self._home, 0o711), (shares, 0o755)] if others else [(self._home, 0o710), (shares, 0o750)]
+        for folder, mode in (*open_to, (self._folder, 0o750)):
             folder.mkdir(mode=0o700, exist_ok=True)
             os.chown(folder, -1, group_id)
             folder.chmod(mode)
-        self._write(_CERTIFICATE, run.tls_certificate.read_text())
-        self.write_token(run.guest_token.read_text())
+        certificate, token = run.tls_certificate.read_text(), run.guest_token.read_text()
+        write_together(self._new(_CERTIFICATE, certificate), self._new(_TOKEN, token))
 
-    def write_token(self, token: str) -> None:
-        """Replace the guests' token."""
-        self._write(_TOKEN, token)
+    def new_token_file(self, token: str) -> NewFile:
+        """Return the file that replaces the guests' token."""
+        return self._new(_TOKEN, token)
 
     def publish(self, entry: Entry) -> None:
         """Replace the entry."""
-        self._write(_ENTRY, entry.model_dump_json(indent=2))
+        write_together(self._new(_ENTRY, entry.model_dump_json(indent=2)))
 
-    def _write(self, name: str, text: str) -> None:
+    def _new(self, name: str, text: str) -> NewFile:
         # The folder's group, not the database's: that may be away for a while.
-        write_atomically(self._folder / name, text, mode=0o640, group_id=self._folder.stat().st_gid)
+        return NewFile(self._folder / name, text, mode=0o640, group_id=self._folder.stat().st_gid)
 
     def _group_id(self) -> int:
         try:
@@ -86,6 +91,11 @@ def names(home: Path) -> list[str]:
         return sorted(folder.name for folder in _shares_of(home).iterdir())
     except (FileNotFoundError, PermissionError):
         return []
+
+
+def certificate(home: Path, deployment_name: str) -> Path:
+    """Return the file with the certificate of a deployment that is shared."""
+    return _shares_of(home) / deployment_name / _CERTIFICATE
 
 
 def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:

@@ -25,4 +25,4 @@ def codec_of(engine: Engine, model: ModelConfig) -> Codec:
         return engine.codec
     from mii_hpc.engine.tokenizer import TokenizerCodec
 
-    return TokenizerCodec(engine.tokenizer, model)
+    return TokenizerCodec(engine.tokenizer, model.model_copy(update={"max_length": engine.context}))

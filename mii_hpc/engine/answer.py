@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.text import StopStrings, TextSource
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Prompt, Response, ResumedAnswer
+from mii_hpc.generation import Prompt, Response, ResumedAnswer, TopLogprobs
+
+Scored = tuple[float, TopLogprobs]
+"""A token's log probability, and the most likely tokens in its place."""
 
 
 class Answer:
@@ -43,18 +46,26 @@ class Answer:
         self._text = prompt if params.return_full_text and isinstance(prompt, str) else ""
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
+        self._top_logprobs: list[TopLogprobs] = []
+        self._of_prompt: Sequence[Scored] = ()
 
     @property
     def ended(self) -> bool:
         """Whether the answer is complete."""
         return self.finish_reason is not GenerationFinishReason.NONE
 
-    def add(self, token_id: int, logprob: float | None = None, ends: bool = False) -> Response | None:
+    def tell_of_prompt(self, scores: Sequence[Scored]) -> None:
+        """Let the next piece tell of the prompt's tokens, but the first."""
+        self._of_prompt = scores
+
+    def add(
+        self, token_id: int, logprob: float | None = None, ends: bool = False, top: TopLogprobs = ()
+    ) -> Response | None:
         """Take the next token; `ends` marks the end-of-sequence token, which has no text.
 
         Returns what is to be sent now: a piece for every token of a stream, else one when the answer ends.
         """
-        self._grow(token_id, logprob, ends)
+        self._grow(token_id, logprob, ends, top)
         return self._take() if self._params.stream or self.ended else None
 
     def resume(self, answer: ResumedAnswer, ends_with: Container[int] = ()) -> None:
@@ -69,11 +80,13 @@ class Answer:
         self._text = self._text[answer.characters :]
         self._token_ids.clear()
 
-    def _grow(self, token_id: int, logprob: float | None, ends: bool) -> None:
+    def _grow(self, token_id: int, logprob: float | None, ends: bool, top: TopLogprobs = ()) -> None:
         self.generated += 1
         self._token_ids.append(token_id)
         if logprob is not None:
             self._logprobs.append(logprob)
+            if self._params.top_logprobs:
+                self._top_logprobs.append(top)
         if not ends:
             self._push(self._source.push(token_id))
         if not self.ended and (ends or self.generated >= self._limit):
@@ -93,6 +106,9 @@ class Answer:
             generated_text=self._text,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
+            top_logprobs=tuple(self._top_logprobs),
+            prompt_logprobs=tuple(logprob for logprob, _ in self._of_prompt),
+            prompt_top_logprobs=tuple(top for _, top in self._of_prompt) if self._params.top_logprobs else (),
             index=self._index,
             prompt_length=self._prompt_length,
             generated_length=self.generated,
@@ -101,6 +117,8 @@ class Answer:
         self._text = ""
         self._token_ids.clear()
         self._logprobs.clear()
+        self._top_logprobs.clear()
+        self._of_prompt = ()
         return piece
 
 

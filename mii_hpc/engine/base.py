@@ -103,8 +103,16 @@ class Engine(Protocol):
         """
 
     @property
+    def context(self) -> int | None:
+        """The bound on prompt plus answer, in tokens; None without one. Known once `load` has returned."""
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer, as transformers has it; None where there is none. Known once `load` has returned."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has made; grows while requests run."""
 
     def stats(self) -> Load:
         """Return the load at this moment."""

@@ -21,11 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from mii_hpc.engine.answer import Answer, answer_limit
+import torch
+
+from mii_hpc.engine.answer import Answer, Scored, answer_limit
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.sampling import create_sampling
-from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
+from mii_hpc.engine.sampling.base import Choice, Draw, Sampler, scores_of
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
@@ -49,6 +51,7 @@ class BatchingEngine:
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
         self._generated = 0
+        self._steps = 0
         self._closed = False
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
@@ -101,9 +104,19 @@ class BatchingEngine:
                 self._remove(entry)
 
     @property
+    def context(self) -> int:
+        """The bound on prompt plus answer, in tokens."""
+        return self._context
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self._tokenizer.pretrained
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has made; grows while requests run."""
+        return self._steps
 
     def stats(self) -> Load:
         """Return the load at this moment: `running` and `waiting` are requests."""
@@ -135,7 +148,9 @@ class BatchingEngine:
                 runner.stop()
                 return
             if step.slices:
-                draw = sampling.draw(runner.execute(step), step, [sequence.sampler for sequence in sequences])
+                logits = runner.execute(step)
+                _score(logits[len(sequences) :], step, sequences)
+                draw = sampling.draw(logits[: len(sequences)], step, [sequence.sampler for sequence in sequences])
                 begun.append(_Begun(step, sequences, draw))
             if len(begun) > (sampling.lag if step.slices else 0):
                 self._finish(begun.popleft())
@@ -144,6 +159,7 @@ class BatchingEngine:
         """Take what a step has drawn, once it is known."""
         choices = begun.draw.wait()
         with self._changed:
+            self._steps += 1
             self._generated += begun.step.num_samples
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
                 sequence.unknown -= part.sample
@@ -186,8 +202,10 @@ class BatchingEngine:
             self._fail(entry, InvalidRequestError("the model's numbers for this prompt are not finite"))
             return
         ends = choice.token_id in sequence.ends_with
+        if not sequence.answer.generated:
+            sequence.answer.tell_of_prompt(sequence.of_prompt)
         try:
-            piece = sequence.answer.add(choice.token_id, choice.logprob, ends)
+            piece = sequence.answer.add(choice.token_id, choice.logprob, ends, choice.top)
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
             _log.exception("request %s failed", entry.request.id)
             self._fail(entry, RequestError(f"the answer cannot be decoded: {error}"))
@@ -226,7 +244,7 @@ class BatchingEngine:
         for index, so_far in enumerate(request.resume or (ResumedAnswer(),) * params.num_return_sequences):
             if so_far.ended:
                 continue
-            tokens = [*token_ids, *so_far.token_ids]
+            tokens = list(token_ids)
             tokenizer.check(so_far.token_ids)
             answer = Answer(
                 params,
@@ -239,7 +257,10 @@ class BatchingEngine:
             sampler = Sampler(params, tokens, tokenizer.vocabulary, (*{*tokenizer.eos_token_ids, *ends},), index)
             answer.resume(so_far, ends)
             sampler.skip(len(so_far.token_ids))
-            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest=len(token_ids) + limit))
+            tokens += so_far.token_ids
+            longest = len(token_ids) + limit
+            scores = params.prompt_logprobs and len(token_ids) > 1 and not so_far.token_ids
+            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest, scores))
         return sequences
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
@@ -282,6 +303,8 @@ class _Sequence:
     answer: Answer
     ends_with: frozenset[int]
     longest: int
+    scores: bool
+    of_prompt: list[Scored] = field(default_factory=list)
     unknown: int = 0
     table: list[int] = field(default_factory=list)
     computed: int = 0
@@ -296,3 +319,18 @@ class _Begun:
     step: Step
     sequences: list[_Sequence]
     draw: Draw
+
+
+def _score(logits: torch.Tensor, step: Step, sequences: Sequence[_Sequence]) -> None:
+    """Note what the logits say of the prompts' tokens: each row of the token that follows."""
+    row = 0
+    for part, sequence in zip(step.slices, sequences, strict=True):
+        if not part.scores:
+            continue
+        following = sequence.tokens[part.start + 1 : part.start + 1 + part.num_scores]
+        rows = logits[row : row + part.num_scores]
+        row += part.num_scores
+        del sequence.of_prompt[part.start :]  # it was preempted, and begins again
+        if following:
+            sequence.of_prompt += scores_of(rows, following, sequence.request.request.params.top_logprobs)
+        sequence.scores = len(sequence.of_prompt) < len(sequence.tokens) - 1

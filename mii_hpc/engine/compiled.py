@@ -38,7 +38,7 @@ class CompiledLayers:
             if any(isinstance(getattr(part, "layer_idx", None), int) for part in layer.modules())
         ]
         self._plain = [layer.forward for layer in self._layers]
-        self._many = [_compile(forward) for forward in self._plain]
+        self._many = [_compile(forward, dynamic=True) for forward in self._plain]
         # A product with a single row is worth a search for the best kernel, and a kernel of its own.
         self._single = [_compile(forward, dynamic=False, options=TUNED) for forward in self._plain]
 

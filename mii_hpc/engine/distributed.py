@@ -51,6 +51,7 @@ class Ranks:
                 timeout=MEETING_TIMEOUT,
             )
         self._plans = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        self._sent: list[dist.Work] = []
         import deepspeed
 
         if not use_shared_memory:
@@ -62,13 +63,21 @@ class Ranks:
             _unlink_shared_memory(spec, host, port)
 
     def broadcast(self, numbers: Sequence[int]) -> None:
-        """Send the numbers to all other ranks; for the leader."""
+        """Send the numbers to all other ranks; for the leader. They may still be on their way when this returns."""
         head = torch.zeros(HEADER, dtype=torch.int32)
         head[0] = len(numbers)
         head[1 : 1 + len(numbers)] = torch.tensor(numbers[: HEADER - 1], dtype=torch.int32)
-        dist.broadcast(head, 0, group=self._plans)
+        parts = [head]
         if len(numbers) > HEADER - 1:
-            dist.broadcast(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int32), 0, group=self._plans)
+            parts.append(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int32))
+        self.flush()
+        self._sent = [dist.broadcast(part, 0, group=self._plans, async_op=True) for part in parts]
+
+    def flush(self) -> None:
+        """Wait until all numbers are sent; raises RuntimeError when another rank has ended."""
+        for work in self._sent:
+            work.wait()
+        self._sent = []
 
     def receive(self) -> list[int]:
         """Wait for the leader's next numbers; raises RuntimeError when the leader has ended."""
@@ -145,6 +154,8 @@ def _set_environment(spec: EngineSpec, host: str, port: str, device: torch.devic
         "GLOO_SOCKET_IFNAME": interface,
     }
     os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    # All collectives of a rank are on one stream, captured or not, so NCCL need not order them itself.
+    os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 
 
 def _interface_of(host: str) -> str:

@@ -36,7 +36,8 @@ class EchoEngine:
 
     A token is a word followed by one space; its id is made from the word, see EchoCodec. The
     answer is the prompt's words once and ends with "stop"; with `max_new_tokens` or `max_length` it repeats
-    them up to that bound and ends with "length". Requests run concurrently.
+    them up to that bound and ends with "length". Every token is certain, whatever the options about its probability.
+    Requests run concurrently.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -48,6 +49,7 @@ class EchoEngine:
         self._waiting: deque[_Echo] = deque()
         self._running: dict[str, _Echo] = {}
         self._generated = 0
+        self.steps = 0
         self._closed = False
 
     def load(self, progress: Callable[[str], None]) -> None:
@@ -66,6 +68,7 @@ class EchoEngine:
                     echo = self._waiting.popleft()
                     self._running[echo.request.id] = echo
                 running = list(self._running.values())
+                self.steps += 1
             self._step(running)
 
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
@@ -83,6 +86,11 @@ class EchoEngine:
             self._running.pop(request_id, None)
             self._waiting = deque(echo for echo in self._waiting if echo.request.id != request_id)
             self._changed.notify_all()
+
+    @property
+    def context(self) -> int | None:
+        """The one that is configured."""
+        return self._spec.model.max_length
 
     @property
     def tokenizer(self) -> None:
@@ -127,7 +135,11 @@ class EchoEngine:
         for answer in echo.answers:
             token_id = echo.tokens[answer.generated % len(echo.tokens)]
             if not answer.ended:
-                piece = answer.add(token_id, 0.0 if echo.request.params.logprobs else None)
+                params = echo.request.params
+                top = ((token_id, 0.0),) if params.top_logprobs else ()
+                if params.prompt_logprobs and not answer.generated:
+                    answer.tell_of_prompt([(0.0, ((each, 0.0),)) for each in echo.tokens[1:]])
+                piece = answer.add(token_id, 0.0 if params.logprobs else None, top=top)
                 self._generated += 1
                 if piece:
                     self._deliver(echo, piece)

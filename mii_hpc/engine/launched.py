@@ -20,7 +20,7 @@ from mii_hpc import errors
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import MIIError, RequestCancelledError, RequestError, UnavailableError
-from mii_hpc.generation import Response
+from mii_hpc.generation import PER_TOKEN, Response
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that a launcher sets for each rank."""
@@ -150,5 +150,8 @@ def _address_towards(host: str) -> str:
 
 
 def _response(told: dict[str, Any]) -> Response:
-    tuples = {name: tuple(told[name]) for name in ("token_ids", "logprobs")}
-    return Response.from_msg_dict({**told, **tuples})
+    return Response.from_msg_dict({**told, **{name: _tuples(told[name]) for name in PER_TOKEN}})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

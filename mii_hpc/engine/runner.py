@@ -93,7 +93,8 @@ class ModelRunner:
     def execute(self, step: Step) -> torch.Tensor:
         """Compute a step, on all ranks when called on rank 0. A GPU may not have begun when this returns.
 
-        Returns the logits [slices, vocabulary] after each slice's last token, good until the next step.
+        Returns the logits [slices + scores, vocabulary], good until the next step: after each slice's last token, and
+        then those that the slices' `scores` ask for, slice by slice.
         """
         if self._ranks and self._spec.rank == 0:
             self._ranks.broadcast(self._codec.encode(step))
@@ -109,15 +110,18 @@ class ModelRunner:
         numbers: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
+        scored: list[int] = []
         drawn: list[int] = []
         for part in step.slices:
             numbers += part.token_ids
             positions += range(part.start, part.start + len(part.token_ids))
             last_rows.append(len(numbers) - 1)
+            first = len(numbers) - len(part.token_ids)
+            scored += range(first, first + part.num_scores)
             if part.token_ids[-1] == DRAWN:
                 drawn.append(part.slot)
         places = [row for row, number in enumerate(numbers) if number == DRAWN] if drawn else []
-        parts = (numbers, positions, last_rows, drawn, places)
+        parts = (numbers, positions, [*last_rows, *scored], drawn, places)
         sizes = [len(part) for part in parts]
         uploaded = torch.empty(sum(sizes), dtype=torch.int64, device=self._device)
         upload(np.concatenate(parts, dtype=np.int64, casting="unsafe"), uploaded)
@@ -140,7 +144,7 @@ class ModelRunner:
         return replace(
             step,
             slices=tuple(
-                replace(part, token_ids=(known[part.slot],)) if part.token_ids[-1] == DRAWN else part
+                part._replace(token_ids=(known[part.slot],)) if part.token_ids[-1] == DRAWN else part
                 for part in step.slices
             ),
         )
@@ -175,6 +179,7 @@ class ModelRunner:
         """Let the other ranks return from `follow`; for rank 0."""
         if self._ranks:
             self._ranks.broadcast(self._codec.encode(Step(stop=True)))
+            self._ranks.flush()
 
     def close(self) -> None:
         """Free the model and the cache. Nothing can be executed afterwards."""

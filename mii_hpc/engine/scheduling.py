@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from mii_hpc.engine.blocks import BlockAllocator
@@ -12,6 +13,9 @@ from mii_hpc.engine.memory import Budget
 from mii_hpc.engine.step import DRAWN, Slice, Step
 
 _log = logging.getLogger(__name__)
+
+MOST_SCORES = 256
+"""Tokens of a step whose logits may be wanted at once: each has as many as the vocabulary, which take memory."""
 
 
 class Scheduled(Protocol):
@@ -24,6 +28,7 @@ class Scheduled(Protocol):
         computed: how many of them are in the cache, in the blocks of `table`, once the scheduled steps are done.
         registered: of how many of them the blocks are registered for sharing, as far as these are full.
         slot: its number in the batch, None while it waits.
+        scores: whether the logits of its tokens are still wanted. It shares nobody's blocks then.
     """
 
     tokens: list[int]
@@ -33,6 +38,7 @@ class Scheduled(Protocol):
     computed: int
     registered: int
     slot: int | None
+    scores: bool
 
 
 S = TypeVar("S", bound=Scheduled)
@@ -86,7 +92,7 @@ class Scheduler(Generic[S]):
 
     def schedule(self) -> tuple[Step, list[S]]:
         """Return the next step and the sequences of its slices, none if all wait for tokens that are being drawn."""
-        room = self._budget.max_batch_tokens
+        room = _Room(self._budget.max_batch_tokens, MOST_SCORES)
         for sequence in [one for one in self._running if one in self._short and not self._is_short(one)]:
             self._running.remove(sequence)
             self._release(sequence)
@@ -94,12 +100,12 @@ class Scheduler(Generic[S]):
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
         for sequence in sorted(self._running, key=_prefills):
-            count = min(_missing(sequence), room)
+            count = room.of(sequence, _missing(sequence))
             # Those before it may have preempted it.
             runs = len(self._waiting) == waiting or sequence in self._running
             if count > 0 and runs and self._allocate(sequence, count, counts):
                 counts[sequence] = count
-                room -= count
+                room.take(sequence, count)
         # Only now is it certain who keeps the blocks that this step fills.
         for sequence, count in counts.items():
             self._register(sequence, sequence.computed + count)
@@ -114,22 +120,23 @@ class Scheduler(Generic[S]):
             sequence.unknown += part.sample
         return Step(slices, self.allocator.take_dirty()), chosen
 
-    def _admit(self, room: int, counts: dict[S, int]) -> set[S]:
+    def _admit(self, room: _Room, counts: dict[S, int]) -> set[S]:
         """Start sequences that wait, in their order, and return them."""
         admitted = set()
-        while room and self._waiting and self._slots and not self._waiting[0].unknown:
+        while room.tokens and self._waiting and self._slots and not self._waiting[0].unknown:
             sequence = self._waiting[0]
             # The last token is computed in any case: the next one is drawn from its logits.
-            sequence.computed = sequence.registered = self.allocator.share(sequence.table, sequence.tokens[:-1])
-            count = min(len(sequence.tokens) - sequence.computed, room)
-            if not self.allocator.allocate(sequence.table, sequence.computed + count):
+            shareable = [] if sequence.scores else sequence.tokens[:-1]
+            sequence.computed = sequence.registered = self.allocator.share(sequence.table, shareable)
+            count = room.of(sequence, len(sequence.tokens) - sequence.computed)
+            if not count or not self.allocator.allocate(sequence.table, sequence.computed + count):
                 self._release(sequence)
                 break
             sequence.slot = self._slots.pop()
             self._running.append(self._waiting.popleft())
             admitted.add(sequence)
             counts[sequence] = count
-            room -= count
+            room.take(sequence, count)
             self._register(sequence, sequence.computed + count)
         return admitted
 
@@ -165,6 +172,23 @@ class Scheduler(Generic[S]):
         return self._recompute_beyond is not None and length <= self._recompute_beyond
 
 
+@dataclass
+class _Room:
+    """What is left of a step, in tokens."""
+
+    tokens: int
+    scores: int
+
+    def of(self, sequence: Scheduled, wanted: int) -> int:
+        """Return how many of the tokens that a sequence wants it can have."""
+        return min(wanted, self.tokens, self.scores) if sequence.scores else min(wanted, self.tokens)
+
+    def take(self, sequence: Scheduled, count: int) -> None:
+        """Give a sequence tokens."""
+        self.tokens -= count
+        self.scores -= count * sequence.scores
+
+
 def _missing(sequence: Scheduled) -> int:
     """Return how many tokens of a running sequence are to be computed; none if the last that it can have is drawn."""
     length = len(sequence.tokens) + sequence.unknown
@@ -187,4 +211,5 @@ def _slice(sequence: Scheduled, count: int, fresh: bool) -> Slice:
         slot=sequence.slot,
         fresh=fresh,
         length=len(sequence.tokens) + sequence.unknown,
+        scores=sequence.scores,
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 DRAWN = -1
 """Stands for the token that its slot has drawn last, where the device knows it and the host does not yet."""
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """The next tokens of one sequence.
 
     Attributes:
@@ -19,6 +19,7 @@ class Slice:
         blocks: its block table, long enough for all of them. Slices that begin alike may share blocks.
         sample: whether the last of them is the sequence's last, so that another is drawn from its logits.
         slot: the number that the sequence has in the batch, from 0 to max_batch_size - 1, while it runs.
+        scores: whether the logits of its other tokens are wanted, too: of all but the one that `sample` is for.
         fresh: whether this is the first slice since it has that slot. `blocks` of the others go on from the one before.
         length: how many tokens the sequence has in all, those that later steps compute included.
     """
@@ -30,6 +31,12 @@ class Slice:
     slot: int = 0
     fresh: bool = True
     length: int = 0
+    scores: bool = False
+
+    @property
+    def num_scores(self) -> int:
+        """For how many of its tokens, the first ones, logits are wanted besides those for `sample`."""
+        return (len(self.token_ids) - self.sample) * self.scores
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class StepCodec:
             known = 0 if part.fresh else len(self._tables[part.slot])
             added = part.blocks[known:]
             self._tables[part.slot] = part.blocks
-            flags = part.sample + 2 * part.fresh
+            flags = part.sample + 2 * part.fresh + 4 * part.scores
             numbers += (part.slot, flags, part.start, part.length, len(part.token_ids), len(added))
             numbers += part.token_ids
             numbers += added
@@ -82,21 +89,18 @@ class StepCodec:
 
     def decode(self, numbers: Sequence[int]) -> Step:
         """Return the step that `encode` wrote."""
-        source = iter(numbers)
-        stop, slices, clear = _take(source, 3)
-        cleared = _take(source, clear)
-        return Step(tuple(self._slice(source) for _ in range(slices)), cleared, bool(stop))
-
-    def _slice(self, source: Iterator[int]) -> Slice:
-        slot, flags, start, length, tokens, added = _take(source, 6)
-        token_ids = _take(source, tokens)
-        blocks = _take(source, added)
-        sample, fresh = bool(flags & 1), bool(flags & 2)
-        if not fresh:
-            blocks = self._tables[slot] + blocks
-        self._tables[slot] = blocks
-        return Slice(start, token_ids, blocks, sample, slot, fresh, length)
-
-
-def _take(source: Iterator[int], count: int) -> tuple[int, ...]:
-    return tuple(next(source) for _ in range(count))
+        stop, count, clear = numbers[:3]
+        at = 3 + clear
+        slices = []
+        for _ in range(count):
+            slot, flags, start, length, tokens, added = numbers[at : at + 6]
+            middle = at + 6 + tokens
+            at, first = middle + added, at + 6
+            blocks = tuple(numbers[middle:at])
+            sample, fresh = bool(flags & 1), bool(flags & 2)
+            if not fresh:
+                blocks = self._tables[slot] + blocks if added else self._tables[slot]
+            self._tables[slot] = blocks
+            token_ids = tuple(numbers[first:middle])
+            slices.append(Slice(start, token_ids, blocks, sample, slot, fresh, length, scores=bool(flags & 4)))
+        return Step(tuple(slices), tuple(numbers[3 : 3 + clear]), bool(stop))

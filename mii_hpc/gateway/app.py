@@ -16,6 +16,7 @@ from mii_hpc.errors import MIIError
 from mii_hpc.gateway.http import Admits, Door, EventStream, error_response, unless_it_hangs_up
 from mii_hpc.gateway.model import Remembered, ServedModel
 from mii_hpc.gateway.schema import (
+    Arguments,
     ChatCompletion,
     Completion,
     Detokenize,
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 HEALTH_SECONDS = 1.0
 """How long the answer to /health is remembered: anybody may ask."""
 RETRY_SECONDS = 1
+DEEPSPEED_MII_SUFFIX = "-mii-deployment"
+"""What DeepSpeed-MII adds to a model's name to make a deployment's."""
 HUNG_UP = 499
 """The status that nobody sees: the client is gone."""
 
@@ -49,6 +52,7 @@ class Gateway:
             Route("/v1/models/{model:path}", self._one_model),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat_completions, methods=["POST"]),
+            Route("/mii/{name:path}", self._deepspeed_mii, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/tokenizer_info", self._tokenizer_info),
@@ -74,6 +78,13 @@ class Gateway:
 
     async def _chat_completions(self, request: Request) -> Response:
         return await self._generated(request, parse(ChatCompletion, await request.body()))
+
+    async def _deepspeed_mii(self, request: Request) -> Response:
+        """Answer as DeepSpeed-MII's RESTful gateway does: the arguments of generate() in, a list of answers out."""
+        self._model.check_name(request.path_params["name"].removesuffix(DEEPSPEED_MII_SUFFIX))
+        asked = parse(Arguments, await request.body())
+        answers = await unless_it_hangs_up(request.receive, self._model.client.generate(**asked.root))
+        return JSONResponse([answer.to_msg_dict() for answer in answers])
 
     async def _tokenize(self, request: Request) -> Response:
         asked = parse(Tokenize, await request.body())

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.deployments.lookup import Home
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.errors import MIIError
-from mii_hpc.gateway.answers import ChatShape, CompletionShape, Shape, Usage
+from mii_hpc.gateway.answers import ChatShape, CompletionShape, Shape, Usage, what_is_told
 from mii_hpc.gateway.schema import Completion, Generation, RefusedError
 from mii_hpc.generation import Description, Prompt, Response
 
@@ -73,9 +74,9 @@ class ServedModel:
     async def answer(self, asked: Generation) -> dict[str, Any]:
         """Return the answers to a request, as one object. Raises MIIError."""
         prompts, options, shape = await self._prepared(asked)
-        answers = await self.client.generate(prompts, **options)
+        answers = [what_is_told(asked, answer) for answer in await self.client.generate(prompts, **options)]
         await self._learn(answers)
-        return shape.whole(answers, asked, self._vocabulary)
+        return shape.whole(answers, asked)
 
     async def chunks(self, asked: Generation) -> AsyncGenerator[dict[str, Any]]:
         """Yield the chunks of the answers as they are made. Raises MIIError; closing it cancels the request."""
@@ -85,9 +86,10 @@ class ServedModel:
         async with aclosing(_merged(streams)) as merged:
             async for number, piece in merged:
                 index = number * asked.n + piece.index
-                usage.add(number, index, piece)
-                await self._learn([piece])
-                for chunk in shape.chunks(index, piece, asked, self._vocabulary):
+                told = what_is_told(asked, piece)
+                usage.add(number, index, told)
+                await self._learn([told])
+                for chunk in shape.chunks(index, told):
                     yield chunk | ({"usage": None} if asked.wants_usage else {})
         if asked.wants_usage:
             yield shape.envelope([]) | {"usage": usage.totals()}
@@ -95,20 +97,24 @@ class ServedModel:
     async def _prepared(self, asked: Generation) -> tuple[list[Prompt], dict[str, Any], Shape]:
         self.check_name(asked.model)
         prompts = asked.prompts()
-        shape = (CompletionShape if isinstance(asked, Completion) else ChatShape)(asked.model)
-        shape.before = await self._texts_before(asked, prompts)
-        return prompts, asked.options((await self.description()).defaults), shape
-
-    async def _texts_before(self, asked: Generation, prompts: list[Prompt]) -> list[str]:
-        """Return what each answer begins with: its prompt, where the request wants it back."""
-        if not isinstance(asked, Completion) or not asked.echo:
-            return [""] * (len(prompts) * asked.n)
-        texts = [prompt if isinstance(prompt, str) else (await self.client.tokenize(prompt)).text for prompt in prompts]
-        return [text for text in texts for _ in range(asked.n)]
+        options = asked.options((await self.description()).defaults)
+        shape = (CompletionShape if isinstance(asked, Completion) else ChatShape)(asked.model, self._vocabulary)
+        if asked.begins_with_prompt:
+            seen = [await self.client.tokenize(prompt) for prompt in prompts]
+            # As it was given, without the special tokens that the model sees.
+            seen = [replace(s, text=p) if isinstance(p, str) else s for s, p in zip(seen, prompts, strict=True)]
+            if options["prompt_logprobs"]:
+                for each in seen:
+                    self._vocabulary.update(zip(each.token_ids, each.tokens, strict=True))
+            shape.prompts = [each for each in seen for _ in range(asked.n)]
+        return prompts, options, shape
 
     async def _learn(self, answers: Sequence[Response]) -> None:
         """Learn the bytes of the tokens that are told of."""
         told_of = {token_id for answer in answers if answer.logprobs for token_id in answer.token_ids}
+        for answer in answers:
+            for top in (*answer.top_logprobs, *answer.prompt_top_logprobs):
+                told_of.update(token_id for token_id, _ in top)
         if unknown := told_of - self._vocabulary.keys():
             seen = await self.client.tokenize(tuple(unknown))
             self._vocabulary.update(zip(seen.token_ids, seen.tokens, strict=True))

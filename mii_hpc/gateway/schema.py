@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
+from mii_hpc.config import Bias, TokenId
 from mii_hpc.errors import (
     DeploymentError,
     InvalidRequestError,
@@ -37,10 +38,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "text is only continued, not filled in"),
     "best_of": ((1,), "all answers that are made are returned; use n"),
     "prediction": ((), "it is not supported"),
-    "frequency_penalty": ((0,), "it is not supported; use repetition_penalty"),
-    "presence_penalty": ((0,), "it is not supported; use repetition_penalty"),
-    "logit_bias": (({},), "it is not supported"),
-    "prompt_logprobs": ((), "it is not supported"),
+    "prompt_logprobs": ((), "use echo with logprobs, on /v1/completions"),
 }
 """Known fields that mean something else than nothing: the values that ask for nothing, and what to say of others."""
 
@@ -92,6 +90,18 @@ class Detokenize(BaseModel):
     tokens: list[int]
 
 
+class Arguments(RootModel[dict[str, Any]]):
+    """A request to DeepSpeed-MII's route: the arguments of generate(), but for those that are no JSON."""
+
+    @model_validator(mode="after")
+    def _prompts_are_there(self) -> Self:
+        if "prompts" not in self.root:
+            raise RefusedError("prompts: there are none", "prompts")
+        if "streaming_fn" in self.root:
+            raise RefusedError("streaming_fn: not over HTTP; use /v1/completions with stream", "streaming_fn")
+        return self
+
+
 class Generation(BaseModel):
     """What completions and chat completions have in common. None is the model's own default, or else OpenAI's."""
 
@@ -105,6 +115,9 @@ class Generation(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     """-1 and 0 take all tokens."""
     repetition_penalty: float | None = Field(None, gt=0, le=100)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=300)
     n: int = Field(1, ge=1, le=64)
     seed: int | None = None
     stop: str | list[str] | None = None
@@ -139,18 +152,28 @@ class Generation(BaseModel):
             raise RefusedError(f"n={self.n}: more than one answer needs a temperature above 0", "n")
         return {
             **chosen,
-            "max_new_tokens": self.max_tokens or None,
+            "max_new_tokens": 1 if self.max_tokens == 0 else self.max_tokens,
             "min_new_tokens": self.min_tokens,
             "seed": None if self.seed is None else self.seed % 2**63,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
             "ignore_eos": self.ignore_eos,
             "num_return_sequences": self.n,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": self.logit_bias,
             "logprobs": self.top_logprobs_wanted is not None,
+            "top_logprobs": self.top_logprobs_wanted or 0,
+            "prompt_logprobs": self.begins_with_prompt and self.top_logprobs_wanted is not None,
         }
 
     def prompts(self) -> list[Prompt]:
         """Return what to answer. Raises InvalidRequestError when there is nothing, or it cannot be read."""
         raise NotImplementedError
+
+    @property
+    def begins_with_prompt(self) -> bool:
+        """Whether an answer is to begin with its prompt."""
+        return False
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -173,6 +196,17 @@ class Completion(Generation):
             raise RefusedError("prompt: there is none", "prompt")
         return prompts
 
+    @model_validator(mode="after")
+    def _there_is_something_to_return(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise RefusedError("max_tokens=0: there is nothing to return without echo", "max_tokens")
+        return self
+
+    @property
+    def begins_with_prompt(self) -> bool:
+        """See Generation."""
+        return self.echo
+
     @property
     def top_logprobs_wanted(self) -> int | None:
         """See Generation."""
@@ -183,6 +217,7 @@ class ChatCompletion(Generation):
     """A request to /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)

@@ -113,7 +113,9 @@ def create_server(
     return Server(config, on_start)
 
 
-def serve(name: str, home: Home, listening: Listening, on_start: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `on_start` is told the address."""
+def serve(
+    name: str, home: Home, listening: Listening, on_start: Callable[[str], None], keys: Keys | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM. See create_server()."""
     with _as_many_files_as_possible():
-        create_server(name, home, listening, on_start).run()
+        create_server(name, home, listening, on_start, keys).run()

@@ -1,7 +1,7 @@
 """One rank's engine process: it loads its shard of the model, and generates together with its replica's other ranks.
 
-`python -m mii_hpc.job.engine_process RUN_DIR SPEC LISTEN_HOST` is started by the rank's supervisor; SIGINT ends it. On
-the leader it also answers requests.
+`python -m mii_hpc.job.engine_process RUN_DIR SPEC LISTEN_HOST` is started by the rank's supervisor, which ends it.
+On the leader it also answers requests.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -20,16 +19,26 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine import codec_of, create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
+from mii_hpc.job import liveness
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import end_with_rank, tell
+from mii_hpc.job.signals import END_CHILD
+from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 
 log = logging.getLogger(__name__)
 
 
+STEP_SECONDS = 120.0
+"""One step takes no longer: not even a large prefill on a CPU, or one that compiles a kernel."""
+
+
 class Tell(Protocol):
-    """Sends a note to the supervisor: `progress`, a sentence; or `ready`, the address of a leader, "" of the others."""
+    """Sends a note to the supervisor.
+
+    `progress`, a sentence; `ready`, the address of a leader, "" of the others; `alive`, from then on.
+    """
 
     def __call__(self, **note: str) -> None: ...
 
@@ -63,9 +72,15 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
     loading.cancel()
     if ended.done():
         return ended.result()
+    tasks = Tasks()
+    tasks.start(_live(engine if leads else None, tell))
+
+    async def work_on() -> None:
+        await ended
+
     if not leads:
         tell(ready="")
-        return await ended
+        return await tasks.guard(work_on())
     keys = credentials.load_server(run)
     server = transport.create_server(lambda _method, token: transport.same_token(token, keys.rank_token))
     InferenceService(engine, codec_of(engine, run.load_config().model_conf)).add_to(server)
@@ -74,16 +89,29 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
     tell(ready=f"{listen_host}:{port}")
     log.info("answering on %s:%d", listen_host, port)
     try:
-        await ended
+        await tasks.guard(work_on())
     finally:
         engine.close()
         await server.stop(0)
 
 
+async def _live(leader: Engine | None, tell: Tell) -> None:
+    """Give signs of life. Raises RuntimeError when the leader's engine makes no step with requests in hand."""
+    steps, waits = -1, 0
+    while True:
+        tell(alive="")
+        if leader is not None:
+            running, before, steps = leader.stats().running, steps, leader.steps
+            waits = waits + 1 if running and steps == before else 0
+            if waits * liveness.BEAT_SECONDS >= STEP_SECONDS:
+                raise RuntimeError(f"no step for {STEP_SECONDS:.0f} s with {running} requests running")
+        await asyncio.sleep(liveness.BEAT_SECONDS)
+
+
 async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
-    """Serve until SIGINT."""
+    """Serve until the supervisor ends it."""
     serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, tell))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, serving.cancel)
+    asyncio.get_running_loop().add_signal_handler(END_CHILD, serving.cancel)
     await asyncio.wait({serving})
     if not serving.cancelled():
         serving.result()

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
+from mii_hpc.job.signals import DRAIN
 from mii_hpc.schedulers.local import JOB_ID
 
 
 def main(run_path: str) -> None:
     """Run a deployment's ranks under mpiexec until they end, and exit with mpiexec's status.
 
-    SIGTERM and SIGUSR2 end the deployment in order. Raises SubmissionError when there is no mpiexec.
+    The signals of DRAIN end the deployment in order. Raises SubmissionError when there is no mpiexec.
     """
     # serve()'s process may have blocked or ignored signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -28,6 +29,7 @@ def main(run_path: str) -> None:
     world_size = RunDir(Path(run_path)).load_config().model_conf.world_size
     mpiexec = find_mpiexec()
     command = [mpiexec, *_options(mpiexec), "-n", str(world_size), sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    os.environ.setdefault("HOME", str(Path("~").expanduser()))  # MPI libraries complain without
     ranks: subprocess.Popen[bytes] | None = None
     ending = False
 
@@ -38,7 +40,7 @@ def main(run_path: str) -> None:
             # mpiexec passes it on to the ranks, which take it as an order to end; SIGTERM would end mpiexec first.
             ranks.send_signal(signal.SIGUSR2)
 
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
+    for signum in DRAIN:
         signal.signal(signum, end)
     ranks = subprocess.Popen(command, env={**os.environ, JOB_ID: str(os.getpid())}, start_new_session=True)
     if ending:

@@ -15,6 +15,8 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
+from mii_hpc.job.signals import DRAIN, END_CHILD
+
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
 _PIPE_BYTES = 65536
@@ -37,15 +39,15 @@ class ChildProcess(Protocol):
         """Wait for its end and return its exit status: negative, a signal's number, when a signal killed it."""
 
     async def end(self, grace: float) -> int:
-        """End the child: SIGINT, and after `grace` seconds SIGKILL. Returns its exit status."""
+        """End the child: END_CHILD, and after `grace` seconds SIGKILL. Returns its exit status."""
 
 
 @dataclass
 class Child:
     """A running child process and the pipe on which it sends notes.
 
-    SIGTERM and SIGUSR2, which Slurm sends to every process of a job step, are for the rank alone, which then ends
-    its children in order: by SIGINT. The child's output is appended to a log.
+    What Slurm sends to every process of a job step is for the rank alone, which then ends its children in order. The
+    child's output is appended to a log.
     """
 
     process: asyncio.subprocess.Process
@@ -56,7 +58,7 @@ class Child:
     async def start(cls, module: str, *args: str, log: Path, pass_fds: Sequence[int] = ()) -> Child:
         """Run `python -m module args...`; it inherits `pass_fds`."""
         reading, writing = os.pipe()
-        with log.open("ab") as output, _signals_blocked(signal.SIGTERM, signal.SIGUSR2):
+        with log.open("ab") as output, _signals_blocked(*DRAIN):
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -95,7 +97,7 @@ class Child:
         """See ChildProcess."""
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGINT)
+                self.process.send_signal(END_CHILD)
             try:
                 await asyncio.wait_for(self.process.wait(), grace)
             except TimeoutError:
@@ -130,11 +132,10 @@ async def _end_notes(
 def end_with_rank() -> None:
     """Make this process, which a rank has started, end when the rank tells it to and when the rank ends. Linux.
 
-    The inherited disposition of SIGINT does not count: shells and nohup have background processes ignore it. When the
-    rank ends, in whatever way, the kernel kills this process.
+    When the rank ends, in whatever way, the kernel kills this process.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(END_CHILD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {END_CHILD})
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or parent == 1:  # it ended before prctl() took effect

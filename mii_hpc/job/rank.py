@@ -14,75 +14,119 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 from mii_hpc.config import MIIConfig
+from mii_hpc.deployments.files import write_atomically
 from mii_hpc.deployments.lookup import free_name
-from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.job import rendezvous
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
-from mii_hpc.job.supervisor import supervise
+from mii_hpc.job.signals import DRAIN
+from mii_hpc.job.supervisor import AbandonedError, supervise
+from mii_hpc.placement import role_of
 from mii_hpc.schedulers import scheduler
 
 log = logging.getLogger(__name__)
 
+REVIVE_AGAIN_SECONDS = 15.0
+"""How often the others try to start rank 0 again."""
 
-def live(run: RunDir) -> None:
+
+def live(run: RunDir, lost: int | None = None) -> None:
     """Run this rank; return when the deployment has ended well.
 
-    Raises DeploymentFailedError when it failed. On rank 0, the registry has no entry of this run afterwards.
+    `lost` is the number of the rank when it is started again in place of one that was lost; the others go on, and
+    nobody meets. Raises DeploymentFailedError when the deployment failed.
     """
     config = run.load_config()
+    job = scheduler(config.cluster).own_job(run)
     with contextlib.ExitStack() as held:
-        world = rendezvous.meet(
-            config.model_conf.world_size,
-            config.model_conf.tensor_parallel,
-            introduce=lambda rank: _introduce(rank, config, held),
-        )
-        log_to_file(run.rank_log(world.role.rank))
+        if lost is None:
+            world = rendezvous.meet(
+                config.model_conf.world_size,
+                config.model_conf.tensor_parallel,
+                introduce=lambda rank: _introduce(rank, config, held),
+            )
+            log_to_file(run.rank_log(world.role.rank))
+            if world.role.rank == 0:
+                run.write_members([asdict(member) for member in world.members])
+        else:
+            members = tuple(rendezvous.Member(**member) for member in run.read_members())
+            world = rendezvous.World(role_of(lost, config.model_conf.tensor_parallel), members)
+            if _lives(run.rank_process(lost), run):
+                log.warning("rank %d is not lost: its process lives", lost)
+                return
+            if lost == 0:
+                held.enter_context(reserve_port("0.0.0.0", members[0].balancer_port))
+        write_atomically(run.rank_process(world.role.rank), f"{os.getpid()}")
         first = world.members[0]
         reached_from_elsewhere = world.spans_hosts or scheduler(config.cluster).serves_other_hosts
         address = f"{first.address if reached_from_elsewhere else LOOPBACK}:{first.balancer_port}"
+
+        def revive() -> None:
+            if world.role.rank != 0 and run.may_revive(REVIVE_AGAIN_SECONDS):
+                log.warning("rank 0 is lost: starting it again on %s", first.host)
+                job.start_rank(run, config, 0, first.host)
+
         try:
-            asyncio.run(supervise(run, world, address))
+            asyncio.run(supervise(run, world, address, revive))
+        except AbandonedError:
+            free_name(config.home, Entry.of(config, run.path, ""))
+            job.cancel()  # also where no batch script is left to end it
+            raise
         finally:
             if world.role.rank == 0:
                 _withdraw(run, config)
+
+
+def _lives(process: Path, run: RunDir) -> bool:
+    """Whether a rank's process, on this host, is still there."""
+    try:
+        proc = Path("/proc") / process.read_text()
+        is_ours = str(run.path).encode() in (proc / "cmdline").read_bytes()
+        return is_ours and (proc / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _introduce(rank: int, config: MIIConfig, held: contextlib.ExitStack) -> rendezvous.Member:
     port = 0
     if rank == 0:
         port = held.enter_context(reserve_port("0.0.0.0", config.port_number)).getsockname()[1]
-    return rendezvous.Member(rank, socket.gethostname(), host_address(), port)
+    return rendezvous.Member(rank, os.environ.get("SLURMD_NODENAME") or socket.gethostname(), host_address(), port)
 
 
 def _withdraw(run: RunDir, config: MIIConfig) -> None:
     entry = Registry(config.home).get(config.deployment_name)
-    if entry is not None and entry.run_dir == run.path:
+    # A balancer that ended in order has withdrawn it, or left it as that of a job that is pending again.
+    if entry is not None and entry.run_dir == run.path and entry.state != DeploymentState.PENDING:
         free_name(config.home, entry)
 
 
-def main(run_path: str) -> None:
+def main(run_path: str, lost: str = "") -> None:
     """Run one rank. Exits with status 0 when the deployment ended well, else 1 with the reason in the run directory."""
     os.umask(0o077)
     # A core dump would hold the deployment's secrets.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Inherited dispositions do not count: submitit ignores SIGTERM and SIGCONT, and a shell has background processes
     # ignore SIGINT. Until the supervisor handles them, a signal simply ends the rank.
-    inherited = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGCONT, signal.SIGHUP, signal.SIGCHLD}
+    inherited = {*DRAIN, signal.SIGCONT, signal.SIGCHLD}
     for signum in inherited:
         signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, inherited)
+    os.environ.setdefault("HOME", str(Path("~").expanduser()))  # MPI libraries complain without
     log_to_stderr()
     run = RunDir(Path(run_path))
     try:
-        live(run)
+        live(run, int(lost) if lost else None)
     except Exception as error:
         log.exception("the rank has failed")
-        rank = int(os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or -1)
+        rank = int(lost or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or -1)
         with contextlib.suppress(OSError):
             if run.read_failure() is None:  # else this is only its echo
                 run.write_failure(
@@ -93,6 +137,10 @@ def main(run_path: str) -> None:
                         traceback.format_exc(),
                     )
                 )
+            # Where it failed before there was a balancer, whose entry it is then.
+            entry = Registry(run.load_config().home).get(run.load_config().deployment_name)
+            if entry is not None and entry.run_dir == run.path and not entry.address:
+                free_name(run.load_config().home, entry)
         sys.exit(1)
 
 

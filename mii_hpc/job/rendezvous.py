@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ log = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 300.0
 """All ranks must have met within this time of the first one's start."""
+
+SETTLE_SECONDS = 1.0
+"""How long a rank waits between MPI_Init and its first message. With Open MPI 5, one that gets a message while it is
+still inside MPI_Init crashes, and others may leave that earlier (github.com/open-mpi/ompi/issues/12495)."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def meet(world_size: int, tensor_parallel: int, introduce: Callable[[int], Membe
         world = MPI.COMM_WORLD
         if world.size != world_size:
             raise DeploymentFailedError(_mismatch(world.size, world_size, MPI.Get_library_version()))
+        if world_size > 1 and MPI.Get_library_version().startswith("Open MPI v5"):
+            time.sleep(SETTLE_SECONDS)
         role = role_of(world.rank, tensor_parallel)
         members: tuple[Member, ...] = tuple(world.allgather(introduce(world.rank)))
         replica = world.Split(color=role.replica, key=role.replica_rank)

@@ -8,11 +8,13 @@ balancer process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -23,39 +25,52 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.files import tail
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError
+from mii_hpc.job import liveness
+from mii_hpc.job.liveness import Pulse
 from mii_hpc.job.net import LOOPBACK, listening_socket
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
+from mii_hpc.job.signals import DRAIN
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 
 log = logging.getLogger(__name__)
 
-BALANCER_DEADLINE_SECONDS = 60.0
-"""Without a balancer for this long a rank gives up."""
+START_SECONDS = 300.0
+"""The balancer must be there within this time of a rank's start."""
+BALANCER_DEADLINE_SECONDS = 40.0
+"""Without a balancer for this long, later, a rank ends the job."""
+REVIVE_SECONDS = 6.0
+"""Without a balancer for this long, rank 0 is taken for lost."""
 LEAVE_DEADLINE_SECONDS = 10.0
 """Told to end by a signal, a rank waits this long for the balancer's order to leave, then leaves without it."""
 ENGINE_GRACE_SECONDS = 2.0
 CRASHES = 5
-"""A balancer that dies so often in a row is not started again: the deployment has failed."""
+"""A process that dies so often in a row is not started again: the deployment has failed."""
 STEADY_SECONDS = 60.0
-"""A balancer that has lived so long does not count as one that crashes."""
+"""A process that has lived so long does not count as one that crashes."""
 BALANCER_GRACE_SECONDS = 5.0
 
 
-async def supervise(run: RunDir, world: World, address: str) -> None:
+class AbandonedError(DeploymentFailedError):
+    """The deployment cannot go on, and has no balancer to end it."""
+
+
+async def supervise(run: RunDir, world: World, address: str, revive: Callable[[], None] = lambda: None) -> None:
     """Keep a rank's processes until the balancer at `address` ("host:port") says that the deployment ends.
 
-    Raises DeploymentFailedError when the deployment failed, or has had no balancer for too long.
+    `revive` is called while there is no balancer; it starts rank 0 again. Raises DeploymentFailedError when the
+    deployment failed, AbandonedError when it has had no balancer for too long, or none that lives.
     """
     tasks = Tasks()
-    supervisor = Supervisor(run, world, address, tasks)
+    supervisor = Supervisor(run, world, address, tasks, revive)
     loop = asyncio.get_running_loop()
-    # SIGUSR2 is what Slurm sends ahead of the walltime, by submitit's --signal.
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for signum in DRAIN:
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     balancer = tasks.start(keep_balancer(run, world, address)) if world.role.rank == 0 else None
+    if world.role.rank == 0 and run.load_config().gateway:
+        tasks.start(keep_gateway(run, address.rpartition(":")[0]))
 
     async def live() -> str:
         failure = await supervisor.work()
@@ -69,29 +84,68 @@ async def supervise(run: RunDir, world: World, address: str) -> None:
 
 
 async def keep_balancer(run: RunDir, world: World, address: str) -> None:
-    """Run the balancer process; when it dies, run another one on the same port. Returns when it ends well.
+    """Keep a balancer process on one port. See _keep()."""
+    arguments = (str(run.path), address, "1" if world.spans_hosts else "0")
+    await _keep("balancer", run.balancer_log, "mii_hpc.job.balancer", *arguments)
 
-    Raises DeploymentFailedError when it dies again and again, soon after its start.
+
+async def keep_gateway(run: RunDir, host: str) -> None:
+    """Keep a gateway process at this host's address. See _keep()."""
+    await _keep("gateway", run.gateway_log, "mii_hpc.gateway", str(run.path), host)
+
+
+async def _keep(name: str, output: Path, module: str, *args: str) -> None:
+    """Run a process of the deployment; when it dies, run another one. Returns when it ends well.
+
+    Raises AbandonedError when it dies again and again, soon after its start.
     """
     crashes = 0
     while True:
         began = time.monotonic()
-        balancer = await Child.start(
-            "mii_hpc.job.balancer", str(run.path), address, "1" if world.spans_hosts else "0", log=run.balancer_log
-        )
+        process = await Child.start(module, *args, log=output)
         try:
-            status = await balancer.wait()
+            reason = await hear(process, lambda note: None)
         except asyncio.CancelledError:
-            await balancer.end(1.0)
+            await process.end(1.0)
             raise
-        if status == 0:
+        if not reason:
             return
         crashes = crashes + 1 if time.monotonic() < began + STEADY_SECONDS else 1
         if crashes == CRASHES:
-            words = tail(run.balancer_log).strip().rpartition("\n")[2]
-            raise DeploymentFailedError(f"the balancer {_ended(status)}, {CRASHES} times in a row: {words}")
-        log.error("the balancer %s; starting another", _ended(status))
+            words = tail(output).strip().rpartition("\n")[2]
+            raise AbandonedError(f"the {name} {reason}, {CRASHES} times in a row: {words}")
+        log.error("the %s %s; starting another", name, reason)
         await asyncio.sleep(0.2 * crashes)
+
+
+async def hear(child: ChildProcess, on_note: Callable[[dict[str, Any]], None]) -> str:
+    """Pass on what a child says until it has ended; return how it ended, "" when it ended well.
+
+    One that has begun to give signs of life ("alive") and stops to is killed.
+    """
+    pulse = Pulse()
+    silence: asyncio.Task[None] | None = None
+    try:
+        while (note := await child.next_note()) is not None:
+            pulse.beat()
+            if "alive" not in note:
+                on_note(note)
+            elif silence is None:
+                silence = asyncio.create_task(_kill_when_silent(child, pulse))
+        status = await child.wait()
+        if silence is not None and silence.done():
+            silence.result()
+            return f"gave no sign of life for {liveness.SILENT_SECONDS:.0f} s, and was killed"
+        return _ended(status) if status else ""
+    finally:
+        if silence is not None:
+            silence.cancel()
+
+
+async def _kill_when_silent(child: ChildProcess, pulse: Pulse) -> None:
+    await pulse.lost()
+    log.error("process %d gives no sign of life", child.pid)
+    await child.end(0.0)
 
 
 class Supervisor:
@@ -100,8 +154,10 @@ class Supervisor:
     `address` is the balancer's "host:port".
     """
 
-    def __init__(self, run: RunDir, world: World, address: str, tasks: Tasks) -> None:
-        self.run, self.world, self.address, self.tasks = run, world, address, tasks
+    def __init__(
+        self, run: RunDir, world: World, address: str, tasks: Tasks, revive: Callable[[], None] = lambda: None
+    ) -> None:
+        self.run, self.world, self.address, self.tasks, self.revive = run, world, address, tasks, revive
         self.engine: ChildProcess | None = None
         self.report = pb.RankReport(rank=world.role.rank, host=world.me.host)
         """What the balancer knows of the rank, or will in a moment."""
@@ -112,8 +168,8 @@ class Supervisor:
     async def work(self) -> str:
         """Do what the balancer orders until it orders to leave; then end the engine.
 
-        Returns why the deployment failed, "" if it did not. Returns, too, when no such order comes in time after
-        leave(), or when there is no balancer for too long.
+        Returns why the deployment failed, "" if it did not; and when no such order comes in time after leave().
+        Raises AbandonedError when there is no balancer for too long.
         """
         try:
             async with self._leave_deadline:
@@ -190,15 +246,18 @@ class Supervisor:
     async def _obey(self) -> str:
         """Hold the stream to the balancer until it orders to leave; return why, "" when all is well."""
         keys = credentials.load_server(self.run).as_client
-        last_heard = time.monotonic()
+        last_heard, patience = time.monotonic(), START_SECONDS
         while True:
             async with transport.open_channel(self.address, keys) as channel:
                 call = pb_grpc.MembershipStub(channel).Join(self._reports(), metadata=transport.authorization(keys))
+                pulse = Pulse()
+                silence = self.tasks.start(_cancel_when_silent(call, pulse))
                 connected = False
                 try:
                     await call.wait_for_connection()
                     connected = True
                     async for order in call:
+                        pulse.beat()
                         match order.WhichOneof("order"):
                             case "leave":
                                 return order.leave.failure
@@ -208,11 +267,20 @@ class Supervisor:
                                 await self.stop_engine()
                 except grpc.aio.AioRpcError as error:
                     log.debug("the balancer does not answer: %s", error.details())
+                except asyncio.CancelledError:
+                    if transport.is_being_cancelled():
+                        raise
+                    log.warning("the balancer gives no sign of life")
+                finally:
+                    silence.cancel()
                 if connected:
-                    last_heard = time.monotonic()
-            if time.monotonic() > last_heard + BALANCER_DEADLINE_SECONDS:
+                    last_heard, patience = time.monotonic(), BALANCER_DEADLINE_SECONDS
+            away = time.monotonic() - last_heard
+            if away > patience:
                 rank = self.world.role.rank
-                return f"rank {rank}: no balancer at {self.address} for {BALANCER_DEADLINE_SECONDS:.0f} s"
+                raise AbandonedError(f"rank {rank}: no balancer at {self.address} for {patience:.0f} s")
+            if away > REVIVE_SECONDS and patience < START_SECONDS:
+                await asyncio.to_thread(self.revive)
             await asyncio.sleep(0.2)
 
     async def _reports(self) -> AsyncIterator[pb.RankReport]:
@@ -221,7 +289,8 @@ class Supervisor:
             copy = pb.RankReport()
             copy.CopyFrom(self.report)
             yield copy
-            await self._changed.wait()
+            with contextlib.suppress(TimeoutError):  # at the latest then, as a sign of life
+                await asyncio.wait_for(self._changed.wait(), liveness.BEAT_SECONDS)
 
     def _tell(self, **changes: object) -> None:
         for name, value in changes.items():
@@ -230,19 +299,26 @@ class Supervisor:
 
     async def _watch_engine(self, engine: ChildProcess) -> None:
         """Report the engine process's notes, and its end at once."""
-        reason = ""
-        while (note := await engine.next_note()) is not None:
+        failures = []
+
+        def on_note(note: dict[str, Any]) -> None:
             if "ready" in note:
                 self._tell(engine=pb.READY, address=note["ready"], detail="")
             elif "progress" in note:
                 self._tell(detail=note["progress"])
             elif "failed" in note:
-                reason = note["failed"]
-        status = await engine.wait()
-        reason = reason or f"the engine process {_ended(status)}"
+                failures.append(note["failed"])
+
+        end = await hear(engine, on_note) or _ended(0)
+        reason = failures[-1] if failures else f"the engine process {end}"
         log.warning("engine process %d has ended: %s", engine.pid, reason)
         log_tail = tail(self.run.engine_log(self.world.role.rank))
         self._tell(engine=pb.DOWN, address="", detail=reason, log=log_tail)
+
+
+async def _cancel_when_silent(call: grpc.aio.StreamStreamCall[pb.RankReport, pb.RankOrder], pulse: Pulse) -> None:
+    await pulse.lost()
+    call.cancel()
 
 
 def _ended(status: int) -> str:

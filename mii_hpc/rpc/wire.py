@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ from mii_hpc.generation import (
     Response,
     ResumedAnswer,
     Tokenization,
+    TopLogprobs,
 )
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:
     given = {field.name: value for field, value in message.params.ListFields()}
     for name in {"stop", "stop_token_ids"} & given.keys():
         given[name] = tuple(given[name])
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
     return validate(GenerateParamsConfig, given)
 
 
@@ -197,6 +200,9 @@ def pack_response(piece: Response) -> pb.GenerateChunk:
         finish_reason=piece.finish_reason if piece.ended else "",
         replica=piece.replica,
         migrations=piece.migrations,
+        top_logprobs=_pack_top(piece.top_logprobs),
+        prompt_logprobs=piece.prompt_logprobs,
+        prompt_top_logprobs=_pack_top(piece.prompt_top_logprobs),
     )
 
 
@@ -214,6 +220,9 @@ def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
         generated_text=message.text,
         token_ids=tuple(message.token_ids),
         logprobs=tuple(message.logprobs),
+        top_logprobs=_unpack_top(message.top_logprobs),
+        prompt_logprobs=tuple(message.prompt_logprobs),
+        prompt_top_logprobs=_unpack_top(message.prompt_top_logprobs),
         index=message.index,
         prompt_length=message.prompt_length,
         generated_length=message.generated_length,
@@ -270,6 +279,14 @@ def error_of(failure: grpc.aio.AioRpcError) -> MIIError:
 def is_lost(failure: grpc.aio.AioRpcError) -> bool:
     """Whether a call failed because the connection is lost, and not for anything that its server did with it."""
     return _named(failure) is None and _OF_GRPC.get(failure.code()) is errors.UnavailableError
+
+
+def _pack_top(places: Iterable[TopLogprobs]) -> list[pb.TopLogprobs]:
+    return [pb.TopLogprobs(token_ids=[t for t, _ in top], logprobs=[value for _, value in top]) for top in places]
+
+
+def _unpack_top(places: Iterable[pb.TopLogprobs]) -> tuple[TopLogprobs, ...]:
+    return tuple(tuple(zip(top.token_ids, top.logprobs, strict=True)) for top in places)
 
 
 def _pack_prompt(prompt: Prompt) -> tuple[str, tuple[int, ...], str]:

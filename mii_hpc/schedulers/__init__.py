@@ -37,9 +37,10 @@ def is_live(entry: Entry) -> bool:
     """Whether the deployment of an entry still exists, by its job's state and its heartbeat."""
     if not entry.job_id:  # claimed, and about to be submitted
         return heartbeat_is_fresh(entry)
-    match job_of(entry).state().phase:
-        case "gone":
-            return False
+    state = job_of(entry).state()
+    match state.phase:
+        case "gone":  # a job that is requeued completes before it is pending again
+            return state.name == "COMPLETING" and entry.state == DeploymentState.PENDING
         case "pending":  # in the queue, perhaps again
             return True
         case _:  # a scheduler may take long to see that a job's processes are gone; the heartbeat tells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,6 +26,19 @@ class JobState:
     reason: str = ""
 
 
+def setup_script(lines: Sequence[str]) -> list[str]:
+    """Return `slurm.setup` as lines of bash that end the job with a sentence where one of them fails or exits."""
+    if not lines:
+        return []
+    told = r"""echo "mii_hpc: slurm.setup: '\''$BASH_COMMAND'\'' ended with status $mii_status" """.strip()
+    return [
+        f"trap 'mii_status=$?; trap - EXIT; {told}; exit $mii_status' ERR",
+        f"trap 'mii_status=$?; {told}' EXIT",
+        *lines,
+        "trap - ERR EXIT",
+    ]
+
+
 class Job(ABC):
     """A job that was submitted.
 
@@ -45,9 +59,20 @@ class Job(ABC):
         """How often this job, in which this process runs, was started before."""
         return 0
 
+    def is_requeued(self) -> bool:
+        """Whether this job, in which this process runs, is to be started again when it has ended. Never raises."""
+        return False
+
     @abstractmethod
     def ends(self) -> float | None:
         """Return when the walltime is over, in seconds since the epoch; None without one, or when it is not known."""
+
+    @abstractmethod
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+        """Start a rank of this job again on a node of it, without waiting. Nothing happens where that cannot be done.
+
+        Only for processes of the job.
+        """
 
     @abstractmethod
     def cancel(self) -> None:

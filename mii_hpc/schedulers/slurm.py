@@ -11,6 +11,8 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,7 +23,7 @@ from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, SubmissionError
 from mii_hpc.placement import Placement, place
-from mii_hpc.schedulers.base import Job, JobState, Scheduler
+from mii_hpc.schedulers.base import Job, JobState, Scheduler, setup_script
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,32 @@ COMMAND_SECONDS = 30.0
 """How long a Slurm command may take to answer."""
 WALLTIME_WARNING_SECONDS = 60
 """How long before the walltime Slurm tells the ranks to end."""
+
+
+_TOO_MUCH = "the job asks for more than the partition allows or has, and does not start as it is"
+_LIMIT = "the job is above a limit of its account or QOS, and does not start as it is"
+MEANINGS = {
+    "PartitionConfig": _TOO_MUCH,
+    "PartitionNodeLimit": _TOO_MUCH,
+    "PartitionTimeLimit": "the job asks for more time than the partition allows, and does not start as it is",
+    "BadConstraints": "no node is what the job asks for; it does not start as it is",
+    "ReqNodeNotAvail": "nodes that the job needs are down, drained or reserved",
+    "PartitionDown": "the partition takes no jobs at the moment",
+    "PartitionInactive": "the partition starts no jobs at the moment",
+    "AccountNotAllowed": "the account may not use the partition",
+    "InvalidAccount": "Slurm does not know the account",
+    "InvalidQOS": "Slurm does not know the QOS",
+    "QOSNotAllowed": "the QOS may not be used here",
+    "AssocMaxNodePerJobLimit": _LIMIT,
+    "AssocMaxCpuPerJobLimit": _LIMIT,
+    "QOSMaxNodePerJobLimit": _LIMIT,
+    "QOSMaxCpuPerJobLimit": _LIMIT,
+    "QOSMaxGRESPerJob": _LIMIT,
+    "JobHeldUser": "the job is held; release it with scontrol release",
+    "JobHeldAdmin": "the cluster's administrators hold the job",
+    "DependencyNeverSatisfied": "what the job depends on has failed; it never starts",
+}
+"""What Slurm's reasons mean that are not only a matter of waiting."""
 
 
 class Slurm(Scheduler):
@@ -109,6 +137,8 @@ class SlurmJob(Job):
             gone = "Invalid job id" in answer.stderr
             return JobState("gone" if gone else "unknown", reason=answer.stderr.strip())
         name, _, reason = answer.stdout.strip().partition("|")
+        if reason in MEANINGS:
+            reason = f"{reason}: {MEANINGS[reason]}"
         # A suspended job gives no sign of life, and is none the worse for it.
         if name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED"):
             return JobState("pending", name, reason)
@@ -121,6 +151,14 @@ class SlurmJob(Job):
         """See Job."""
         return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
+    def is_requeued(self) -> bool:
+        """See Job: squeue counts the next start already."""
+        try:
+            answer = _run("squeue", "--noheader", "--states=all", f"--jobs={self.id}", "--Format=RestartCnt")
+            return int(answer.stdout) > self.incarnation
+        except (OSError, subprocess.TimeoutExpired, ValueError):
+            return False
+
     def ends(self) -> float | None:
         """Ask squeue."""
         try:
@@ -128,6 +166,32 @@ class SlurmJob(Job):
             return float(answer.stdout)
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return None
+
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+        """See Job.start_rank(): a job step that shares what the first one has."""
+        slurm = config.slurm
+        gpus = [f"--gres={slurm.gres}"] if slurm.gres else []
+        gpus += [f"--gpus-per-node={slurm.gpus_per_node}"] if slurm.gpus_per_node else []
+        command = [
+            *("srun", f"--jobid={self.id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}"),
+            *("--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", *gpus),
+            *(sys.executable, "-m", "mii_hpc.job.rank", str(run.path), str(rank)),
+        ]
+        kept = ("SLURM_CONF", "SLURM_JOB_ID")
+        around_us = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
+        environment = {
+            name: value for name, value in os.environ.items() if name in kept or not name.startswith(around_us)
+        }
+        with run.rank_log(rank).open("ab") as log_file:
+            step = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
+            )
+        threading.Thread(target=step.wait, name="mii-step", daemon=True).start()  # so that it is no zombie
 
     def cancel(self) -> None:
         """Run scancel."""
@@ -253,7 +317,8 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
         "signal_delay_s": WALLTIME_WARNING_SECONDS,
         "wckey": None,
         "stderr_to_stdout": True,
-        "setup": list(slurm.setup) or None,
+        # srun takes the batch script's place, and passes on what is sent to that alone (scancel --batch).
+        "setup": [*setup_script(slurm.setup), 'srun() { exec "$(type -P srun)" "$@"; }'],
         "srun_args": [*srun_args, *slurm.srun_args],
         "additional_parameters": {**additional, **slurm.extra},
     }

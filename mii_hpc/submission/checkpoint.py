@@ -10,6 +10,7 @@ from pathlib import Path
 from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
+from mii_hpc.tensors import check_tensors
 
 
 def check_model(model: ModelConfig) -> ModelConfig:
@@ -18,13 +19,15 @@ def check_model(model: ModelConfig) -> ModelConfig:
     A name that is no folder is taken for one on the Hugging Face hub: its config.json comes from the local
     cache, or from the hub unless HF_HUB_OFFLINE is set.
     Raises ConfigError when folder or config.json is missing, when attention heads or KV heads do not divide by
-    `tensor_parallel`, or when `max_length` exceeds the model's context.
+    `tensor_parallel`, when `max_length` exceeds the model's context, and for what check_tensors() refuses.
     """
     if model.inference_engine_config.engine == "echo":
         return model
     folder = Path(model.model_name_or_path).expanduser()
     if folder.is_dir():
         path = folder / "config.json"
+        if not path.is_file() and (folder / "adapter_config.json").is_file():
+            check_tensors(folder, {}, model.tensor_parallel)
         if not path.is_file():
             raise ConfigError(f"model_name_or_path='{folder}': the folder has no config.json")
         # Not resolved: compute nodes may know the folder only by the link.
@@ -43,6 +46,8 @@ def check_model(model: ModelConfig) -> ModelConfig:
     architecture = Architecture.read(described.get)
     architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)
+    if folder.is_dir():
+        check_tensors(folder, described, model.tensor_parallel)
     if architecture.context is not None and model.max_length is not None and model.max_length > architecture.context:
         raise ConfigError(
             f"max_length={model.max_length}: the model's context is {architecture.context} tokens, and no more is "

@@ -120,7 +120,9 @@ def _shown(entry: Entry) -> Iterator[Callable[[str], None]]:
             nonlocal shown
             if sentence != shown:
                 shown = sentence
-                log.info("deployment '%s' (job %s): %s", entry.deployment_name, entry.job_id, sentence)
+                # A reason that is explained is one that waiting alone does not mend.
+                level = logging.WARNING if sentence.startswith("pending: ") and ": " in sentence[9:] else logging.INFO
+                log.log(level, "deployment '%s' (job %s): %s", entry.deployment_name, entry.job_id, sentence)
                 if line is not None:
                     line.update(f"{entry.deployment_name} (job {entry.job_id}): {sentence}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 
 from mii_hpc import schedulers
 from mii_hpc.config import MIIConfig
@@ -14,7 +13,7 @@ from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.deployments.state import DeploymentState
-from mii_hpc.errors import DeploymentError
+from mii_hpc.errors import DeploymentError, RegistryError
 from mii_hpc.placement import Placement, place
 from mii_hpc.submission.checkpoint import check_model
 
@@ -48,15 +47,24 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
     `config` is a checked one; `job_id` is that of the job which is to run it, where it has begun already. Raises
     DeploymentExistsError when the name is taken, RegistryError when the home directory cannot be used.
     """
-    run = RunDir.create(config)
+    try:
+        run = RunDir.create(config)
+    except OSError as error:
+        raise RegistryError(f"{error.filename or config.home}: cannot be written: {error.strerror}") from error
     try:
         keys = credentials.create(run)
         entry = Entry.of(config, run.path, keys.fingerprint, job_id)
         # A batch script that is requeued prepares itself again; the entry that it finds is that of its earlier start.
         take_name(config, run, entry, lambda holder: holder.job_id != (job_id or None) and schedulers.is_live(holder))
+    except OSError as error:
+        run.remove()
+        raise RegistryError(f"{error.filename or run.path}: cannot be written: {error.strerror}") from error
     except BaseException:
-        shutil.rmtree(run.path)
+        run.remove()
         raise
+    in_use = {entry.run_dir for entry in Registry(config.home).entries()}
+    for old in RunDir.ended(config.home, config.keep_runs, in_use):
+        old.remove()
     return run, entry
 
 
@@ -70,7 +78,7 @@ def submit(run: RunDir, entry: Entry, config: MIIConfig, placement: Placement) -
         job = schedulers.scheduler(entry.cluster).submit(run, config, placement)
     except BaseException:
         free_name(config.home, entry)
-        shutil.rmtree(run.path)
+        run.remove()
         raise
     entry = entry.model_copy(update={"job_id": job.id, "job_host": job.host})
     published = registry.get(config.deployment_name)

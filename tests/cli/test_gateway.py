@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import subprocess
 import sys
@@ -8,13 +9,21 @@ import pytest
 from tests.waiting import eventually, next_line
 
 
+@contextlib.contextmanager
+def ending(process):
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize("by", ["port", "socket"])
 def test_it_answers_until_it_is_told_to_end(run, chat, tmp_path, by):
     path = tmp_path / "face.sock"
     where = ["--port", "0"] if by == "port" else ["--socket", str(path)]
     command = [sys.executable, "-m", "mii_hpc", "gateway", "chat", *where]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as face:
-        while "answering at " not in (line := next_line(face.stderr)):
+    with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as face, ending(face):
+        while "answering at " not in (line := next_line(face.stderr).decode()):
             pass
         address = line.rpartition(" ")[2].strip()
         if by == "socket":

@@ -108,6 +108,15 @@ def test_env_sets_what_the_openai_client_reads(run, chat):
     )
 
 
+def test_env_of_a_deployment_with_a_gateway_trusts_its_certificate(run, chat):
+    deployment = chat.deployment
+    deployment.run.gateway_url.write_text("https://node0:4433")
+    eventually(lambda: deployment.registry.get("chat").gateway)
+    variables = run("env", "chat", "--json").data
+    assert variables["OPENAI_BASE_URL"] == "https://node0:4433/v1"
+    assert Path(variables["SSL_CERT_FILE"]) == deployment.run.tls_certificate
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(None, "-"), (-1, "0s"), (59.4, "59s"), (61, "1m01s"), (7500, "2h05m"), (90000, "1d01h")],

@@ -296,7 +296,8 @@ class Cluster:
             "ClusterName=mii",
             f"SlurmctldHost={CONTROLLER}({self.address(CONTROLLER)})",
             "SlurmUser=root",
-            f"AuthInfo=socket={folder}/munge.socket",
+            # A requeued job waits until the credentials of its first start have expired.
+            f"AuthInfo=socket={folder}/munge.socket,cred_expire=20",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool/%n",
             f"SlurmctldPidFile={folder}/slurmctld.pid",

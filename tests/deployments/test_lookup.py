@@ -136,3 +136,13 @@ def test_a_run_gives_back_its_name_and_what_it_shares(home):
     assert Registry(home.path).get("chat") is None
     assert sharing.names(home.path) == []
     free_name(home.path, entry)
+
+
+def test_the_dead_do_not_count(home):
+    """A name that is asked for is found whatever its state: whether it lives is another question."""
+    deploy(home, "dead")
+    deploy(home, "live")
+    assert home.find("m", lambda entry: entry.deployment_name == "live").entry.deployment_name == "live"
+    assert home.find("dead", lambda entry: False).entry.deployment_name == "dead"
+    with pytest.raises(DeploymentNotFoundError, match="several"):
+        home.find("m")

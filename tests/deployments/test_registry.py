@@ -1,6 +1,8 @@
+import errno
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -201,3 +203,44 @@ def test_heartbeats():
     now = time.time()
     assert heartbeat_is_fresh(entry(heartbeat=now))
     assert not heartbeat_is_fresh(entry(heartbeat=now - STALE_SECONDS - 1))
+
+
+def test_a_stale_entry_whose_job_is_slow_to_ask_for_is_replaced(registry, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slow(_entry):
+        now[0] += 30
+        return False
+
+    registry.claim(entry(), live)
+    registry.claim(entry(run="/runs/b"), slow)
+    assert str(registry.get("chat").run_dir) == "/runs/b"
+
+
+def test_a_file_that_nfs_calls_stale_is_read_again(registry, monkeypatch):
+    registry.claim(entry(), live)
+    real, stale = Path.read_text, [True, True]
+
+    def read_text(path):
+        if stale:
+            stale.pop()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert registry.get("chat") is not None and not stale
+
+
+def test_a_home_that_cannot_be_entered_is_refused_in_a_sentence(registry, monkeypatch):
+    real = Path.stat
+
+    def stat(path, **options):
+        if path == registry.folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    for act in (lambda: registry.get("chat"), registry.entries):
+        with pytest.raises(RegistryError, match=r"cannot be read: Permission denied; choose another home"):
+            act()

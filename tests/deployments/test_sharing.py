@@ -68,3 +68,25 @@ def test_withdrawn_share_is_gone(share, home):
     sharing.withdraw(home, "chat")
     assert sharing.names(home) == []
     sharing.withdraw(home, "chat")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to a group that this user may not be in")
+def test_two_groups_share_one_home(share, home):
+    other = next(group for group in grp.getgrall() if group.gr_gid != os.getgid())
+    run = RunDir.create(resolve("m", home=home, deployment_name="other"))
+    credentials.create(run)
+    sharing.Share(home, "other", other.gr_name).create(run)
+    assert (home.stat().st_mode & 0o777, (home / "shared").stat().st_mode & 0o777) == (0o711, 0o755)
+    assert (home / "shared" / "chat").stat().st_gid == os.getgid()
+    assert (home / "shared" / "other").stat().st_gid == other.gr_gid
+    RunDir.create(resolve("m", home=home, deployment_name="third"))
+
+
+def test_the_entry_is_renewed_while_the_group_database_is_away(share, home, monkeypatch):
+    def away(_name):
+        raise KeyError
+
+    entry, _ = sharing.read(home, "chat")
+    monkeypatch.setattr(grp, "getgrnam", away)
+    share.publish(entry.model_copy(update={"heartbeat": 2.0}))
+    assert sharing.read(home, "chat")[0].heartbeat == 2.0

@@ -92,7 +92,8 @@ def make(**model: Any) -> Engine:
 
 def with_attention(model: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a ModelConfig with the attention to test."""
-    config = {"attention": attention, **model.get("inference_engine_config", {})}
+    # To compile takes longer on a GPU than all that most tests do.
+    config = {"attention": attention, "compile": False, **model.get("inference_engine_config", {})}
     return {**model, "inference_engine_config": config}
 
 

@@ -172,7 +172,7 @@ def test_a_step_that_goes_on_is_small():
     codec = StepCodec()
     table = tuple(range(1000))
     codec.encode(Step((Slice(start=999, token_ids=(3,), blocks=table, sample=True),)))
-    assert len(codec.encode(Step((Slice(1000, (DRAWN,), (*table, 1000), True, fresh=False),)))) == 10
+    assert len(codec.encode(Step((Slice(1000, (DRAWN,), (*table, 1000), True, fresh=False),)))) == 11
 
 
 @pytest.mark.engine

@@ -39,6 +39,9 @@ def drawn_options(draw):
         "stream": True,
         "logprobs": draw.random() < 0.5,
         "repetition_penalty": draw.choice([1.0, 1.0, 1.3]),
+        "frequency_penalty": draw.choice([0.0, 0.0, 1.0]),
+        "presence_penalty": draw.choice([0.0, 0.0, 1.0]),
+        "logit_bias": draw.choice([{}, {70: 3.0, 100: 2.0}]),
         "return_full_text": draw.random() < 0.2,
         "ignore_eos": draw.random() < 0.5,
         "skip_special_tokens": draw.random() < 0.7,
@@ -48,6 +51,8 @@ def drawn_options(draw):
     else:
         options |= {"temperature": draw.choice([0.7, 1.0, 2.0]), "top_p": draw.choice([0.5, 0.9, 1.0])}
         options["num_return_sequences"] = draw.choice([1, 1, 1, 3])
+    if options["logprobs"]:
+        options |= {"top_logprobs": draw.choice([0, 2]), "prompt_logprobs": draw.random() < 0.5}
     if draw.random() < 0.3:
         options["min_new_tokens"] = draw.randint(0, options["max_new_tokens"])
     return options
@@ -59,6 +64,8 @@ def assert_same(pieces, expected, case):
         assert (answer.index, answer.token_ids) == (other.index, other.token_ids), case
         # Numbers of another batch differ in their last bits.
         assert answer.logprobs == pytest.approx(other.logprobs, abs=1e-3), case
+        assert answer.prompt_logprobs == pytest.approx(other.prompt_logprobs, abs=1e-3), case
+        assert len(answer.top_logprobs) == len(other.top_logprobs), case
 
 
 def test_whatever_the_request_and_wherever_it_is_cut(engine):

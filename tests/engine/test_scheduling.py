@@ -23,6 +23,7 @@ class Answer:
     computed: int = 0
     registered: int = 0
     slot: int | None = None
+    scores: bool = False
     drawn: int = 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.engine.reference import Reference
-from tests.models import tiny_model
+from tests.models import CONTEXT, tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -31,6 +31,7 @@ def test_it_answers_as_transformers_does(face, api, reference):
         return reference.decode(reference.greedy(prompt, max_new_tokens=count, **options))
 
     with face.http() as http:
+        assert http.get("/v1/models").json()["data"][0]["max_model_len"] == CONTEXT
         expected = greedy("The quick brown fox", 16)
         answer = api.completions.create(model="chat", prompt="The quick brown fox", temperature=0)
         assert answer.choices[0].text == expected
@@ -42,6 +43,19 @@ def test_it_answers_as_transformers_does(face, api, reference):
         assert "".join(logprobs.tokens) == told.choices[0].text
         ids = reference.greedy("The quick brown fox", max_new_tokens=8)
         assert logprobs.token_logprobs == pytest.approx(reference.logprobs("The quick brown fox", ids), abs=1e-3)
+
+        told = (
+            api.completions.create(model="chat", prompt=token_ids, temperature=0, logprobs=2, max_tokens=1, echo=True)
+            .choices[0]
+            .logprobs
+        )
+        assert "".join(told.tokens[:-1]) == "The quick brown fox"
+        own = reference.logprobs("The", token_ids[1:])
+        assert told.token_logprobs[1:-1] == pytest.approx(own, abs=1e-3)
+        for value, top in zip(told.token_logprobs[1:], told.top_logprobs[1:], strict=True):
+            assert value in top.values()  # the same float
+            assert 2 <= len(top) <= 3
+        assert told.token_logprobs[-1] == max(told.top_logprobs[-1].values())
 
         rendered = "<s>[user] Hello there\n[assistant]"
         seen = http.post("/tokenize", json={"messages": MESSAGES, "return_token_strs": True}).json()

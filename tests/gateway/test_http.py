@@ -90,6 +90,20 @@ def test_tokens_and_back(start):
         assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 100
 
 
+def test_deepspeed_miis_own_route(face):
+    body = {"prompts": ["to be", "or"], "max_new_tokens": 3}
+    with face.http() as http:
+        answer = http.post("/mii/chat", json=body)
+        assert answer.json() == [
+            {"generated_text": "to be to ", "prompt_length": 2, "generated_length": 3, "finish_reason": "length"},
+            {"generated_text": "or or or ", "prompt_length": 1, "generated_length": 3, "finish_reason": "length"},
+        ]
+        assert http.post("/mii/chat-mii-deployment", json=body).json() == answer.json()
+        assert http.post("/mii/other", json=body).status_code == 404
+        for wrong in ({}, {"prompts": "a", "temperatur": 1}, {"prompts": "a", "streaming_fn": "f"}, []):
+            assert http.post("/mii/chat", json=wrong).status_code == 400
+
+
 def test_the_bytes_of_a_stream(face):
     body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 1}
     with face.http() as http:

@@ -120,6 +120,38 @@ def test_logprobs(api):
     assert [offset for each in told for offset in each.text_offset] == [0, 3, 6]
 
 
+def test_a_prompts_own_logprobs(api):
+    """As lm-evaluation-harness asks for them."""
+    for stream in (False, True):
+        options = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "stream": stream}
+        answer = api.completions.create(model="chat", prompt=["to be or ", "a b "], **options)
+        choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+        first, second = sorted(choices, key=lambda choice: choice.index)
+        assert (first.text, second.text) == ("to be or to ", "a b a ")
+        assert first.logprobs.tokens == ["to ", "be ", "or ", "to "]
+        assert first.logprobs.token_logprobs == [None, 0.0, 0.0, 0.0]
+        assert first.logprobs.top_logprobs == [None, {"be ": 0.0}, {"or ": 0.0}, {"to ": 0.0}]
+        assert first.logprobs.text_offset == [0, 3, 6, 9]
+        assert second.logprobs.tokens == ["a ", "b ", "a "]
+
+
+def test_the_prompt_alone(api):
+    answer = api.completions.create(model="chat", prompt="to be ", echo=True, logprobs=0, max_tokens=0)
+    (choice,) = answer.choices
+    assert (choice.text, choice.finish_reason, choice.logprobs.tokens) == ("to be ", "length", ["to ", "be "])
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 0)
+    with pytest.raises(BadRequestError, match="nothing to return without echo"):
+        api.completions.create(model="chat", prompt="to be", max_tokens=0)
+
+
+def test_penalties_and_biases_are_taken(api):
+    options = {"frequency_penalty": 1.5, "presence_penalty": -2, "logit_bias": {"5": -100}}
+    assert api.completions.create(model="chat", prompt="a", max_tokens=1, **options).choices[0].text == "a "
+    chat = api.chat.completions.create(model="chat", messages=MESSAGES, logprobs=True, top_logprobs=2, **options)
+    (token, *_) = chat.choices[0].logprobs.content
+    assert [(top.token, top.logprob) for top in token.top_logprobs] == [("system: ", 0.0)]
+
+
 def test_a_wrong_key(face):
     with pytest.raises(AuthenticationError) as refused:
         face.openai(api_key="wrong").models.list()
@@ -146,8 +178,12 @@ def test_a_model_that_is_not_there(api, name):
         ({"n": 2, "temperature": 0}, "n", "needs a temperature above 0"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools are not called"),
         ({"response_format": {"type": "json_object"}}, "response_format", "only"),
-        ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "less than or equal to 100"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "valid integer"),
         ({"messages": []}, None, "at least one"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'image_url'"),
         ({"stop": ["x" * 2000]}, None, "1 to 1024 characters"),

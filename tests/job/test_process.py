@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from mii_hpc.job.process import Child, tell
+from mii_hpc.job.signals import DRAIN, END_CHILD
 from tests.waiting import PATIENCE, next_line, until
 
 
@@ -111,7 +112,7 @@ async def test_a_child_is_ended_in_order(child):
         "import asyncio\n"
         "async def main():\n"
         "    done = asyncio.Event()\n"
-        "    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, done.set)\n"
+        "    asyncio.get_running_loop().add_signal_handler(signal.SIGRTMIN, done.set)\n"
         "    tell(up=1)\n"
         "    await done.wait()\n"
         "asyncio.run(main())\n"
@@ -123,20 +124,19 @@ async def test_a_child_is_ended_in_order(child):
 
 
 async def test_what_its_parent_ignores_and_blocks_ends_a_child_all_the_same(child):
-    """A shell has what runs in the background ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.signal(END_CHILD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {END_CHILD})
     try:
         heeding = await child("end_with_rank()\ntell(up=1)\ntime.sleep(60)\n")
     finally:
-        signal.signal(signal.SIGINT, before)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(END_CHILD, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {END_CHILD})
     await said(heeding)
-    assert await heeding.end(PATIENCE) == -signal.SIGINT
+    assert await heeding.end(PATIENCE) == -END_CHILD
 
 
 async def test_a_child_that_will_not_end_is_killed(child):
-    stubborn = await child("signal.signal(signal.SIGINT, signal.SIG_IGN)\ntell(up=1)\ntime.sleep(60)\n")
+    stubborn = await child("signal.signal(signal.SIGRTMIN, signal.SIG_IGN)\ntell(up=1)\ntime.sleep(60)\n")
     await said(stubborn)
     assert await stubborn.end(0.1) == -signal.SIGKILL
 
@@ -144,11 +144,11 @@ async def test_a_child_that_will_not_end_is_killed(child):
 async def test_what_slurm_signals_to_everybody_does_not_reach_a_child(child):
     shielded = await child("end_with_rank()\ntell(up=1)\ntime.sleep(60)\n")
     await said(shielded)
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
+    for signum in DRAIN:
         shielded.process.send_signal(signum)
     assert os.getsid(shielded.process.pid) != os.getsid(0)
-    assert await shielded.end(PATIENCE) == -signal.SIGINT
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGUSR2}
+    assert await shielded.end(PATIENCE) == -END_CHILD
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(DRAIN)
 
 
 PARENT = """

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 import mii_hpc
+from benchmarks import cycles
+from mii_hpc.config import resolve
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, UnavailableError
 from mii_hpc.schedulers import is_live, job_of
+from mii_hpc.schedulers.local import JOB_ID
+from mii_hpc.submission import submit as submission
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.mpi
@@ -238,3 +242,22 @@ def test_ranks_that_fail_are_told_of_at_once(home, monkeypatch, tmp_path):
         )
     assert "rank 0 (replica 0, host" in str(failure.value)
     eventually(lambda: Registry(home).get("broken") is None, PATIENCE, "the name is free")
+
+
+def test_deployments_leave_nothing_but_their_run_directories(tmp_path):
+    """`python benchmarks/cycles.py` does the same two hundred times."""
+    first = cycles.cycle(tmp_path / "home")
+    assert (first.processes, first.registry, first.runs) == (0, 0, 1)
+    assert cycles.cycle(tmp_path / "home") == first, "the older run directory is removed, as keep_runs says"
+
+
+def test_a_rank_that_fails_before_there_is_a_balancer_frees_the_name(tmp_path):
+    config = resolve(
+        deployment_name="early", inference_engine_config={"engine": "echo"}, home=tmp_path, cluster="local"
+    )
+    run, _ = submission.prepare(config)
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", JOB_ID)}
+    command = [sys.executable, "-m", "mii_hpc.job.rank", str(run.path)]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE).returncode == 1
+    assert JOB_ID in run.read_failure().message
+    assert Registry(tmp_path).get("early") is None

@@ -1,14 +1,18 @@
 import asyncio
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mii_hpc.errors import DeploymentFailedError
-from mii_hpc.job import supervisor
+from mii_hpc.errors import DeploymentFailedError, ReplicaLostError
+from mii_hpc.job import engine_process, liveness, supervisor
 from mii_hpc.job.rendezvous import Member, World
-from mii_hpc.job.supervisor import keep_balancer
+from mii_hpc.job.supervisor import AbandonedError, keep_balancer
 from mii_hpc.placement import role_of
 from mii_hpc.submission import submit as submission
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, until
 
 
 class Crashing:
@@ -16,6 +20,9 @@ class Crashing:
 
     def __init__(self, log):
         self.log = log
+
+    async def next_note(self):
+        return None
 
     async def wait(self):
         self.log.write_text("Traceback ...\nValueError: a bug\n")
@@ -46,3 +53,63 @@ async def test_a_watcher_that_fails_ends_the_rank(deploy):
     rank.engine._notes.put_nowait(7)
     with pytest.raises(TypeError):
         await asyncio.wait_for(deployment.tasks[1], PATIENCE)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.5)
+
+
+TALKING = """
+import time
+from mii_hpc.job.process import tell
+tell(ready="here")
+while True:
+    tell(alive="")
+    time.sleep(0.05)
+"""
+
+
+async def test_a_child_that_is_stopped_is_killed_and_told_of(tmp_path, monkeypatch, impatient):
+    (tmp_path / "talking.py").write_text(TALKING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child, notes = await supervisor.Child.start("talking", log=tmp_path / "log"), []
+    hearing = asyncio.create_task(supervisor.hear(child, notes.append))
+    await until(lambda: notes == [{"ready": "here"}])
+    await asyncio.sleep(1)
+    assert not hearing.done(), "it gives signs of life"
+    os.kill(child.pid, signal.SIGSTOP)
+    assert await asyncio.wait_for(hearing, PATIENCE) == "gave no sign of life for 0 s, and was killed"
+
+
+async def test_an_engine_that_makes_no_step_fails(deploy, impatient, monkeypatch):
+    monkeypatch.setattr(engine_process, "STEP_SECONDS", 0.5)
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    engine = deployment.ranks[0].engine.engine
+    asking = asyncio.create_task(deployment.client().generate("a", max_new_tokens=10**6))
+    await until(lambda: engine.stats().running)
+    monkeypatch.setattr(type(engine), "_step", lambda *_: time.sleep(0.001))
+    monkeypatch.setattr(type(engine), "steps", property(lambda _self: 7, lambda _self, _value: None), raising=False)
+    await until(lambda: len(deployment.ranks[0].epochs) == 2)
+    with pytest.raises(ReplicaLostError):
+        await asking
+
+
+async def test_without_a_balancer_others_start_rank_0_again_and_then_give_up(deploy, monkeypatch):
+    monkeypatch.setattr(supervisor, "REVIVE_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "BALANCER_DEADLINE_SECONDS", 1.0)
+    deployment = await deploy(replica_num=1)
+    revived = []
+    deployment.ranks[0].revive = lambda: revived.append(True)
+    await deployment.balancer.server.stop(None)
+    with pytest.raises(AbandonedError, match=r"^rank 0: no balancer at .* for 1 s$"):
+        await asyncio.wait_for(deployment.tasks[0], PATIENCE)
+    assert revived
+
+
+def test_one_of_many_revives_rank_0(echo_config):
+    run, _ = submission.prepare(echo_config())
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(lambda _: run.may_revive(60), range(32))) == 1
+    assert run.may_revive(0)

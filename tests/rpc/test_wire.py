@@ -23,6 +23,11 @@ ALL_SET = GenerateParamsConfig(
     return_full_text=True,
     num_return_sequences=2,
     logprobs=True,
+    top_logprobs=20,
+    prompt_logprobs=True,
+    frequency_penalty=-1.5,
+    presence_penalty=0.25,
+    logit_bias={0: -100.0, 2**31 - 1: 0.5},
     stream=True,
     stop_token_ids=(3, 5),
     add_special_tokens=False,
@@ -102,6 +107,14 @@ def test_lone_surrogates_are_refused_before_they_travel():
         Response(""),
         Response("text", 7, 9, GenerationFinishReason.LENGTH, (1, 2), (-0.5, -1.5), 3),
         Response("", 5, 5, GenerationFinishReason.STOP),
+        Response(
+            "",
+            token_ids=(1,),
+            logprobs=(-0.5,),
+            top_logprobs=(((1, -0.5), (2, -0.75)),),
+            prompt_logprobs=(-2.0, -3.0),
+            prompt_top_logprobs=(((7, -0.25),), ()),
+        ),
     ],
 )
 def test_pieces_travel(piece):

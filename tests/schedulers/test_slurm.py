@@ -1,6 +1,7 @@
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mii_hpc.errors import ConfigError, SubmissionError
 from mii_hpc.placement import place
 from mii_hpc.schedulers import JobState
 from mii_hpc.schedulers import slurm as slurm_module
+from mii_hpc.schedulers.base import setup_script
 from mii_hpc.schedulers.slurm import Allocation, Slurm, SlurmJob, executor_parameters, own_allocation
 from tests.submitting import calls, submitted
 
@@ -302,3 +304,41 @@ def test_what_a_batch_script_has_been_given(monkeypatch):
         own_allocation()
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert own_allocation() == Allocation("99", 8)
+
+
+def test_reasons_that_waiting_does_not_mend_are_explained(slurm):
+    slurm(squeue="echo 'PENDING|PartitionNodeLimit'")
+    assert SlurmJob("1").state().reason.startswith("PartitionNodeLimit: the job asks for more than the partition")
+    slurm(squeue="echo 'PENDING|Priority'")
+    assert SlurmJob("1").state().reason == "Priority"
+
+
+def test_a_suspended_job_is_not_expected_to_give_signs_of_life(slurm):
+    slurm(squeue="echo 'SUSPENDED|None'")
+    assert SlurmJob("1").state().phase == "pending"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "says"),
+    [
+        (["export A=1", "false || true", "ls /nonexistent"], 2, "'ls /nonexistent' ended with status 2"),
+        (["exit 3"], 3, "'exit 3' ended with status 3"),
+        (["export A=1"], 0, ""),
+        ([], 0, ""),
+    ],
+)
+def test_a_setup_line_that_fails_ends_the_job_and_is_named(lines, status, says):
+    script = "\n".join([*setup_script(lines), "echo on"])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    said = f"mii_hpc: slurm.setup: {says}\n" if says else "on\n"
+    assert (done.returncode, done.stdout) == (status, said)
+
+
+def test_a_job_that_slurm_counts_another_start_of_is_requeued(slurm, monkeypatch):
+    slurm(squeue="echo '2      '")
+    assert SlurmJob("1").is_requeued()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert not SlurmJob("1").is_requeued()
+    assert SlurmJob("1").incarnation == 2
+    slurm(squeue="exit 1")
+    assert not SlurmJob("1").is_requeued()

@@ -125,3 +125,90 @@ def test_tokenizer_is_checked_before_the_queue(tmp_path):
     assert checked.tokenizer == str(folder)
     with pytest.raises(ConfigError, match=r"tokenizer='/nowhere/at/all': no such folder"):
         check_model(ModelConfig(model_name_or_path=str(folder), tokenizer="/nowhere/at/all"))
+
+
+def write_tensors(path, data=b"", **tensors):
+    """Write a safetensors file of tensors that are (dtype, shape), and of no bytes but `data`."""
+    entries = {
+        name: {"dtype": kind, "shape": shape, "data_offsets": [0, len(data)]} for name, (kind, shape) in tensors.items()
+    }
+    header = json.dumps(entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+PLAIN = {"model.layers.0.mlp.weight": ("BF16", [4, 4]), "model.layers.1.mlp.weight": ("BF16", [4, 4])}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "sentence"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantised (quant_method 'fp8'), and only plain"),
+        ({"quantization_config": {"quant_method": "awq"}}, PLAIN, "quantised (quant_method 'awq')"),
+        ({}, {**PLAIN, "model.layers.0.mlp.weight_scale_inv": ("F32", [1, 1])}, "it has model.layers.0.mlp.weight_s"),
+        ({}, {**PLAIN, "model.layers.0.mlp.SCB": ("F32", [4])}, "it has model.layers.0.mlp.SCB"),
+        ({}, {"model.layers.0.mlp.weight": ("F8_E4M3", [4, 4])}, "it has model.layers.0.mlp.weight as F8_E4M3"),
+        ({"num_hidden_layers": 4}, PLAIN, "no tensors of layer 2, 3, of num_hidden_layers=4"),
+    ],
+)  # fmt: skip
+def test_what_the_headers_tell_is_refused_before_the_queue(model, config, tensors, sentence):
+    folder = model({**LLAMA, **config})
+    if tensors:
+        write_tensors(folder / "model.safetensors", **tensors)
+    for ranks in (1, 2):
+        with pytest.raises(ConfigError) as refusal:
+            checked(folder, tensor_parallel=ranks)
+        assert sentence in str(refusal.value)
+
+
+def test_plain_tensors_are_accepted(model):
+    folder = model({**LLAMA, "num_hidden_layers": 2})
+    write_tensors(folder / "model.safetensors", **PLAIN)
+    assert checked(folder)
+
+
+def test_files_that_are_cut_short_or_missing_are_refused(model):
+    folder = model()
+    write_tensors(folder / "one.safetensors", b"12345678", **PLAIN)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.layers.0.mlp.weight": "one.safetensors"}}))
+    assert checked(folder)
+    (folder / "one.safetensors").write_bytes((folder / "one.safetensors").read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"one\.safetensors is cut short: it has \d+ bytes of \d+"):
+        checked(folder)
+    (folder / "one.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ConfigError, match=r"one\.safetensors is no safetensors file"):
+        checked(folder)
+    index.write_text(json.dumps({"weight_map": {"model.layers.0.mlp.weight": "two.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"names two\.safetensors, which is not there"):
+        checked(folder)
+
+
+def test_an_adapter_is_named_with_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ConfigError, match="it has an adapter of 'org/base' alone; merge it"):
+        checked(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    write_tensors(tmp_path / "model.safetensors", **PLAIN)
+    with pytest.raises(ConfigError, match="beside the weights lies an adapter of 'org/base', which would not be used"):
+        checked(tmp_path)
+
+
+def test_bin_files_are_for_one_rank(model):
+    folder = model()
+    (folder / "pytorch_model.bin").touch()
+    assert checked(folder)
+    with pytest.raises(ConfigError, match="tensor_parallel=2 takes weights in safetensors files"):
+        checked(folder, tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"model_type": "mamba"}, "models of the type 'mamba' cannot be served: it keeps a state"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "it keeps a state besides keys and values"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "it is an encoder with a decoder"),
+    ],
+)
+def test_what_no_way_serves_is_refused_before_the_queue(model, config, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        checked(model({**LLAMA, **config}))

@@ -1,13 +1,17 @@
+import errno
 import grp
 import json
 import os
+from datetime import UTC, datetime
 
 import pytest
 
 from mii_hpc.deployments import sharing
 from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, DeploymentExistsError, RegistryError, SubmissionError
 from mii_hpc.placement import place
+from mii_hpc.submission import submit as submission
 from mii_hpc.submission.submit import check, prepare, submit
 from tests.submitting import calls, submitted
 
@@ -123,3 +127,35 @@ def test_the_configuration_is_in_the_run_directory(slurm, echo_config):
     run, _ = submitted(echo_config(tensor_parallel=2))
     assert json.loads(run.config.read_text())["model_conf"]["tensor_parallel"] == 2
     assert run.load_config().cluster == "slurm"
+
+
+def test_a_full_home_is_told_of_and_nothing_is_left(echo_config, monkeypatch):
+    config = echo_config()
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RegistryError, match=r"cannot be written: No space left on device$"):
+        submission.prepare(config)
+    assert list((config.home / "runs").iterdir()) == []
+
+
+def test_old_runs_are_removed_unless_they_are_in_use(echo_config, monkeypatch):
+    config = echo_config(keep_runs=7)
+    used, _ = submission.prepare(config)
+    submission.prepare(config.model_copy(update={"deployment_name": "old"}))
+    Registry(config.home).withdraw(Registry(config.home).get("old"))
+    monkeypatch.setattr(RunDir, "created", property(lambda run: datetime(2020, 1, 1, tzinfo=UTC)))
+    new, _ = submission.prepare(config.model_copy(update={"deployment_name": "new"}))
+    assert {run.path for run in RunDir.all(config.home)} == {used.path, new.path}
+
+
+def test_a_requeued_batch_script_prepares_itself_again(echo_config, monkeypatch):
+    monkeypatch.setattr(submission.schedulers, "is_live", lambda _entry: True)
+    config = echo_config()
+    first, _ = submission.prepare(config, "4711")
+    second, entry = submission.prepare(config, "4711")
+    assert Registry(config.home).get("chat") == entry and entry.run_dir == second.path != first.path
+    with pytest.raises(DeploymentExistsError):
+        submission.prepare(config, "4712")

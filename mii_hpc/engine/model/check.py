@@ -27,7 +27,7 @@ from mii_hpc.engine.attention.cached import CachedForward, measure_cached
 from mii_hpc.engine.attention.interface import attach, measure_layers
 from mii_hpc.engine.blocks import LayerShape, PagedCache
 from mii_hpc.engine.extensions import extensions_folder
-from mii_hpc.engine.memory import Budget
+from mii_hpc.engine.memory import Budget, compute_with
 from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.miniature import CONTEXT, miniature
 from mii_hpc.engine.model.packing import pack_linears
@@ -64,6 +64,7 @@ class _Sequence:
     computed: int = 0
     registered: int = 0
     slot: int | None = None
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def choose_serving(config: Any, model: ModelConfig, ranks: int, device: torch.de
         return known
     # The model is so small that threads would wait for each other all the time.
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    compute_with(1)
     try:
         found = _tried(config, model, ranks, device, attention)
     finally:
-        torch.set_num_threads(threads)
+        compute_with(threads)
     if found is not None and not model.trust_remote_code:
         # Aside, and renamed: ranks on one host write it at the same time.
         aside = record.with_suffix(f".{os.getpid()}")

@@ -1,7 +1,12 @@
-"""Linear layers on a GPU: plain products, those of the same rows in one, and the sum over the ranks."""
+"""Linear layers on a GPU: plain products, those of the same rows in one, and the sum over the ranks.
+
+Where the ranks of a replica reach each other's memory, small sums are taken there, each rank reading from all: in a
+CUDA graph on two H100s, 8 KiB take 9 us instead of NCCL's 18, and 512 KiB 11 instead of 18.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,17 +19,33 @@ MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that, side by side in one module, have the same input in most architectures. A product with all their weights
 at once reads them faster: on an H100, 2.8 TB/s where a key projection of an 8B model alone is read at 1.0."""
 
+SHARED_BYTES = {2: 2 * 2**20}
+"""Larger sums over so many ranks are NCCL's."""
+SHARED_BYTES_OF_MANY = 512 * 2**10
+"""The same for more ranks."""
+
+_log = logging.getLogger(__name__)
+
 
 class Linear(nn.Module):
     """A linear layer, or a rank's share of one whose products are added up over the ranks of a replica."""
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, group: str | None = None, inputs: slice | None = None
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        group: str | None = None,
+        shared: torch.Tensor | None = None,
+        inputs: slice | None = None,
     ) -> None:
-        """With a `group` its ranks' products are added up before the bias is; `inputs` are those of this rank."""
+        """With a `group` its ranks' products are added up before the bias is; `inputs` are those of this rank.
+
+        `shared` is memory that all of them reach, if there is any.
+        """
         super().__init__()
         self.weight, self.bias = weight, bias
         self._group = group
+        self._shared = shared
         self._inputs = inputs
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -33,8 +54,7 @@ class Linear(nn.Module):
             rows = rows[..., self._inputs]
         if self._group is None:
             return linear(rows, self.weight, self.bias)
-        output = linear(rows, self.weight)
-        all_reduce(output, self._group)
+        output: torch.Tensor = sum_over_ranks(linear(rows, self.weight), self._shared, self._group)
         return output if self.bias is None else output + self.bias
 
 
@@ -76,22 +96,51 @@ class Part(nn.Module):
         return output
 
 
-@torch.library.custom_op("mii_hpc::all_reduce", mutates_args=("rows",))
-def all_reduce(rows: torch.Tensor, group: str) -> None:
-    """Add up the ranks' rows, in place. An operator of our own, because torch.compile leaves it as it is."""
-    dist.all_reduce(rows, group=_resolve_process_group(group))  # type: ignore[arg-type]
+@torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=("shared",))
+def sum_over_ranks(rows: torch.Tensor, shared: torch.Tensor | None, group: str) -> torch.Tensor:
+    """Return the sum of the ranks' rows. An operator of our own, because torch.compile leaves it as it is."""
+    if shared is not None and rows.numel() <= shared.numel():
+        output: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, rows, "sum", group)
+        return output
+    output = rows.clone()
+    dist.all_reduce(output, group=_resolve_process_group(group))  # type: ignore[arg-type]
+    return output
 
 
-@all_reduce.register_fake
-def _(rows: torch.Tensor, group: str) -> None:
-    return None
+@sum_over_ranks.register_fake
+def _(rows: torch.Tensor, shared: torch.Tensor | None, group: str) -> torch.Tensor:
+    return torch.empty_like(rows)
 
 
-def replace_linears(module: nn.Module) -> None:
-    """Replace the linear layers of a module on a GPU, also those that DeepSpeed has put there, one module at a time."""
+def share_memory(group: dist.ProcessGroup, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return memory of this rank's GPU that all ranks of a group on one host reach; None on all where one cannot."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    size = SHARED_BYTES.get(group.size(), SHARED_BYTES_OF_MANY) // dtype.itemsize
+    shared = None
+    try:
+        shared = symmetric_memory.empty(size, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
+        symmetric_memory.rendezvous(shared, group)
+    except RuntimeError as error:
+        _log.info("the ranks do not share GPU memory, so NCCL takes all sums: %s", str(error).partition("\n")[0])
+        shared = None
+    votes = torch.tensor(int(shared is not None))
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return shared if votes else None
+
+
+def replace_linears(module: nn.Module, on_one_host: bool = False) -> None:
+    """Replace the linear layers of a module on a GPU, also those that DeepSpeed has put there, one module at a time.
+
+    `on_one_host` says that all ranks that the module is sharded over are.
+    """
+    groups = [part.mp_group for part in module.modules() if getattr(part, "mp_group", None) is not None]
+    shared = None
+    if on_one_host and groups and next(module.parameters()).is_cuda:
+        shared = share_memory(groups[0], next(module.parameters()).dtype)  # type: ignore[arg-type]
     for part in [part for part in module.modules() if part._modules]:
         for name, child in list(part._modules.items()):
-            plain = _plain(child)
+            plain = _plain(child, shared)
             if plain is not None:
                 setattr(part, name, plain)
         for names in MERGED:
@@ -112,7 +161,7 @@ def _merge(layers: list[nn.Module | None]) -> bool:
     )
 
 
-def _plain(layer: Any) -> Linear | None:
+def _plain(layer: Any, shared: torch.Tensor | None) -> Linear | None:
     """Return the same layer as ours, or None if it is to stay as it is."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
 
@@ -124,8 +173,9 @@ def _plain(layer: Any) -> Linear | None:
     if kind is nn.Linear or (kind is LinearLayer and not layer.gather_output):
         return Linear(weight, layer.bias)
     if kind is LinearAllreduce:
-        return Linear(weight, layer.bias, layer.mp_group.group_name)
+        return Linear(weight, layer.bias, layer.mp_group.group_name, shared)
     if kind is LmHeadLinearAllreduce:
         first = sum(layer._partition_sizes[: layer.tp_index])
-        return Linear(weight, layer.bias, layer.mp_group.group_name, slice(first, first + layer.weight.shape[1]))
+        inputs = slice(first, first + layer.weight.shape[1])
+        return Linear(weight, layer.bias, layer.mp_group.group_name, shared, inputs)
     return None

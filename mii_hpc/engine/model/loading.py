@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import load_shard, shard
-from mii_hpc.engine.model.weights import refuse_missing
+from mii_hpc.engine.model.weights import refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
+from mii_hpc.tensors import check_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +68,12 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     name = (config.architectures or [config.model_type])[0]
     dtype = _dtype(model, config, device)
     progress(f"loading {model.model_name_or_path} in {str(dtype).removeprefix('torch.')} on {device}")
-    context, vocabulary = _context(model, config), config.get_text_config().vocab_size
+    text = config.get_text_config()
+    context, vocabulary = _context(model, config), text.vocab_size
     architecture = _architecture(config)
     architecture.check_served()
+    if Path(model.model_name_or_path).is_dir():
+        check_tensors(Path(model.model_name_or_path), {**config.to_dict(), **text.to_dict()}, spec.world_size)
     if spec.world_size > 1:
         architecture.check_tensor_parallel(spec.world_size)
     serving = choose_serving(config, model, spec.world_size, device)
@@ -83,7 +88,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     module.eval().requires_grad_(False)
     if serving is not None and serving.packed:
         pack_linears(module)
-        replace_linears(module)
+        replace_linears(module, on_one_host=spec.replica_local_size == spec.world_size > 1)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     if serving is None:
         serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
@@ -177,5 +182,6 @@ def _load_whole(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {error}") from error
     refuse_missing(model, sorted(report["missing_keys"]))
+    refuse_left_over(model, module, sorted(report["unexpected_keys"]))
     loaded: nn.Module = module
     return loaded

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.distributed import quiet
-from mii_hpc.engine.model.weights import Checkpoint, refuse_missing
+from mii_hpc.engine.model.weights import Checkpoint, refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
 
 SHARDINGS = ("DeepSpeed",)
@@ -65,6 +65,7 @@ def load_shard(
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sources = checkpoint.names(module)
+    refuse_left_over(model, module, sorted(sources.keys() - module.state_dict().keys()))
     module = shard(module, ranks, dtype, sharding)
     refuse_missing(model, [name for name in shapes if name not in sources])
     kept: dict[str, nn.Parameter] = {}

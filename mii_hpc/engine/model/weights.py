@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,26 @@ def refuse_missing(model: ModelConfig, missing: list[str]) -> None:
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigError(f"the checkpoint {model.model_name_or_path} lacks {shown}")
+
+
+def refuse_left_over(model: ModelConfig, module: Any, left_over: list[str]) -> None:
+    """Raise ConfigError, by name, if a checkpoint has tensors for parts of a module that know nothing of them.
+
+    Without a scale or a bias that a layer should have, it answers wrongly. Whole parts that the module does not have,
+    such as a vision tower, are none of its concern; and some tensors are left over in old checkpoints of a family.
+    """
+    harmless = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(module._keys_to_ignore_on_load_unexpected or ())]
+    parts = {name for name, part in module.named_modules() if part._parameters}
+    buffers = {name for name, _ in module.named_buffers()}
+    found = [
+        name
+        for name in left_over
+        if name.rpartition(".")[0] in parts
+        and name not in buffers
+        and not any(re.search(pattern, name) for pattern in harmless)
+    ]
+    if found:
+        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise ConfigError(
+            f"the checkpoint {model.model_name_or_path} has {shown}, which the architecture does not know"
+        )

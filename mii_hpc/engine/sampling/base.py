@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 
 from mii_hpc.config import GenerateParamsConfig
+from mii_hpc.engine.answer import Scored
 from mii_hpc.engine.step import Step
+from mii_hpc.generation import TopLogprobs
 
 
 class Sampler:
@@ -39,11 +41,16 @@ class Sampler:
         self.top_k = min(params.top_k or vocabulary, vocabulary)
         self.penalty = params.repetition_penalty
         self.logprobs = params.logprobs
+        self.top_logprobs = params.top_logprobs
+        self.frequency_penalty = params.frequency_penalty
+        self.presence_penalty = params.presence_penalty
+        self.bias = {token_id: bias for token_id, bias in params.logit_bias.items() if token_id < vocabulary}
         self._vocabulary = vocabulary
         self._min_new_tokens = params.min_new_tokens
         self._masked = list(eos_token_ids)
         self._random = random.Random() if params.seed is None else random.Random(params.seed + index)
         self._generated = 0
+        self._prompt_length = len(tokens)
         self._seen: torch.Tensor | None = None
 
     @property
@@ -54,7 +61,22 @@ class Sampler:
     @property
     def is_plain(self) -> bool:
         """Whether the most likely token is the one to take, as the model gives it."""
-        return self.greedy and self.penalty == 1.0 and not self.forbidden
+        return self.greedy and self.penalty == 1.0 and not self.forbidden and not self.adds
+
+    @property
+    def adds(self) -> bool:
+        """Whether anything is added to the logits before all else."""
+        return bool(self.bias) or self.counts
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters how often the answer has a token."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def answer(self) -> Sequence[int]:
+        """The answer's tokens, as far as they are known."""
+        return self.tokens[self._prompt_length :]
 
     @property
     def seen(self) -> torch.Tensor:
@@ -87,10 +109,24 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token; `logprob` is None unless asked for. No token means that the model gave numbers not finite."""
+    """A token; `logprob` is None and `top` is empty unless asked for. No token: the model gave numbers not finite."""
 
     token_id: int | None
     logprob: float | None = None
+    top: TopLogprobs = ()
+
+
+def scores_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[Scored]:
+    """Return the log probability of a token in each row of logits [rows, vocabulary], and the `count` most likely."""
+    scores = logits.float()
+    totals = scores.logsumexp(dim=-1, keepdim=True)
+    chosen = torch.tensor(token_ids, device=logits.device)[:, None]
+    own: list[float] = (scores.gather(-1, chosen) - totals).squeeze(-1).tolist()
+    if not count:
+        return [(value, ()) for value in own]
+    top = scores.topk(min(count, scores.shape[-1]), dim=-1)
+    ids, values = top.indices.tolist(), (top.values - totals).tolist()
+    return [(value, tuple(zip(*each, strict=True))) for value, *each in zip(own, ids, values, strict=True)]
 
 
 class Draw(Protocol):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
+from mii_hpc.engine.sampling.base import Choice, Draw, Sampler, scores_of
 from mii_hpc.engine.step import Step
+from mii_hpc.generation import TopLogprobs
 
 # Most nuclei are small, so sorting the most likely tokens is enough; rows that need more are sorted whole.
 CANDIDATES = 128
@@ -54,14 +56,14 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     tokens: list[int] = best.tolist()
     if not all(sampler.is_plain for sampler in samplers):
         _choose_by_options(logits, samplers, finite, tokens)
-    logprobs = _logprobs(logits, samplers, tokens)
+    told = _told(logits, samplers, tokens)
     for sampler, token, is_finite in zip(samplers, tokens, finite, strict=True):
         sampler.advance()
         if is_finite:
             sampler.note(token)
     return [
-        Choice(token, logprob) if is_finite else Choice(None)
-        for token, logprob, is_finite in zip(tokens, logprobs, finite, strict=True)
+        Choice(token, *scored) if is_finite else Choice(None)
+        for token, scored, is_finite in zip(tokens, told, finite, strict=True)
     ]
 
 
@@ -73,6 +75,7 @@ def _choose_by_options(
     if not rows:
         return
     scores = logits[rows]
+    _add(scores, chosen)
     _penalise(scores, chosen)
     for place, sampler in enumerate(chosen):
         if sampler.forbidden:
@@ -85,6 +88,16 @@ def _choose_by_options(
         picks = _draw(scores[drawn], [chosen[place] for place in drawn])
         for place, token in zip(drawn, picks, strict=True):
             tokens[rows[place]] = token
+
+
+def _add(scores: torch.Tensor, samplers: Sequence[Sampler]) -> None:
+    for row, sampler in zip(scores, samplers, strict=True):
+        added = defaultdict(float, sampler.bias)
+        if sampler.counts:
+            for token, count in Counter(sampler.answer).items():
+                added[token] -= sampler.frequency_penalty * count + sampler.presence_penalty
+        if added:
+            row[list(added)] += torch.tensor(list(added.values()), dtype=row.dtype, device=row.device)
 
 
 def _penalise(scores: torch.Tensor, samplers: Sequence[Sampler]) -> None:
@@ -148,15 +161,15 @@ def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> list[int]:
     return result
 
 
-def _logprobs(logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> list[float | None]:
-    result: list[float | None] = [None] * len(samplers)
+def _told(
+    logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]
+) -> list[tuple[float | None, TopLogprobs]]:
+    result: list[tuple[float | None, TopLogprobs]] = [(None, ())] * len(samplers)
     rows = [row for row, sampler in enumerate(samplers) if sampler.logprobs]
     if rows:
-        chosen = logits[rows]
-        ids = torch.tensor([[tokens[row]] for row in rows], device=logits.device)
-        values = chosen.gather(-1, ids).squeeze(-1) - chosen.logsumexp(dim=-1)
-        for row, value in zip(rows, values.tolist(), strict=True):
-            result[row] = value
+        count = max(samplers[row].top_logprobs for row in rows)
+        for row, (own, top) in zip(rows, scores_of(logits[rows], [tokens[row] for row in rows], count), strict=True):
+            result[row] = own, top[: samplers[row].top_logprobs]
     return result
 
 

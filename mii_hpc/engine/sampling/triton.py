@@ -39,6 +39,7 @@ class TritonSampling:
         self._ends = torch.tensor(list(eos_token_ids) or [-1], dtype=torch.int32, device=drawn.device)
         self._vocabulary = vocabulary
         self._seen: torch.Tensor | None = None  # [slots, vocabulary], once a penalty is asked for
+        self._counts: torch.Tensor | None = None  # the same, once it matters how often an answer has a token
 
     def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
         """Launch the kernel behind what computes the logits."""
@@ -49,6 +50,8 @@ class TritonSampling:
             flags = 0
             if part.fresh and sampler.penalty != 1.0:
                 self._remember(part.slot, sampler.tokens)
+            if part.fresh and sampler.counts:
+                self._recount(part.slot, sampler.answer)
             if part.sample:
                 flags = SAMPLED.value
                 if sampler.penalty != 1.0:
@@ -70,8 +73,47 @@ class TritonSampling:
                 sampler.advance()
             numbers[row, 0] = part.slot
             numbers[row, 1] = flags
-        results = self._launch(logits, _upload(numbers, logits.device))
-        return _Drawing(results, [part.sample for part in step.slices], [sampler.logprobs for sampler in samplers])
+        sampled = [(row, samplers[row]) for row, part in enumerate(step.slices) if part.sample]
+        adding = [row for row, sampler in sampled if sampler.adds]
+        scores = self._added(logits, adding, step, samplers) if adding else logits
+        results = self._launch(scores, _upload(numbers, logits.device))
+        self._count([step.slices[row].slot for row in adding if samplers[row].counts])
+        # The kernel tells of the scores that it was given, and of no other token.
+        told = [row for row, sampler in sampled if sampler.logprobs and (sampler.adds or sampler.top_logprobs)]
+        return _Drawing(results, step, samplers, told, _scores_of(logits, results, told, samplers) if told else None)
+
+    def _added(
+        self, logits: torch.Tensor, rows: Sequence[int], step: Step, samplers: Sequence[Sampler]
+    ) -> torch.Tensor:
+        """Return the logits with what some rows' options add."""
+        scores = logits.float()  # a copy, unless they are that already
+        scores = scores.clone() if scores is logits else scores
+        for row in rows:
+            part, sampler = step.slices[row], samplers[row]
+            if sampler.bias:
+                ids = _upload(np.array(list(sampler.bias), dtype=np.int64), logits.device)
+                scores[row, ids] += _upload(np.array(list(sampler.bias.values()), dtype=np.float32), logits.device)
+            if sampler.counts:
+                assert self._counts is not None, "counted since the slice that was fresh"
+                counts = self._counts[part.slot]
+                scores[row] -= counts * sampler.frequency_penalty + (counts > 0) * sampler.presence_penalty
+        return scores
+
+    def _recount(self, slot: int, answer: Sequence[int]) -> None:
+        """Count the tokens of the answer in a slot's new sequence; those that are drawn are added."""
+        if self._counts is None:
+            shape = (len(self._drawn), self._vocabulary)
+            self._counts = torch.zeros(shape, dtype=torch.int16, device=self._drawn.device)
+        row = self._counts[slot]
+        row.zero_()
+        ids, counts = np.unique(np.array(answer, dtype=np.int64), return_counts=True)
+        row[_upload(ids, row.device)] = _upload(counts.astype(np.int16), row.device)
+
+    def _count(self, slots: Sequence[int]) -> None:
+        """Count the tokens that were just drawn in some slots."""
+        if self._counts is not None and slots:
+            rows = _upload(np.array(slots, dtype=np.int64), self._drawn.device)
+            self._counts[rows, self._drawn[rows]] += 1
 
     def _launch(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         """Return a token, -1 where the numbers are not finite, and the bits of its log probability, for each row."""
@@ -107,16 +149,21 @@ class TritonSampling:
 
 
 class _Drawing:
-    """What a launch gives, on its way to the host."""
+    """What a launch gives, on its way to the host: `scores` are those of the rows in `told`."""
 
-    def __init__(self, results: torch.Tensor, sampled: Sequence[bool], logprobs: Sequence[bool]) -> None:
-        self._sampled = sampled
-        self._logprobs = logprobs
+    def __init__(
+        self,
+        results: torch.Tensor,
+        step: Step,
+        samplers: Sequence[Sampler],
+        told: Sequence[int],
+        scores: torch.Tensor | None,
+    ) -> None:
+        self._step, self._samplers, self._told = step, samplers, told
+        self._results = _on_its_way(results)
+        self._scores = None if scores is None else _on_its_way(scores)
         self._done: torch.cuda.Event | None = None
-        self._results = results
         if results.is_cuda:
-            self._results = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
-            self._results.copy_(results, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
@@ -126,10 +173,38 @@ class _Drawing:
             self._done.synchronize()
         tokens: list[int] = self._results[0].tolist()
         numbers: list[float] = self._results[1].view(torch.float32).tolist()
-        return [
-            Choice(None) if token < 0 else Choice(token, logprob if wanted else None) if is_sampled else None
-            for token, logprob, is_sampled, wanted in zip(tokens, numbers, self._sampled, self._logprobs, strict=True)
+        choices = [
+            Choice(None) if token < 0 else Choice(token, number if s.logprobs else None) if part.sample else None
+            for token, number, part, s in zip(tokens, numbers, self._step.slices, self._samplers, strict=True)
         ]
+        if self._scores is not None:
+            for row, (own, *scores) in zip(self._told, self._scores.tolist(), strict=True):
+                count = self._samplers[row].top_logprobs
+                ids, values = scores[: len(scores) // 2], scores[len(scores) // 2 :]
+                top = tuple(zip(map(int, ids[:count]), values[:count], strict=True))
+                if tokens[row] >= 0:
+                    choices[row] = Choice(tokens[row], own, top)
+        return choices
+
+
+def _scores_of(
+    logits: torch.Tensor, results: torch.Tensor, rows: Sequence[int], samplers: Sequence[Sampler]
+) -> torch.Tensor:
+    """Return, for some rows, the log probability of the token drawn, then the most likely tokens, then theirs."""
+    places = _upload(np.array(rows, dtype=np.int64), logits.device)
+    scores = logits[places].float()
+    totals = scores.logsumexp(dim=-1, keepdim=True)
+    own = scores.gather(-1, results[0][places].clamp(min=0).long()[:, None])
+    top = scores.topk(min(max(samplers[row].top_logprobs for row in rows), scores.shape[-1]), dim=-1)
+    # A token id is exact as a float32 up to 2**24.
+    return torch.cat([own - totals, top.indices.float(), top.values - totals], dim=-1)
+
+
+def _on_its_way(result: torch.Tensor) -> torch.Tensor:
+    if not result.is_cuda:
+        return result
+    host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    return host.copy_(result, non_blocking=True)
 
 
 def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -18,10 +17,12 @@ from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError
+from mii_hpc.job import liveness
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank
+from mii_hpc.job.process import end_with_rank, tell
+from mii_hpc.job.signals import END_CHILD
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,12 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     keys = credentials.load_server(run)
     job = schedulers.scheduler(config.cluster).own_job(run)
     progress = run.begin(job.incarnation)
-    balancer = Balancer(run, config, keys, progress)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, balancer.ending.begin, "the balancer was told to end")
+    balancer = Balancer(run, config, keys, progress, lambda rank, node: job.start_rank(run, config, rank, node))
+    balancer.tasks.start(_live())
+    # Of a deployment that was ready, whoever has not joined in a moment was lost while there was no balancer.
+    for member in run.read_members() if progress.ready else ():
+        balancer.replacements.lose(member["rank"], member["host"])
+    asyncio.get_running_loop().add_signal_handler(END_CHILD, balancer.ending.begin, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     # On several hosts, login nodes may come in by another interface than the ranks do.
     await balancer.listen(f"{'0.0.0.0' if spans_hosts else host}:{port}")
@@ -49,8 +54,14 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
         "started": progress.started,
         "ends": await asyncio.to_thread(job.ends),
     }
-    await balancer.serve(claimed.model_copy(update=update), lambda: job.state().phase == "pending")
+    await balancer.serve(claimed.model_copy(update=update), job.is_requeued)
     return 0
+
+
+async def _live() -> None:
+    while True:
+        tell(alive="")
+        await asyncio.sleep(liveness.BEAT_SECONDS)
 
 
 def _claimed(config: MIIConfig, run: RunDir, fingerprint: str, ending: Ending) -> Entry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.files import write_atomically
+from mii_hpc.deployments.files import NewFile, write_together
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.rpc import transport
@@ -37,10 +37,10 @@ class Access:
     def rotate(self) -> None:
         """Make new tokens for the owner and the guests, and write them to their files.
 
-        The old ones are refused from now on; calls that were admitted go on.
+        The old ones are refused from now on; calls that were admitted go on. Raises OSError when the files cannot be
+        written; all tokens stay what they were then.
         """
-        self._owner, self._guest = credentials.new_token(), credentials.new_token()
-        write_atomically(self._run.owner_token, self._owner)
-        write_atomically(self._run.guest_token, self._guest)
-        if self._share:
-            self._share.write_token(self._guest)
+        owner, guest = credentials.new_token(), credentials.new_token()
+        shared = [self._share.new_token_file(guest)] if self._share else []
+        write_together(NewFile(self._run.owner_token, owner), NewFile(self._run.guest_token, guest), *shared)
+        self._owner, self._guest = owner, guest

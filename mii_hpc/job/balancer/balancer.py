@@ -16,6 +16,7 @@ from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending, Lifetime
 from mii_hpc.job.balancer.membership import Membership, Replica
 from mii_hpc.job.balancer.relay import Relay
+from mii_hpc.job.balancer.replacement import Replacements
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.job.balancer.service import DeploymentService, MembershipService
 from mii_hpc.job.tasks import Tasks
@@ -29,7 +30,14 @@ STOP_SECONDS = 0.5
 class Balancer:
     """The balancer of one deployment. Belongs to the event loop that it is made in."""
 
-    def __init__(self, run: RunDir, config: MIIConfig, keys: ServerCredentials, progress: Progress) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        config: MIIConfig,
+        keys: ServerCredentials,
+        progress: Progress,
+        start_rank: Callable[[int, str], None] = lambda rank, node: None,
+    ) -> None:
         model = config.model_conf
         self._keys = keys
         self.tasks = Tasks()
@@ -45,7 +53,9 @@ class Balancer:
             on_leaving=self.ending.begin,
             tasks=self.tasks,
             ready=progress.ready,
+            on_lost=lambda rank, host: self.replacements.lose(rank, host),
         )
+        self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
         self.relay = Relay(config, self.router, self.ending, on_broken=self.membership.lose)
         self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(

@@ -166,7 +166,12 @@ class Lifetime:
             ready = sum(replica.state == "ready" for replica in replicas)
             detail = f"{ready} of {len(replicas)} replicas ready" + (f"; {waiting[0]}" if waiting else "")
             self._entry = self._entry.model_copy(
-                update={"state": self.state, "heartbeat": time.time(), "detail": detail}
+                update={
+                    "state": self.state,
+                    "heartbeat": time.time(),
+                    "detail": detail,
+                    "gateway": self._run.read_gateway_url(),
+                }
             )
             try:
                 await asyncio.to_thread(self._remember, tuple(each.index for each in replicas if each.was_ready))

@@ -11,6 +11,8 @@ from typing import Literal
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError
+from mii_hpc.job import liveness
+from mii_hpc.job.liveness import Pulse
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
 
@@ -29,6 +31,7 @@ class Member:
 
     report: pb.RankReport
     orders: asyncio.Queue[pb.RankOrder] = field(default_factory=asyncio.Queue)
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Membership:
         on_leaving: Callable[[str], None],
         tasks: Tasks,
         ready: Collection[int] = (),
+        on_lost: Callable[[int, str], None] = lambda rank, host: None,
     ) -> None:
         self.replicas = [
             Replica(index, role_of(index * tensor_parallel, tensor_parallel).replica_ranks, was_ready=index in ready)
@@ -92,6 +96,7 @@ class Membership:
         self._admit, self._dismiss = admit, dismiss
         self._on_death, self._on_leaving = on_death, on_leaving
         self._tasks = tasks
+        self._on_lost = on_lost
         self._members: dict[int, Member] = {}
         self._leave: pb.RankOrder | None = None
         self._all_left = asyncio.Event()
@@ -128,25 +133,28 @@ class Membership:
         if self._leave is not None:
             member.orders.put_nowait(self._leave)
         reading = asyncio.create_task(self._read(member, reports))
+        silence = asyncio.create_task(member.pulse.lost())
+        left = "has left"
         try:
             self._on_report(member)
-            while True:
-                getting = asyncio.create_task(member.orders.get())
-                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    reading.result()
-                    return
-                yield (order := getting.result())
+            async for order in self._orders(member, {reading, silence}):
+                yield order
                 if order.WhichOneof("order") == "leave":
-                    await asyncio.wait({reading})  # until the rank closes its side, which it does last
-                    return
+                    # Until the rank closes its side, which it does last.
+                    await asyncio.wait({reading, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+            else:
+                left = f"gives no sign of life for {liveness.SILENT_SECONDS:.0f} s"
         finally:
             reading.cancel()
+            silence.cancel()
             if self._members.get(first.rank) is member:
                 del self._members[first.rank]
-                log.info("rank %d on %s has left", first.rank, first.host)
-                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} has left")
+                log.info("rank %d on %s %s", first.rank, first.host, left)
+                self._break(self._replica_of(first.rank), f"rank {first.rank} on {first.host} {left}")
+                if self._leave is None:
+                    self._on_lost(first.rank, first.host)
             if not self._members:
                 self._all_left.set()
 
@@ -175,8 +183,19 @@ class Membership:
                 self._break(replica, f"not ready after {deadline:.0f} s")
                 self._advance(replica)
 
+    async def _orders(self, member: Member, ends: set[asyncio.Task[None]]) -> AsyncGenerator[pb.RankOrder]:
+        """Yield a rank's orders, and one without content as a sign of life, until one of the tasks has ended."""
+        while not any(end.done() for end in ends):
+            getting = asyncio.create_task(member.orders.get())
+            await asyncio.wait({getting, *ends}, timeout=liveness.BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            getting.cancel()  # nothing is lost: an order that has arrived is the task's result already
+            yield getting.result() if getting.done() else pb.RankOrder()
+
     async def _read(self, member: Member, reports: AsyncIterator[pb.RankReport]) -> None:
         async for report in reports:
+            member.pulse.beat()
+            if report == member.report:
+                continue
             member.report = report
             if self._members.get(report.rank) is member:
                 self._on_report(member)

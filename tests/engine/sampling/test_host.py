@@ -111,6 +111,42 @@ def test_logprobs_are_the_models_own():
         assert choice.logprob == pytest.approx(float(logits[row].log_softmax(-1)[choice.token_id]), abs=1e-5)
 
 
+def test_the_most_likely_tokens_are_told_of_in_their_order():
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
+    few, none = (sampler(50, seed=1, logprobs=True, top_logprobs=count, logit_bias={7: 100.0}) for count in (3, 0))
+    first, second = choose(logits, [few, none])
+    values, ids = logits[0].log_softmax(-1).topk(3)
+    assert [token_id for token_id, _ in first.top] == ids.tolist()
+    assert [value for _, value in first.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert (first.token_id, second.top) == (7, ())
+    assert first.logprob == pytest.approx(float(logits[0].log_softmax(-1)[7]), abs=1e-5)
+
+
+def drawn(logits, count, **options):
+    """What a greedy sequence draws from the same logits, each token of which joins the answer."""
+    tokens = [0]
+    one = sampler(len(logits), prompt=tokens, do_sample=False, **options)
+    for _ in range(count):
+        tokens.append(choose(logits[None], [one])[0].token_id)
+    return tokens[1:]
+
+
+def test_penalties_are_for_the_tokens_of_the_answer():
+    logits = torch.tensor([9.0, 5.0, 4.2, 0.0])
+    assert drawn(logits, 3) == [0, 0, 0]  # the prompt's own token is not penalised
+    assert drawn(logits, 7, presence_penalty=2.0, logit_bias={0: -8.0}) == [1, 2, 1, 1, 1, 1, 1]
+    assert drawn(logits, 6, frequency_penalty=2.0) == [0, 0, 0, 1, 2, 0]
+    assert drawn(logits, 3, frequency_penalty=-2.0, logit_bias={3: 8.99}) == [0, 0, 0]
+
+
+def test_a_bias_is_added_before_all_else_and_unknown_tokens_are_ignored():
+    logits = torch.tensor([1.0, 2.0, 3.0])
+    assert drawn(logits, 1, logit_bias={0: 2.5, 99: 100.0}) == [0]
+    assert drawn(logits, 1, logit_bias={2: -100.0}) == [1]
+    counts = counts_of(torch.zeros(4), top_p=1.0, logit_bias={1: math.log(3)})
+    assert chi_square(counts, {0: 1 / 6, 1: 1 / 2, 2: 1 / 6, 3: 1 / 6}) < RARE
+
+
 def test_the_end_is_forbidden_until_the_minimum():
     logits = torch.tensor([[0.0, 9.0, 5.0]])
     one = sampler(3, eos=(1,), do_sample=False, min_new_tokens=2)

@@ -32,6 +32,11 @@ OPTIONS = [
     {"top_p": 0.7, "repetition_penalty": 0.5},
     {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 9},
     {"top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 9},
+    {"do_sample": False, "frequency_penalty": 1.5, "presence_penalty": 0.5},
+    {"top_p": 0.9, "frequency_penalty": -1.0, "repetition_penalty": 1.2},
+    {"top_p": 1.0, "logit_bias": {3: -100.0, 5: 14.0}},
+    {"do_sample": False, "top_logprobs": 5},
+    {"top_p": 0.8, "logit_bias": {2: 12.0}, "presence_penalty": 2.0, "top_logprobs": 3},
 ]
 
 
@@ -83,6 +88,10 @@ def test_it_draws_what_the_host_draws(kernels, vocabulary, dtype):
         assert drawn[:rows].tolist() == [choice.token_id for choice in expected]
         for choice, wanted in zip(choices, expected, strict=True):
             assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-3)
+            assert [value for _, value in choice.top] == pytest.approx([value for _, value in wanted.top], abs=1e-3)
+            assert len({token_id for token_id, _ in choice.top}) == len(choice.top)
+        for sampler, choice in zip(theirs, expected, strict=True):
+            sampler.tokens.append(choice.token_id)  # on the device they are counted as they are drawn
 
 
 def test_a_slot_forgets_what_its_last_sequence_has_seen(kernels):
@@ -93,6 +102,13 @@ def test_a_slot_forgets_what_its_last_sequence_has_seen(kernels):
     def one():
         params = GenerateParamsConfig(do_sample=False, repetition_penalty=10.0)
         return [Sampler(params, [7], 8, (), 0)]
+
+    penalised = Sampler(GenerateParamsConfig(do_sample=False, presence_penalty=1.5), [7], 8, (), 0)
+    tokens = [backend.draw(logits, step(1, fresh), [penalised]).wait()[0].token_id for fresh in (True, False, False)]
+    assert tokens == [1, 2, 1]  # 5, 4; 3.5, 4; 3.5, 2.5, 3
+    again = Sampler(GenerateParamsConfig(do_sample=False, presence_penalty=1.5), [7], 8, (), 0)
+    assert backend.draw(logits, step(1, sample=False), [again]).wait() == [None]
+    assert backend.draw(logits, step(1, fresh=False), [again]).wait()[0].token_id == 1
 
     first, second = one(), one()
     tokens = [backend.draw(logits, step(1, fresh), first).wait()[0].token_id for fresh in (True, False, False)]

@@ -1,4 +1,6 @@
 import asyncio
+import errno
+import os
 
 import grpc
 import grpc.aio
@@ -6,7 +8,7 @@ import pytest
 
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.errors import AuthenticationError
+from mii_hpc.errors import AuthenticationError, RequestError
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
@@ -96,3 +98,26 @@ async def test_a_rotated_token_opens_nothing(deploy):
     assert credentials.load_owner(deployment.run).token != old.token
     await deployment.client().generate("x")
     await others[0].generate("x"), await others[1].status()
+
+
+async def test_a_rotation_that_cannot_be_written_changes_nothing(deploy, monkeypatch):
+    deployment = await deploy()
+    run, client = deployment.run, deployment.client()
+    before = [path.read_text() for path in (run.owner_token, run.guest_token)]
+    real, written = os.fsync, []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RequestError, match="No space left on device"):
+        await client.rotate_token()
+    monkeypatch.undo()
+    assert [path.read_text() for path in (run.owner_token, run.guest_token)] == before
+    assert len(list(run.credentials.iterdir())) == 5, "nothing is left aside"
+    assert str((await client.generate("x"))[0]) == "x "
+    await deployment.client().rotate_token()
+    await client.generate("y")

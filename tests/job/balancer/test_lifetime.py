@@ -121,3 +121,17 @@ async def test_a_heartbeat_that_fails_ends_the_balancer_and_leaves_the_entry(dep
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(deployment.working, PATIENCE)
     assert deployment.state() == "ready"
+
+
+async def test_a_requeued_job_leaves_its_entry_pending(deploy):
+    deployment = await deploy()
+    deployment.balancer.ending.begin("requeued")
+    await deployment.working
+    assert deployment.state() is None
+    again = Deployment(deployment.config.home)
+    await again.start_balancer(lambda: True)
+    again.balancer.ending.begin("requeued")
+    await again.working
+    entry = again.registry.get("chat")
+    assert (entry.state, entry.address, entry.run_dir) == ("pending", "", again.run.path)
+    await again.stop()

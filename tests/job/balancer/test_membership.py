@@ -5,10 +5,11 @@ import pytest
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, RequestError
+from mii_hpc.job import liveness
 from mii_hpc.job.balancer import membership
 from mii_hpc.job.balancer.membership import Membership
 from mii_hpc.job.tasks import Tasks
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 
 class Rank:
@@ -33,7 +34,8 @@ class Rank:
     async def _hold(self):
         async with contextlib.aclosing(self._membership.join(self._read())) as orders:
             async for order in orders:
-                self.orders.append(order)
+                if order.WhichOneof("order"):  # else it is a sign of life
+                    self.orders.append(order)
 
     async def _read(self):
         while (report := await self._reports.get()) is not None:
@@ -91,7 +93,9 @@ class Deployment:
 
 
 @pytest.fixture
-async def deployment(monkeypatch):
+async def deployment(monkeypatch, request):
+    if "silent" not in request.node.name:  # these ranks say only what the tests want
+        monkeypatch.setattr(membership.Pulse, "lost", lambda _self: asyncio.Event().wait())
     monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
     made = Deployment()
     yield made
@@ -297,3 +301,19 @@ async def test_waits_between_attempts_grow_and_start_anew_after_success(deployme
     assert slept == [0.0, 1.0, 2.0, 2.0, 2.0]
     await deployment.form(0, epoch=5)
     assert deployment.membership.replicas[0].failures == 0
+
+
+async def test_a_silent_rank_is_lost_and_told_of(deployment, monkeypatch):
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.2)
+    lost = []
+    deployment.membership._on_lost = lambda *rank: lost.append(rank)
+    silent, talking = deployment.ranks[0].join(), deployment.ranks[2].join()
+    await until(lambda: len(deployment.membership.members) == 2)
+    while not lost:
+        talking.report()
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(silent.result(), PATIENCE)
+    assert lost == [(0, "node0")]
+    assert set(deployment.membership.members) == {2}
+    assert deployment.membership.replicas[0].detail == "rank 0 on node0 gives no sign of life for 0 s"

@@ -1,0 +1,79 @@
+"""What many deployments leave behind, one after the other, on this machine: `python benchmarks/cycles.py [CYCLES]`.
+
+Each is served, asked and ended, with an engine that needs no torch. Prints what is there after the first and after the
+last: processes, open files and threads of this one, /dev/shm, run directories.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mii_hpc as mii
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is there between two deployments."""
+
+    processes: int
+    open_files: int
+    threads: int
+    shared_memory: int
+    runs: int
+    registry: int
+
+
+def left(home: Path) -> Left:
+    """Count what is there; `processes` are all that have the home in their arguments."""
+    processes = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            processes += str(home / "runs") in path.read_text()
+        except OSError:
+            continue
+    return Left(
+        processes=processes,
+        open_files=len(list(Path("/proc/self/fd").iterdir())),
+        threads=threading.active_count(),
+        shared_memory=len(list(Path("/dev/shm").iterdir())),
+        runs=len(list((home / "runs").iterdir())),
+        registry=len(list((home / "registry").iterdir())),
+    )
+
+
+def cycle(home: Path) -> Left:
+    """Serve, ask, end; return what is there when the job has ended."""
+    client = mii.serve(
+        deployment_name="cycle", home=home, cluster="local", startup_timeout=120,
+        inference_engine_config={"engine": "echo"}, keep_runs=1e-6,
+    )  # fmt: skip
+    assert str(client("once")[0]) == "once "
+    client.terminate_server()
+    client.close()
+    deadline = time.monotonic() + 60
+    while (now := left(home)).processes and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return now
+
+
+def main(cycles: str = "200") -> int:
+    """Return 0 when nothing has grown since the first cycle."""
+    with tempfile.TemporaryDirectory(prefix="mii-cycles-") as folder:
+        home = Path(folder) / "home"
+        first = last = cycle(home)
+        for number in range(2, int(cycles) + 1):
+            last = cycle(home)
+            if number % 20 == 0:
+                print(number, last, flush=True)
+    print("first", asdict(first))
+    print("last ", asdict(last))
+    return int(any(value > asdict(first)[name] for name, value in asdict(last).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

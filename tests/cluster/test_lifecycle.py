@@ -1,0 +1,121 @@
+"""The end of parts of a deployment, and of the whole, on a real Slurm cluster; with engines that need no torch."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import mii_hpc as mii
+from mii_hpc.deployments.registry import Registry
+from tests.waiting import PATIENCE, eventually
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+ECHO = {"inference_engine_config": {"engine": "echo", "echo_delay": 0.02}, "cluster": "slurm"}
+
+
+@pytest.fixture
+def ended(cluster):
+    yield
+    cluster.reset()
+
+
+@pytest.fixture
+def serve(cluster, home, ended):
+    """Serve two replicas on two nodes."""
+    return lambda name: mii.serve(
+        deployment_name=name, home=home, replica_num=2, slurm={"tasks_per_node": 1}, startup_timeout=120, **ECHO
+    )
+
+
+def state_of(home, name):
+    entry = Registry(home).get(name)
+    return entry and entry.state
+
+
+def processes(cluster):
+    return [pid for node in cluster.nodes for pid in cluster.job_processes(node)]
+
+
+def supervisor(cluster, node):
+    for pid in cluster.job_processes(node):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "srun" not in words[0] and {"submitit.core._submit", "mii_hpc.job.rank"} & set(words):
+            return pid
+    raise LookupError(node)
+
+
+def answered(client, replicas):
+    """Whether all these replicas answer."""
+    try:
+        return {answer.replica for answer in client(["x"] * 4, timeout=PATIENCE)} == replicas
+    except mii.MIIError:
+        return False
+
+
+def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
+    client = serve("replaced")
+    entry = Registry(home).get("replaced")
+    hosts = [replica.host for replica in client.status().replicas]
+    os.kill(supervisor(cluster, hosts[1]), signal.SIGKILL)
+    eventually(lambda: state_of(home, "replaced") == "degraded", PATIENCE, "a replica is out")
+    eventually(lambda: state_of(home, "replaced") == "ready", PATIENCE, "it is back")
+    assert answered(client, {0, 1})
+    os.kill(supervisor(cluster, hosts[0]), signal.SIGKILL)
+    eventually(lambda: answered(client, {0, 1}), PATIENCE, "the others have started rank 0 again")
+    assert Registry(home).get("replaced").job_id == entry.job_id
+    client.terminate_server()
+    eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
+
+
+@pytest.mark.parametrize("options", [["--signal=INT"], ["--batch", "--signal=USR2"]], ids=" ".join)
+def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, options):
+    serve("signalled")
+    entry = Registry(home).get("signalled")
+    subprocess.run(["scancel", *options, entry.job_id], check=True, timeout=30)
+    eventually(lambda: Registry(home).get("signalled") is None, PATIENCE, "the name is free")
+    eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
+    assert not list((entry.run_dir / "failures").iterdir())
+
+
+def test_a_requeued_job_is_found_again(cluster, home, serve):
+    client = serve("requeued")
+    job_id = Registry(home).get("requeued").job_id
+    for incarnation in (1, 2):
+        subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=30)
+
+        def is_pending():
+            return [job.state for job in cluster.squeue() if str(job.id) == job_id] == ["PENDING"]
+
+        eventually(is_pending, PATIENCE, "it waits in the queue")
+        assert state_of(home, "requeued") == "pending"
+        with pytest.raises(mii.UnavailableError, match="is not serving yet: job"):
+            mii.client("requeued", mii_config={"home": home})("x")
+        eventually(lambda: state_of(home, "requeued") == "ready", 2 * PATIENCE, "it serves again")
+        eventually(lambda: answered(client, {0, 1}), PATIENCE, "the client finds it")
+        assert Registry(home).get("requeued").incarnation == incarnation
+    client.terminate_server()
+    eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
+
+
+def test_the_last_survivor_ends_the_job(cluster, home, serve):
+    """Rank 0's node, and with it the batch script, dies without a word."""
+    client = serve("cut")
+    entry = Registry(home).get("cut")
+    cluster.kill_node(client.status().replicas[0].host)
+    with pytest.raises(mii.UnavailableError):
+        client("x", timeout=60)
+    eventually(lambda: Registry(home).get("cut") is None, 2 * PATIENCE, "the name is free")
+    eventually(
+        lambda: [job.state for job in cluster.squeue() if str(job.id) == entry.job_id] != ["RUNNING"],
+        PATIENCE,
+        "the job has ended",
+    )
+
+
+def test_a_setup_line_that_fails_is_named(home, ended):
+    with pytest.raises(mii.DeploymentFailedError, match=r"slurm.setup: 'ls /nonexistent' ended with status 2"):
+        mii.serve(deployment_name="setup", home=home, slurm={"setup": ["ls /nonexistent"]}, **ECHO)
+    assert Registry(home).get("setup") is None

@@ -1,0 +1,86 @@
+"""Compiled layers: on CUDA as the engine uses them, and else around the attention kernel in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from mii_hpc.engine import compiled  # noqa: E402
+from mii_hpc.engine.attention.interface import attach, measure_layers  # noqa: E402
+from mii_hpc.engine.blocks import PagedCache  # noqa: E402
+from tests.engine.collect import make, running, submit  # noqa: E402
+from tests.engine.reference import PROMPTS, Reference  # noqa: E402
+from tests.models import CONTEXT, tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.engine
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.mark.skipif(CUDA or "TRITON_INTERPRET" in os.environ, reason="the test itself runs here")
+def test_in_the_interpreter():
+    """It must be chosen before Triton is first imported, and another test may have done that here."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout
+
+
+@pytest.mark.skipif(not CUDA and "TRITON_INTERPRET" not in os.environ, reason="tested in a process of its own")
+@pytest.mark.parametrize(("architecture", "kinds"), [("llama", 1), ("gemma3_text", 2)])
+def test_layers_of_a_kind_are_compiled_once_for_all_numbers_of_sequences(tmp_path, monkeypatch, architecture, kinds):
+    from transformers import AutoModelForCausalLM
+
+    from mii_hpc.engine.attention.triton import TritonAttention
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_(forward, options=None, **rest):
+        return torch.compile(forward, fullgraph=True, backend=backend, **rest)
+
+    monkeypatch.setattr(compiled, "_compile", compile_)
+    changes = {"gemma3_text": {"sliding_window": 24, "head_dim": 16}}.get(architecture, {})
+    layers = ["sliding_attention", "sliding_attention", "full_attention"]
+    changes |= {"layer_types": layers} if architecture == "gemma3_text" else {}
+    folder = tiny_model(tmp_path, architecture, num_hidden_layers=3, **changes)
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).eval()
+    cache = PagedCache(measure_layers(module, DEVICE, CONTEXT), 20, 8, DEVICE)
+    attention = TritonAttention(cache)
+    attach(module, attention)
+    layered = compiled.CompiledLayers(module)
+
+    @torch.inference_mode()
+    def logits(size):
+        tables = torch.arange(1, 2 * size + 1, dtype=torch.int32, device=DEVICE).view(size, 2)
+        lengths = torch.arange(1, size + 1, dtype=torch.int32, device=DEVICE)
+        attention.prepare_decode(tables[:, 0] * 8 + lengths - 1, tables, lengths)
+        ids = torch.arange(size, device=DEVICE)[None]
+        return module(input_ids=ids, position_ids=lengths.long()[None] - 1, use_cache=False).logits
+
+    for size in (7, 5, 2, 1, 6):
+        plain = logits(size)
+        with layered.used(size):
+            assert torch.allclose(logits(size), plain, atol=1e-5)
+    # One for a single sequence, and one for all other numbers.
+    assert len(graphs) == 2 * kinds
+
+
+@pytest.mark.skipif(not CUDA, reason="only decode steps on CUDA are compiled")
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_an_engine_that_compiles_gives_generates_own_answers(tmp_path, caplog, architecture):
+    folder = str(tiny_model(tmp_path, architecture))
+    reference = Reference(folder)
+    config = {"max_batch_size": 11, "max_batch_tokens": 64, "page_size": 8, "compile": True}
+    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+        answers = [submit(engine, prompt, do_sample=False, max_new_tokens=30) for prompt in PROMPTS * 2]
+        for prompt, answer in zip(PROMPTS * 2, answers, strict=True):
+            assert answer.wait().token_ids() == reference.greedy(prompt, max_new_tokens=30)
+    assert not [record for record in caplog.records if "torch.compile" in record.message]

@@ -1,0 +1,43 @@
+import asyncio
+
+import pytest
+
+from mii_hpc.job.balancer import replacement
+from mii_hpc.job.balancer.replacement import Replacements
+from mii_hpc.job.tasks import Tasks
+from tests.waiting import until
+
+
+class Job:
+    """What a replacement sees of a deployment."""
+
+    def __init__(self):
+        self.members, self.has_begun, self.started = {}, False, []
+
+
+@pytest.fixture
+def job(monkeypatch):
+    monkeypatch.setattr(replacement, "REPLACE_SECONDS", (0.05, 0.01))
+    return Job()
+
+
+async def test_a_rank_that_is_lost_is_started_until_it_is_back(job):
+    tasks = Tasks()
+    replacements = Replacements(job, job, tasks, lambda *rank: job.started.append(rank))
+    replacements.lose(3, "n2")
+    replacements.lose(3, "n2")
+    await until(lambda: job.started == [(3, "n2")] * 3)
+    job.members[3] = "back"
+    await until(lambda: not replacements._missing)
+    count = len(job.started)
+    replacements.lose(3, "n2")
+    await until(lambda: not replacements._missing)
+    assert len(job.started) == count, "it came back by itself"
+
+
+async def test_nothing_is_started_when_the_deployment_ends(job):
+    replacements = Replacements(job, job, Tasks(), lambda *rank: job.started.append(rank))
+    job.has_begun = True
+    replacements.lose(0, "n1")
+    await asyncio.wait_for(until(lambda: not replacements._missing), 10)
+    assert not job.started
