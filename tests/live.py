@@ -192,6 +192,18 @@ class Deployment:
         self.working = asyncio.create_task(self.balancer.serve(self.entry, is_requeued))
         return address
 
+    async def kill_balancer(self) -> None:
+        """Break all connections to the balancer, and leave its registry entry."""
+        await self.balancer.server.stop(None)
+        self.working.cancel()
+        await asyncio.wait({self.working})
+
+    async def replace_balancer(self) -> None:
+        """Start another balancer, at another port, that the ranks find."""
+        self.address = await self.start_balancer()
+        for rank in self.ranks:
+            rank.address = self.address
+
     def start_ranks(self) -> None:
         self.ranks = [
             Rank(number, self.run, self.config, self.address) for number in range(self.config.model_conf.world_size)

@@ -214,8 +214,8 @@ class _Request:
         params = wire.unpack_params(self._message)
         if params.seed is None:  # another replica is to go on with what this one draws
             self._message.params.seed = secrets.randbits(SEED_BITS)
+        self._passes_pieces = params.stream or self._message.report
         self._message.report = True
-        self._streams = params.stream
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._pieces: list[Response] = []
         self.migrations = self.losses = 0
@@ -234,14 +234,14 @@ class _Request:
     def take(self, chunk: bytes, replica: int) -> bytes | None:
         """Note a piece from a replica; return what is to be passed on now.
 
-        That is the piece where a stream was asked for, and else the whole answer once it has ended.
+        That is the piece where the caller takes pieces, and else the whole answer once it has ended.
         """
         piece = wire.unpack_response(pb.GenerateChunk.FromString(chunk))
         self._received.take(piece)
         self.is_proven, self.losses = True, 0
-        if self._streams and not self.migrations:
+        if self._passes_pieces and not self.migrations:
             return chunk
-        if not self._streams:
+        if not self._passes_pieces:
             self._pieces.append(piece)
             if not piece.ended:
                 return None

@@ -81,10 +81,10 @@ async def test_what_a_request_breaks_is_its_own(deploy, monkeypatch):
 async def test_messages_above_the_limit_are_their_sender_s(deploy, monkeypatch):
     deployment = await deploy(replica_num=1)
     client = deployment.client()
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 100)
-    with pytest.raises(InvalidRequestError, match=r"^prompt: the request has \d+ bytes; 100 are allowed$"):
-        await client.generate("x" * 101)
-    with pytest.raises(InvalidRequestError, match=r"^a piece of the answer has \d+ bytes; 100 are allowed$"):
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 120)
+    with pytest.raises(InvalidRequestError, match=r"^prompt: the request has \d+ bytes; 120 are allowed$"):
+        await client.generate("x" * 121)
+    with pytest.raises(InvalidRequestError, match=r"^a piece of the answer has \d+ bytes; 120 are allowed$"):
         await client.generate("y" * 60, return_full_text=True)
     assert deployment.ranks[0].epochs == [1]
 
