@@ -175,7 +175,8 @@ class BatchingEngine:
             while True:
                 # In this order: a request may have been cancelled between its arrival and now.
                 while self._arrived:
-                    scheduler.add(self._arrived.popleft())
+                    sequence = self._arrived.popleft()
+                    scheduler.add(sequence, first=bool(sequence.request.request.resume))  # it has waited elsewhere
                 for entry in self._cancelled:
                     scheduler.remove(entry.sequences)
                 self._cancelled.clear()

@@ -74,10 +74,14 @@ class EchoEngine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request. Raises QueueFullError when too many wait."""
         with self._changed:
-            # One that goes on was admitted before.
+            # One that goes on was admitted before, and has waited elsewhere.
             if len(self._waiting) >= self._config.queue_bound and not request.resume:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting; try again later")
-            self._waiting.append(_Echo(request, deliver))
+            echo = _Echo(request, deliver)
+            if request.resume:
+                self._waiting.appendleft(echo)
+            else:
+                self._waiting.append(echo)
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:

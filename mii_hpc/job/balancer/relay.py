@@ -31,15 +31,17 @@ from mii_hpc.rpc.wire import BatchPosition, Context, Method
 
 SEED_BITS = 62
 SUSPECT_LOSSES = 2
-"""A request is given up when so many replicas were lost before any of them gave it a token: it may be the cause."""
+"""A request is given up when so many replicas in a row were lost before they gave it a token: it may be the cause."""
+TRIAL_SECONDS = 1.0
+"""A suspect has this long to get its first token before the next is tried."""
 
 
 class Relay:
     """Passes requests to replicas; when one is lost, what it had in hand goes on at another.
 
     A request moves with what has come of it, so that its answer is what it would have been. One of which a lost replica
-    had not given a token yet may be what killed it: such requests are tried one at a time, so that one that kills
-    engines is found out at its second, and takes no other down with it.
+    had not given a token yet may be what killed it: such requests are tried one after the other, so that one that kills
+    engines is found out at its second, and no other is blamed for it.
 
     `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
 
@@ -54,6 +56,8 @@ class Relay:
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
         self._suspects = asyncio.Lock()
+        self._tried = asyncio.Event()
+        self._tried.set()
         self.migrations: collections.Counter[int] = collections.Counter()
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
@@ -82,12 +86,11 @@ class Relay:
         except InvalidRequestError as error:
             raise self._located(error, replica) from None
         await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
-        async with contextlib.AsyncExitStack() as trial:
+        try:
             while True:
                 try:
                     with replica.request(request.payload, context.time_remaining()) as call:
                         async for chunk in call:
-                            await trial.aclose()
                             if (passed := request.take(chunk, replica.index)) is not None:
                                 yield passed
                     return
@@ -104,16 +107,12 @@ class Relay:
                         raise
                 if request.ended:
                     return
-                await trial.aclose()
-                replica = await self._next(request, replica, trial)
+                replica = await self._next(request, replica)
+        finally:
+            request.tried.set()
 
-    async def _next(
-        self, request: _Request, lost: ReplicaConnection, trial: contextlib.AsyncExitStack
-    ) -> ReplicaConnection:
-        """Return the replica where a request goes on; as long as `trial` is open, no other suspect is tried.
-
-        Raises the error that ends the request if there is no such replica.
-        """
+    async def _next(self, request: _Request, lost: ReplicaConnection) -> ReplicaConnection:
+        """Return the replica where a request goes on. Raises the error that ends it if there is none."""
         what = f"lost replica {lost.index} on {lost.host} with the request in flight"
         if self._ending.has_begun:
             raise self._stopping("has ended", lost)
@@ -125,7 +124,7 @@ class Relay:
         try:
             await self._live()
             if request.losses:
-                await trial.enter_async_context(self._suspects)
+                await self._take_turn(request)
                 await self._live()
             replica = self._router.idlest()
         except UnavailableError:
@@ -134,6 +133,14 @@ class Relay:
             raise self._located(error, lost) from None
         self.migrations[lost.index] += 1
         return replica
+
+    async def _take_turn(self, suspect: _Request) -> None:
+        """Wait until the suspect before this one has a token, or has had the time for it."""
+        async with self._suspects:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TRIAL_SECONDS):
+                    await self._tried.wait()
+            self._tried = suspect.tried = asyncio.Event()
 
     async def _live(self) -> None:
         """Wait for a live replica, or for the time that a request is held to be over.
@@ -206,6 +213,7 @@ class _Request:
         migrations: how often it went on at another replica.
         losses: how many replicas in a row were lost before they gave it a token.
         is_proven: whether the replica that has it has given it a token.
+        tried: set once that is known, or it has ended.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -220,6 +228,7 @@ class _Request:
         self._pieces: list[Response] = []
         self.migrations = self.losses = 0
         self.is_proven = False
+        self.tried = asyncio.Event()
 
     @property
     def payload(self) -> bytes:
@@ -239,6 +248,7 @@ class _Request:
         piece = wire.unpack_response(pb.GenerateChunk.FromString(chunk))
         self._received.take(piece)
         self.is_proven, self.losses = True, 0
+        self.tried.set()
         if self._passes_pieces and not self.migrations:
             return chunk
         if not self._passes_pieces:
@@ -251,6 +261,7 @@ class _Request:
 
     def move(self) -> None:
         """Let it go on from here: the replica that had it is lost."""
+        self.tried.set()
         self.migrations += 1
         self.losses += not self.is_proven
         self.is_proven = False

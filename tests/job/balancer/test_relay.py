@@ -109,7 +109,7 @@ def assert_repeated(response, length=60):
     assert (len(response.token_ids), response.generated_length, response.finish_reason) == (length, length, "length")
 
 
-@pytest.mark.parametrize("notice", ["connection", "report"])
+@pytest.mark.parametrize("notice", ["connection", "report", "error"])
 async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice):
     deployment = await deploy(echo_delay=0.01)
     client = deployment.client()
@@ -121,7 +121,10 @@ async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice)
     victim = deployment.ranks[1]
     if notice == "connection":
         await victim.engine.break_connections()
-    victim.engine.die()
+    if notice == "error":
+        victim.engine.engine._step = None  # it fails in its own thread
+    else:
+        victim.engine.die()
     for stream, so_far in zip(streams, pieces, strict=True):
         so_far += [piece async for piece in stream]
     answers = [joined(so_far)[0] for so_far in pieces]
