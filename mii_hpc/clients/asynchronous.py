@@ -64,6 +64,8 @@ IN_FLIGHT = 256
 
 RESUME_SECONDS = 120.0
 """How long a request waits for a balancer that was lost; its own timeout may be shorter."""
+FOLLOW_SECONDS = 0.3
+"""How long between two looks for it."""
 SEED_BITS = 62
 
 Retry = Literal["resume"] | None
@@ -282,20 +284,23 @@ class AsyncMIIClient:
         message.report = retry is not None
         received = Received(params.num_return_sequences)
         moved = latest = 0
+        lost_at: float | None = None
         while True:
             try:
                 async with contextlib.aclosing(self._attempt(message, received, deadline, position)) as pieces:
                     async for piece in pieces:
                         received.take(piece)
+                        lost_at = None
                         latest = moved + piece.migrations
                         yield replace(piece, migrations=latest)
                 return
             except _BalancerLostError as lost:
                 if received.ended:
                     return
-                if not retry:
+                lost_at = lost_at or time.monotonic()
+                if not retry or time.monotonic() > lost_at + RESUME_SECONDS:
                     raise lost.error from None
-            await self._follow(deadline)
+            await self._follow(deadline, lost_at + RESUME_SECONDS)
             moved = latest + 1
             wire.set_resume(message, received.resume)
 
@@ -345,11 +350,11 @@ class AsyncMIIClient:
             cut = RequestError("the answer was cut short: the stream ended before its last piece")
             raise self._located(cut, replica)
 
-    async def _follow(self, deadline: _Deadline) -> None:
+    async def _follow(self, deadline: _Deadline, until: float) -> None:
         """Return once the balancer is connected again, wherever it is; raise why not when that takes too long."""
-        until = time.monotonic() + RESUME_SECONDS
         async with self._by(deadline):
             while True:
+                await asyncio.sleep(FOLLOW_SECONDS)
                 try:
                     await self._connected()
                     return
@@ -358,7 +363,6 @@ class AsyncMIIClient:
                 except UnavailableError:
                     if time.monotonic() > until:
                         raise
-                await asyncio.sleep(1.0)
 
     async def _call(
         self,

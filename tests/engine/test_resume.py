@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Received, Response, ResumedAnswer, joined
+from mii_hpc.generation import GenerationRequest, Received, Response, ResumedAnswer, joined
 from tests.engine.collect import drained, make, running, submit
 
 PROMPTS = ["Hello there, how are", "def f(x):\n    return 🙂", "The quick brown fox jumps over it " * 3, "Für €5 🚀 🙂"]
@@ -151,3 +152,14 @@ def test_what_was_received_says_where_to_go_on():
     assert again.resume == received.resume
     again.take(Response("", finish_reason="stop", index=1))
     assert again.ended
+
+
+def test_what_has_waited_elsewhere_is_before_those_that_wait_here():
+    engine = make(inference_engine_config={"engine": "echo", "max_batch_size": 1})
+    order = []
+    for word, resume in (("first", ()), ("second", ()), ("moved", (ResumedAnswer(),))):
+        request = GenerationRequest(word, word, GenerateParamsConfig(), resume)
+        engine.submit(request, lambda piece: order.append(piece.generated_text))
+    with running(engine):
+        submit(engine, "last").wait()
+    assert order == ["moved ", "first ", "second "]

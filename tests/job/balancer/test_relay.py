@@ -15,6 +15,7 @@ from mii_hpc.errors import (
     UnavailableError,
 )
 from mii_hpc.generation import joined
+from mii_hpc.job.balancer import relay
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
 from tests.waiting import PATIENCE, until
@@ -237,3 +238,17 @@ async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(
     assert first.params.seed is not None
     assert (first.prompt, first.params) == (second.prompt, second.params)
     assert (first.resume, second.resume != ()) == ((), True)
+
+
+async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
+    """Nobody can tell whether it was this that killed it, but it is not the second time."""
+    monkeypatch.setattr(relay, "TRIAL_SECONDS", 0.05)
+    deployment = await deploy(echo_delay=0.01, max_batch_size=1)
+    client = deployment.client()
+    calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=20)) for _ in range(8)]
+    await until(lambda: [(stats.running, stats.waiting) for stats in deployment.stats()] == [(1, 3)] * 2)
+    deployment.ranks[1].engine.die()
+    answers = [(await call)[0] for call in calls]
+    for answer in answers:
+        assert_repeated(answer, 20)
+    assert sorted(answer.migrations for answer in answers) == [0] * 4 + [1] * 4
