@@ -1,6 +1,7 @@
 # make setup   the environment in .venv (and Slurm for its tests, as root on Debian)
 # make demo    make a small model, serve it on this machine, ask it, end it
 # make bench   what serving costs and gains, as a table and a plot
+# make bench-faults   what callers see of faults
 # make test    everything: style, types, and all tests
 # make test-real  a real model of 270M weights, which is downloaded, against transformers' own generate
 # make docs    the documentation, with a reference made from the code
@@ -14,7 +15,7 @@ DEMO_MODEL := $(VENV)/demo-model
 # What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
 DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
-.PHONY: setup system demo bench test families test-real docs lint proto cluster clean
+.PHONY: setup system demo bench bench-faults test families test-real docs lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -45,6 +46,12 @@ bench: setup
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	    then $(BIN)/python benchmarks/gpu.py main $(or $(MODEL),8b) $(BENCH); \
 	    else $(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH); fi
+
+# What callers see of faults, on the Slurm cluster of the tests (root): make bench-faults [KILLS="--seconds 600 --every 20"]
+bench-faults: setup
+	PYTHONPATH=. $(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/kills.py $(KILLS)
+	$(BIN)/python benchmarks/kills.py --kill balancer --plot build/kills-balancer.png $(KILLS)
 
 test: setup lint
 	$(BIN)/python -m pytest

@@ -44,18 +44,43 @@ Prompt = str | tuple[int, ...] | Chat
 
 
 @dataclass(frozen=True)
+class ResumedAnswer:
+    """What had come of an answer when its request was interrupted.
+
+    Attributes:
+        token_ids: the tokens that were delivered; of an answer that has ended they do not matter.
+        characters: how many characters of text were delivered with them.
+        ended: whether the answer is complete.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    characters: int = 0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One prompt with its options. `id` is unique among the requests of an engine that have not ended.
 
-    Raises InvalidRequestError for the full text of a prompt that is none.
+    With `resume`, one for each of its answers, the request goes on where it was interrupted, perhaps elsewhere: as if
+    the engine had generated those tokens itself. What was delivered before is not delivered again. With the same seed
+    the whole is what it would have been without the interruption.
+
+    Raises InvalidRequestError for the full text of a prompt that is none, and for a `resume` that does not fit.
     """
 
     id: str
     prompt: Prompt
     params: GenerateParamsConfig
+    resume: tuple[ResumedAnswer, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what concerns prompt and options together."""
+        """Check what concerns prompt, options and resumption together."""
+        answers = self.params.num_return_sequences
+        if self.resume and (len(self.resume) != answers or all(answer.ended for answer in self.resume)):
+            raise InvalidRequestError(
+                f"resume: must have {answers} answer(s), as num_return_sequences says, and one that has not ended"
+            )
         if self.params.return_full_text and not isinstance(self.prompt, str):
             raise InvalidRequestError("return_full_text=True: the prompt must be a text")
 
@@ -117,6 +142,7 @@ class Response:
         prompt_top_logprobs: the most likely tokens at the places of these.
         index: which of the prompt's `num_return_sequences` this is.
         replica: index of the replica that served it.
+        migrations: how often its request went on elsewhere, because a replica or the balancer was lost.
     """
 
     generated_text: str
@@ -130,6 +156,7 @@ class Response:
     top_logprobs: tuple[TopLogprobs, ...] = field(default=(), compare=False)
     prompt_logprobs: tuple[float, ...] = field(default=(), compare=False)
     prompt_top_logprobs: tuple[TopLogprobs, ...] = field(default=(), compare=False)
+    migrations: int = field(default=0, compare=False)
 
     @property
     def ended(self) -> bool:
@@ -230,6 +257,36 @@ def _are_token_ids(values: Sequence[Any]) -> TypeGuard[Sequence[int]]:
     return bool(values) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 for value in values
     )
+
+
+class Received:
+    """What has come of a request's answers, piece by piece: from there the request can be resumed."""
+
+    def __init__(self, answers: int, resume: Iterable[ResumedAnswer] = ()) -> None:
+        """Expect so many answers, of which that much has come before."""
+        so_far = tuple(resume) or (ResumedAnswer(),) * answers
+        self._token_ids = [list(answer.token_ids) for answer in so_far]
+        self._characters = [answer.characters for answer in so_far]
+        self._ended = [answer.ended for answer in so_far]
+
+    def take(self, piece: Response) -> None:
+        """Note a piece."""
+        self._token_ids[piece.index].extend(piece.token_ids)
+        self._characters[piece.index] += len(piece.generated_text)
+        self._ended[piece.index] |= piece.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether all answers are complete."""
+        return all(self._ended)
+
+    @property
+    def resume(self) -> tuple[ResumedAnswer, ...]:
+        """What a request that goes on from here says."""
+        return tuple(
+            ResumedAnswer((), 0, True) if ended else ResumedAnswer(tuple(token_ids), characters)
+            for token_ids, characters, ended in zip(self._token_ids, self._characters, self._ended, strict=True)
+        )
 
 
 def joined(pieces: Iterable[Response]) -> list[Response]:

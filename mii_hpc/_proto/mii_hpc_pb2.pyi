@@ -17,18 +17,32 @@ STARTING: EngineState
 READY: EngineState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: str
     params: GenerateParams
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     chat: str
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ...) -> None: ...
+    resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
+    report: bool
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ...) -> None: ...
+
+class ResumedAnswer(_message.Message):
+    __slots__ = ("token_ids", "characters", "ended")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    characters: int
+    ended: bool
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., characters: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("prompt", "token_ids", "chat", "plain")
@@ -128,7 +142,7 @@ class TopLogprobs(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GenerateChunk(_message.Message):
-    __slots__ = ("text", "token_ids", "logprobs", "index", "prompt_length", "generated_length", "finish_reason", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+    __slots__ = ("text", "token_ids", "logprobs", "index", "prompt_length", "generated_length", "finish_reason", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "replica", "migrations")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +153,8 @@ class GenerateChunk(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -149,7 +165,9 @@ class GenerateChunk(_message.Message):
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
     prompt_logprobs: _containers.RepeatedScalarFieldContainer[float]
     prompt_top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., generated_length: _Optional[int] = ..., finish_reason: _Optional[str] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., prompt_top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ...) -> None: ...
+    replica: int
+    migrations: int
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., generated_length: _Optional[int] = ..., finish_reason: _Optional[str] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., prompt_top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., replica: _Optional[int] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ()
@@ -215,7 +233,7 @@ class StatusResponse(_message.Message):
     def __init__(self, deployment_name: _Optional[str] = ..., state: _Optional[str] = ..., job_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load")
+    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load", "migrations")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +242,7 @@ class ReplicaStatus(_message.Message):
     SERVED_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     index: int
     state: str
     host: str
@@ -232,7 +251,8 @@ class ReplicaStatus(_message.Message):
     served: int
     detail: str
     load: LoadResponse
-    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ...) -> None: ...
+    migrations: int
+    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class TerminateRequest(_message.Message):
     __slots__ = ()

@@ -71,9 +71,12 @@ class Scheduler(Generic[S]):
         """Tokens that sequences have looked for, and found, in what the cache holds, when they started."""
         self._slots = list(range(budget.max_batch_size - 1, -1, -1))
 
-    def add(self, sequence: S) -> None:
-        """Let a sequence wait for its start."""
-        self._waiting.append(sequence)
+    def add(self, sequence: S, first: bool = False) -> None:
+        """Let a sequence wait for its start; `first` is before the others."""
+        if first:
+            self._waiting.appendleft(sequence)
+        else:
+            self._waiting.append(sequence)
 
     def has_work(self) -> bool:
         """Return whether any sequence waits or runs."""

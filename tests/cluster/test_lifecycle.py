@@ -105,7 +105,7 @@ def test_the_last_survivor_ends_the_job(cluster, home, serve):
     entry = Registry(home).get("cut")
     cluster.kill_node(client.status().replicas[0].host)
     with pytest.raises(mii.UnavailableError):
-        client("x", timeout=60)
+        client("x", timeout=2 * PATIENCE)
     eventually(lambda: Registry(home).get("cut") is None, 2 * PATIENCE, "the name is free")
     eventually(
         lambda: [job.state for job in cluster.squeue() if str(job.id) == entry.job_id] != ["RUNNING"],

@@ -56,10 +56,16 @@ class Balancer:
             on_lost=lambda rank, host: self.replacements.lose(rank, host),
         )
         self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
-        self.relay = Relay(config.deployment_name, self.router, self.ending, on_broken=self.membership.lose)
+        self.relay = Relay(config, self.router, self.ending, on_broken=self.membership.lose)
         self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(
-            config.deployment_name, self.membership, self.router, self.access, self.ending, self.lifetime
+            config.deployment_name,
+            self.membership,
+            self.router,
+            self.access,
+            self.ending,
+            self.lifetime,
+            self.relay,
         )
         self.server = transport.create_server(self.access.admits)
         transport.add_inference(

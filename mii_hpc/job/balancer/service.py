@@ -12,6 +12,7 @@ from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.lifetime import Ending, Lifetime
 from mii_hpc.job.balancer.membership import Membership
+from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import wire
 from mii_hpc.rpc.wire import Context
@@ -30,10 +31,11 @@ class DeploymentService(pb_grpc.DeploymentServicer):
         access: Access,
         ending: Ending,
         lifetime: Lifetime,
+        relay: Relay,
     ) -> None:
         self._deployment_name = deployment_name
         self._membership, self._router, self._access = membership, router, access
-        self._ending, self._lifetime = ending, lifetime
+        self._ending, self._lifetime, self._relay = ending, lifetime, relay
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Return the state of the deployment and its replicas."""
@@ -57,6 +59,7 @@ class DeploymentService(pb_grpc.DeploymentServicer):
                     served=self._router.served.get(replica.index, 0),
                     detail=replica.detail,
                     load=loads.get(replica.index),
+                    migrations=self._relay.migrations[replica.index],
                 )
                 for replica in self._membership.replicas
             ],
