@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mii_hpc.errors import ConfigError
+from mii_hpc.printable import one_line
 
+MOST_RANKS = 1024
+"""As ModelConfig bounds tensor_parallel."""
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -52,7 +55,7 @@ class Architecture:
 
         def first(names: tuple[str, ...]) -> int | None:
             values = (get(name) for name in names)
-            return next((value for value in values if isinstance(value, int) and value > 0), None)
+            return next((value for value in values if isinstance(value, int) and 0 < value < 2**63), None)
 
         kind = get("model_type")
         unsharded = kind if isinstance(kind, str) and kind in _UNSHARDED else None
@@ -77,7 +80,9 @@ class Architecture:
             return key_values and (heads is None or heads % count == 0)
 
         if not fits(ranks):
-            allowed = ", ".join(str(n) for n in range(1, max(heads or 1, key_value_heads or 1) + 1) if fits(n))
+            allowed = ", ".join(
+                str(n) for n in range(1, min(MOST_RANKS, max(heads or 1, key_value_heads or 1)) + 1) if fits(n)
+            )
             kind, count = ("attention heads", heads) if heads and heads % ranks else ("KV heads", key_value_heads)
             raise ConfigError(
                 f"tensor_parallel={ranks}: does not divide the model's {count} {kind}; allowed are {allowed}"
@@ -92,4 +97,4 @@ def _refused(get: Callable[[str], Any]) -> str | None:
         reason = "it is an encoder with a decoder"
     if isinstance(kinds, list | tuple) and any(part in str(name) for name in kinds for part in _STATEFUL_LAYERS):
         reason = _STATE
-    return f"models of the type '{kind}' cannot be served: {reason}" if reason else None
+    return f"models of the type '{one_line(kind)}' cannot be served: {reason}" if reason else None

@@ -6,6 +6,8 @@ A wrong value raises `ConfigError` with one sentence that names the field, the v
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import os
 import re
 import warnings
@@ -29,8 +31,16 @@ from pydantic import (
 from mii_hpc.constants import TaskType
 from mii_hpc.errors import ConfigError, InvalidRequestError, UnknownArgument
 from mii_hpc.gres import gpus_in
+from mii_hpc.printable import one_line, printable, shown
+from mii_hpc.reading import read_bounded
 
 NAME_LENGTH = 100
+YAML_BYTES = 2**16
+"""No YAML file is longer: PyYAML reads some 100 KiB a second."""
+YAML_NODES = 10_000
+"""Nor holds more than this, with its aliases written out."""
+MOST_SENTENCES = 10
+"""No more mistakes are told at once."""
 """Characters in a deployment's name, at most."""
 
 SUPERSEDED_MODEL_FIELDS: dict[str, str] = {
@@ -125,8 +135,8 @@ def _as_template(value: Any) -> Any:
     if value is None or (isinstance(value, str) and "{" in value):
         return value
     try:
-        return Path(value).expanduser().read_text()
-    except (OSError, TypeError, UnicodeDecodeError) as error:
+        return read_bounded(Path(value).expanduser()).decode()
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"must be a Jinja template, or a file with one: {error}") from None
 
 
@@ -486,7 +496,9 @@ def validate(model: type[Config], values: Mapping[str, Any]) -> Config:
             kind = InvalidRequestError
         elif all(mistake["type"] == "extra_forbidden" for mistake in error.errors()):
             kind = UnknownArgument
-        raise kind("; ".join(_sentence(model, mistake) for mistake in error.errors())) from None
+        sentences = [_sentence(model, mistake) for mistake in error.errors(include_url=False)[:MOST_SENTENCES]]
+        more = error.error_count() - len(sentences)
+        raise kind(printable("; ".join([*sentences, *([f"and {more} more"] if more else [])]))) from None
 
 
 def resolve(
@@ -520,7 +532,10 @@ def resolve(
     deployment, model = {**file, **deployment}, {**file_model, **model}
     if isinstance(deployment.get("slurm"), SlurmConfig):
         deployment["slurm"] = deployment["slurm"].model_dump()
-    config = validate(MIIConfig, {**deployment, "model_config": model})
+    try:
+        config = validate(MIIConfig, {**deployment, "model_config": model})
+    except ConfigError as error:
+        raise (type(error)(f"{error} (mii_config='{mii_config}')") if file else error) from None
     if not config.model_conf.model_name_or_path and config.model_conf.inference_engine_config.engine != "echo":
         raise ConfigError("model_name_or_path='': name a model folder or a model on the Hugging Face hub")
     if not config.deployment_name:
@@ -539,9 +554,15 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")
 
 
+def is_name(name: str) -> bool:
+    """Whether a deployment can have that name."""
+    return 0 < len(name) <= NAME_LENGTH and name == plain_name(name)
+
+
 def unknown_name(what: str, name: str, valid: Iterable[str]) -> str:
     """Return a sentence that answers an unknown, perhaps dotted, name with the closest valid ones, or with all."""
     valid = sorted(valid)
+    name = one_line(name, 80)
     close = difflib.get_close_matches(name.rpartition(".")[2], valid, n=3)
     if close:
         return f"unknown {what} '{name}': did you mean {' or '.join(repr(c) for c in close)}?"
@@ -570,19 +591,48 @@ def _add(fields: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Add fields to others. Raises ConfigError when one is there already with another value."""
     for name, value in more.items():
         if name in fields and fields[name] != value:
-            raise ConfigError(f"{name}={value!r}: another argument says {name}={fields[name]!r}; give one of them")
+            raise ConfigError(
+                f"{name}={shown(value)}: another argument says {name}={shown(fields[name])}; give one of them"
+            )
         fields[name] = value
 
 
 def read(file: str | Path) -> dict[str, Any]:
     """Return the fields in a YAML file, not yet validated. Raises ConfigError when it is no such file."""
     try:
-        loaded = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"mii_config='{file}': not a readable YAML file: {error}") from error
+        loaded = _load_yaml(read_bounded(file, YAML_BYTES).decode())
+    except RecursionError:
+        raise ConfigError(f"mii_config='{file}': not a readable YAML file: it is nested too deeply") from None
+    # PyYAML lets many errors of Python pass: of numbers, dates and tags that are none.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+        raise ConfigError(f"mii_config='{file}': not a readable YAML file: {one_line(error)}") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"mii_config='{file}': the file must hold fields of MIIConfig, not {loaded!r}")
+        raise ConfigError(f"mii_config='{file}': the file must hold fields of MIIConfig, not {shown(loaded)}")
     return loaded
+
+
+def _load_yaml(text: str) -> Any:
+    """Return what a YAML document holds. Raises ValueError when its aliases make far more of it than is written."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _weight(node, {}) > YAML_NODES:
+            raise ValueError("its aliases repeat too much")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _weight(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many nodes there are with every alias written out; infinite where one leads to itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        below = itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        children = () if isinstance(node, yaml.ScalarNode) else below
+        known[id(node)] = 1 + sum(_weight(child, known) for child in children)
+    return known[id(node)]
 
 
 def _without_superseded(values: Any, superseded: Mapping[str, str]) -> Any:
@@ -596,7 +646,7 @@ def _without_superseded(values: Any, superseded: Mapping[str, str]) -> Any:
 
 
 def _sentence(model: type[_Model], mistake: Any) -> str:
-    location = [str(part) for part in mistake["loc"] if part not in ("model_config", "model_conf")]
+    location = [one_line(part, 80) for part in mistake["loc"] if part not in ("model_config", "model_conf")]
     if mistake["type"] == "extra_forbidden":
         owner: Any = model
         for part in mistake["loc"][:-1]:
@@ -606,5 +656,4 @@ def _sentence(model: type[_Model], mistake: Any) -> str:
     value = mistake["input"]
     if not location or isinstance(value, Mapping):
         return message if not location else f"{'.'.join(location)}: {message}"
-    shown = repr(value)
-    return f"{'.'.join(location)}={shown[:80] + '...' if len(shown) > 80 else shown}: {message}"
+    return f"{'.'.join(location)}={shown(value)}: {message}"

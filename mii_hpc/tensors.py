@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -11,23 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from mii_hpc.errors import ConfigError
+from mii_hpc.printable import one_line
+from mii_hpc.reading import read_bounded
 
 _QUANTISED_NAMES = re.compile(
     r"\.(weight_scale_inv|weight_scale|weight_packed|input_scale|qweight|qzeros|scales|g_idx|SCB|absmax"
     r"|quant_map|quant_state\.[^.]+|weight_format|\w+_blocks|\w+_scales)$"
 )
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
-_LARGEST_HEADER = 100 * 2**20
-"""Bytes, as the format bounds it."""
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,9})\.")
+_LARGEST_HEADER = 16 * 2**20
+"""Bytes; a header has some 120 for each tensor."""
+INDEX_BYTES = 32 * 2**20
+"""No index is longer."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: its dtype as safetensors names it, and its shape."""
+    """A tensor in a file: its dtype as safetensors names it, its shape, and its size in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
+    size: int = 0
 
 
 def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int) -> None:
@@ -40,7 +47,7 @@ def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int) -> None:
     where = f"model_name_or_path='{folder}'"
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+        method = one_line(quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised)
         raise ConfigError(
             f"{where}: its weights are quantised (quant_method '{method}'), and only plain weights are served; take "
             "the checkpoint that it was made from"
@@ -65,9 +72,10 @@ def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int) -> None:
     count = config.get("num_hidden_layers")
     numbers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
     if isinstance(count, int) and numbers:
-        missing = sorted(set(range(count)) - numbers)
-        if missing:
-            shown = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        absent = count - sum(number < count for number in numbers)
+        if absent > 0:
+            missing = itertools.islice((number for number in range(count) if number not in numbers), 5)
+            shown = ", ".join(map(str, missing)) + (f" and {absent - 5} more" if absent > 5 else "")
             raise ConfigError(f"{where}: the checkpoint has no tensors of layer {shown}, of num_hidden_layers={count}")
 
 
@@ -77,27 +85,35 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     Raises ConfigError for a file that the index names and that is not there, lacks a tensor, or is cut short.
     """
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.exists():
         whole = folder / "model.safetensors"
-        return _header(whole) if whole.is_file() else {}
+        return _header(whole) if whole.exists() else {}
     try:
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{index} is unreadable: {error}") from error
+        files: dict[str, str] = json.loads(read_bounded(index, INDEX_BYTES))["weight_map"]
+        names = sorted(set(files.values()))
+        if not all(isinstance(name, str) and name.isprintable() and Path(name).name == name for name in names):
+            raise ValueError("it names what is no file of the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} is unreadable: {one_line(error)}") from None
     headers = {}
-    for name in sorted(set(files.values())):
+    for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"{index} names {name}, which is not there: the checkpoint is incomplete")
         headers[name] = _header(folder / name)
     for name, file in files.items():
         if name not in headers[file]:
-            raise ConfigError(f"{folder / file} lacks {name}, which {index.name} says it has")
+            raise ConfigError(f"{folder / file} lacks {one_line(name)}, which {index.name} says it has")
     return {name: headers[file][name] for name, file in files.items()}
 
 
 def _header(path: Path) -> dict[str, Tensor]:
-    """Return what a safetensors file has. The format: 8 bytes of length, that much JSON, then the tensors."""
+    """Return what a safetensors file has. The format: 8 bytes of length, that much JSON, then the tensors.
+
+    It is believed only where its tensors fit into the file as they say.
+    """
     try:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -105,13 +121,29 @@ def _header(path: Path) -> dict[str, Tensor]:
                 raise ValueError("it does not begin as such a file does")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        found = {name: Tensor(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ConfigError(f"{path} is no safetensors file: {error}") from error
+        found = {name: _tensor(**entry) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise ConfigError(f"{path} is no safetensors file: {one_line(error)}") from None
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < 8 + length + end:
         raise ConfigError(f"{path} is cut short: it has {size} bytes of {8 + length + end}")
+    if (held := sum(tensor.size for tensor in found.values())) != end:
+        raise ConfigError(f"{path} is no safetensors file: its tensors have {held} bytes, and share {end}")
     return found
+
+
+def _tensor(dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
+    begin, end = data_offsets
+    numbers = (*shape, begin, end)
+    written = re.fullmatch(r"[A-Z]+(\d{1,3})?(_[A-Z0-9]+)?", dtype)
+    if written is None or len(shape) > 16:
+        raise ValueError("a tensor has no dtype, or no shape")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers) or begin > end:
+        raise ValueError("the shape or the place of a tensor is none")
+    bits = int(written[1] or 8)
+    if math.prod(shape) * bits != 8 * (end - begin):
+        raise ValueError(f"a tensor of {dtype} and the shape {shape} is said to have {end - begin} bytes")
+    return Tensor(dtype, tuple(shape), end - begin)
 
 
 def _check_adapter(folder: Path, has_weights: bool) -> None:
@@ -119,10 +151,10 @@ def _check_adapter(folder: Path, has_weights: bool) -> None:
     if not file.is_file():
         return
     try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        base = json.loads(read_bounded(file)).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
         base = None
-    of = f" of '{base}'" if base else ""
+    of = f" of '{one_line(base)}'" if base else ""
     if has_weights:
         raise ConfigError(
             f"model_name_or_path='{folder}': beside the weights lies an adapter{of}, which would not be used; merge it "

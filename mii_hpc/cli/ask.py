@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mii_hpc.cli.options import nested, options_of, takes
-from mii_hpc.cli.output import AsJson, HomeFolder, Name, show
+from mii_hpc.cli.output import AsJson, HomeFolder, Name, say, show
 from mii_hpc.cli.show import client
 from mii_hpc.config import GenerateParamsConfig, validate
 
@@ -36,10 +36,10 @@ def generate(
     with client(name, home) as asked:
         if not as_json and len(texts) == 1 and options.get("num_return_sequences", "1") == "1":
             for piece in asked.stream(texts[0], timeout=timeout, **options):
-                typer.echo(piece.generated_text, nl=False)
+                say(piece.generated_text, nl=False)
             return typer.echo()
         answers = asked.generate(texts, timeout=timeout, **options)
     if as_json:
         return show(True, [dataclasses.asdict(answer) for answer in answers], "")
     for answer in answers:
-        typer.echo(answer.generated_text)
+        say(answer.generated_text)

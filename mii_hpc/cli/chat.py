@@ -10,7 +10,7 @@ import typer
 
 from mii_hpc.cli.ask import OPTIONS
 from mii_hpc.cli.options import assignment, nested, takes
-from mii_hpc.cli.output import HomeFolder, Name, tell
+from mii_hpc.cli.output import HomeFolder, Name, say, tell
 from mii_hpc.cli.show import client
 from mii_hpc.clients.blocking import MIIClient
 from mii_hpc.config import GenerateParamsConfig, validate
@@ -105,7 +105,7 @@ class Conversation:
         with contextlib.suppress(KeyboardInterrupt):
             for piece in self._client.stream(Chat((*system, *messages)), **self._options):
                 answer += piece.generated_text
-                typer.echo(piece.generated_text, nl=False)
+                say(piece.generated_text, nl=False)
         typer.echo()
         self._messages = [*messages, {"role": "assistant", "content": answer}]
 

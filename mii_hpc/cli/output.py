@@ -16,7 +16,9 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError, InvalidRequestError, MIIError
+from mii_hpc.printable import printable
 
+BREAKS = "\n\t"
 BAD_INPUT, NOT_FOUND, FAILED = 2, 3, 4
 """Exit statuses; 0 is success."""
 
@@ -51,7 +53,12 @@ def status_of(error: MIIError) -> int:
 
 def tell(sentence: str) -> None:
     """Say something on standard error."""
-    typer.echo(f"mii-hpc: {sentence}", err=True)
+    typer.echo(f"mii-hpc: {printable(sentence, BREAKS)}", err=True)
+
+
+def say(text: str, nl: bool = True) -> None:
+    """Print what others have written, such as an answer; on a terminal, what it would obey is escaped."""
+    typer.echo(printable(text, BREAKS) if sys.stdout.isatty() else text, nl=nl)
 
 
 def show(as_json: bool, data: Any, text: RenderableType) -> None:
@@ -59,7 +66,7 @@ def show(as_json: bool, data: Any, text: RenderableType) -> None:
     if as_json:
         typer.echo(json.dumps(data, default=str))
     else:
-        console().print(text)
+        console().print(printable(text, BREAKS) if isinstance(text, str) else text)
 
 
 def console() -> Console:
@@ -73,7 +80,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """Return a plain table; None is a dash."""
     made = Table(*(header.upper() for header in headers), box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        made.add_row(*("-" if cell is None or cell == "" else str(cell) for cell in row))
+        made.add_row(*("-" if cell is None or cell == "" else printable(str(cell)) for cell in row))
     return made
 
 

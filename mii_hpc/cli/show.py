@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +114,7 @@ def wait(
             )
         time.sleep(POLL_SECONDS)
     data = entry.model_dump(mode="json", include={"deployment_name", "state", "job_id", "host"})
-    show(as_json, data, f"deployment '{entry.deployment_name}' is ready: job {entry.job_id} on {entry.host}")
+    show(as_json, data, f"deployment '{entry.deployment_name}' is ready: its {entry.job} runs on {entry.host}")
 
 
 def logs(
@@ -158,7 +159,11 @@ def env(
     variables = {"OPENAI_BASE_URL": base, "OPENAI_API_KEY": found.credentials.token}
     if base.startswith("https:"):
         variables["SSL_CERT_FILE"] = str(found.home.certificate(found.entry))
-    show(as_json, variables, "\n".join(f"export {variable}={value}" for variable, value in variables.items()))
+    show(
+        as_json,
+        variables,
+        "\n".join(f"export {variable}={shlex.quote(value)}" for variable, value in variables.items()),
+    )
 
 
 def own_home(home: Path | None) -> OwnHome:
@@ -182,7 +187,7 @@ def _entry_of_run(found: Found) -> Entry:
         entry = found.home.get(found.entry.deployment_name).entry
     except DeploymentNotFoundError:
         raise _ended(found) from None
-    if entry.run_dir != found.entry.run_dir:
+    if entry.fingerprint != found.entry.fingerprint:
         raise _ended(found)
     return entry
 
@@ -191,7 +196,7 @@ def _ended(found: Found) -> DeploymentFailedError:
     entry = found.entry
     failure = RunDir(entry.run_dir).read_failure() if found.home.is_own else None
     return DeploymentFailedError(
-        f"deployment '{entry.deployment_name}' (job {entry.job_id}) has ended before it was ready"
+        f"deployment '{entry.deployment_name}' ({entry.job}) has ended before it was ready"
         + (f": {failure.message}" if failure else ""),
         deployment_name=entry.deployment_name,
         job_id=entry.job_id,

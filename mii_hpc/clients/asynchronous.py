@@ -210,7 +210,7 @@ class AsyncMIIClient:
                 asked = time.monotonic()
             if time.monotonic() > deadline:
                 raise self._unavailable(
-                    f"has not ended after {TERMINATE_SECONDS:.0f} s: job {entry.job_id} still runs; try scancel"
+                    f"has not ended after {TERMINATE_SECONDS:.0f} s: its {entry.job} still runs; try scancel"
                 )
             await asyncio.sleep(0.2)
         await self.close()
@@ -478,12 +478,12 @@ class AsyncMIIClient:
         """Return the entry of the run that was found, as it is now; None when the run has the name no longer."""
         with contextlib.suppress(DeploymentNotFoundError):
             entry = self._find().entry
-            return entry if entry.run_dir == found.entry.run_dir else None
+            return entry if entry.fingerprint == found.entry.fingerprint else None
         return None
 
     def _way_to(self, entry: Entry) -> str:
         if not entry.address:
-            raise self._unavailable(f"is not serving yet: job {entry.job_id} is {entry.state}")
+            raise self._unavailable(f"is not serving yet: its {entry.job} is {entry.state}")
         if self._host == "localhost":
             return entry.address
         return f"{self._host}:{self.mii_config.port_number or entry.address.rpartition(':')[2]}"
@@ -531,7 +531,7 @@ def check_live(found: Found) -> None:
     # A cluster may hide the jobs of other users.
     if not (schedulers.is_live(entry) if found.home.is_own else heartbeat_is_fresh(entry)):
         raise DeploymentNotFoundError(
-            f"deployment '{entry.deployment_name}' has ended: its job {entry.job_id} no longer runs",
+            f"deployment '{entry.deployment_name}' has ended: its {entry.job} no longer runs",
             deployment_name=entry.deployment_name,
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 import secrets
 import ssl
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from mii_hpc.deployments.files import check_private, write_atomically
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.errors import RegistryError
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -178,6 +180,19 @@ def load_server(run: RunDir) -> ServerCredentials:
 def read_token(path: Path) -> str:
     """Read one token. Raises RegistryError when its file belongs to another user or gives others access."""
     return _read(path).decode().strip()
+
+
+def of_guest(certificate: bytes, token: bytes, folder: Path) -> ClientCredentials:
+    """Return what another user shares in a folder. Raises RegistryError when it is no certificate, or no token."""
+    shown = token.strip()
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{1,256}", shown):
+        raise RegistryError(f"{folder}: what it holds as a token is none")
+    keys = ClientCredentials(certificate, shown.decode())
+    try:
+        assert keys.fingerprint
+    except ValueError:
+        raise RegistryError(f"{folder}: what it holds as a certificate is none") from None
+    return keys
 
 
 def _check(run: RunDir) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from mii_hpc import reading
 from mii_hpc.errors import RegistryError
 
 T = TypeVar("T")
@@ -33,11 +34,57 @@ def tail(path: Path, size: int = LOG_TAIL_BYTES) -> str:
     return text.split("\n", 1)[-1] if start else text
 
 
+def read_bounded(path: Path, limit: int = reading.SMALL_FILE_BYTES, owner: int | None = None) -> bytes:
+    """Return what is in a file that others may have put there. It never waits, and never reads more than `limit` bytes.
+
+    Where an `owner` (a user id) is named, only a file that nobody else can have written is read, and no link followed.
+    Raises RegistryError, naming the file, when it is something else or longer; OSError as open() does.
+    """
+    try:
+        return unless_stale(lambda: reading.read_bounded(path, limit, owner))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise RegistryError(f"{path}: {error.strerror}") from None
+        raise
+
+
+def check_links(path: Path) -> None:
+    """Raise RegistryError when a link of another user (but root) is on the way to a path."""
+    for each in (path, *path.parents):
+        try:
+            status = each.lstat()
+        except OSError:
+            continue
+        if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+            raise RegistryError(
+                f"{each}: is a link that belongs to user id {status.st_uid}, who says where it leads; choose another "
+                "folder with MII_HPC_HOME or `home`"
+            )
+
+
+def open_to_group(folder: Path, group_id: int, mode: int) -> None:
+    """Give a group access to a folder of ours, which is made where there is none.
+
+    Raises RegistryError for a folder of another user, also one that another's link leads to.
+    """
+    check_links(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if (owner := os.fstat(descriptor).st_uid) != os.geteuid():
+            raise RegistryError(f"{folder}: belongs to user id {owner}, and cannot be shared by another")
+        os.fchown(descriptor, -1, group_id)
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
 def private_folder(path: Path, entered_by_group: bool = False) -> Path:
     """Make a directory with mode 0700 where there is none, and return it.
 
-    Raises RegistryError as check_private() does.
+    Raises RegistryError as check_private() and check_links() do.
     """
+    check_links(path)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from mii_hpc.deployments.registry import Entry, Registry, heartbeat_is_fresh
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.errors import DeploymentNotFoundError, RegistryError
+
+log = logging.getLogger(__name__)
 
 DEEPSPEED_MIIS_SUFFIX = "-mii-deployment"
 """What DeepSpeed-MII makes a deployment's name with, after the model's."""
@@ -79,7 +82,7 @@ class Home(ABC):
         name, entries = model_or_deployment_name, self.entries()
         model = name.removesuffix(DEEPSPEED_MIIS_SUFFIX)
         folder = os.path.realpath(model)
-        serving = [e.deployment_name for e in entries if e.model == model or os.path.realpath(e.model) == folder]
+        serving = [e.deployment_name for e in entries if model == e.model or folder == self._folder_of(e)]
         if len(serving) > 1:
             by_name = {entry.deployment_name: entry for entry in entries}
             serving = [name for name in serving if is_live(by_name[name])] or serving
@@ -100,6 +103,10 @@ class Home(ABC):
         """Return the configuration of a deployment, as far as it can be read here."""
 
     @abstractmethod
+    def _folder_of(self, entry: Entry) -> str:
+        """Return the real path of a deployment's model, where it is a folder."""
+
+    @abstractmethod
     def _read(self, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         """Return what is written of the deployment of that name."""
 
@@ -116,6 +123,9 @@ class OwnHome(Home):
     def config_of(self, entry: Entry) -> MIIConfig:
         """See Home.config_of()."""
         return RunDir(entry.run_dir).load_config()
+
+    def _folder_of(self, entry: Entry) -> str:
+        return os.path.realpath(entry.model)
 
     def certificate(self, entry: Entry) -> Path:
         """See Home.certificate()."""
@@ -142,7 +152,10 @@ class SharedHome(Home):
         found = []
         for name in sharing.names(self.path):
             with contextlib.suppress(DeploymentNotFoundError):  # not shared with this user, or not serving yet
-                found.append(self._read(name)[0])
+                try:
+                    found.append(self._read(name)[0])
+                except RegistryError as error:
+                    log.warning("%s", error)
         return found
 
     def config_of(self, entry: Entry) -> MIIConfig:
@@ -154,6 +167,9 @@ class SharedHome(Home):
                 model_name_or_path=entry.model, tensor_parallel=entry.tensor_parallel, replica_num=entry.replica_num
             ),
         )
+
+    def _folder_of(self, entry: Entry) -> str:
+        return entry.model  # as its owner's job has seen it; what others write is looked up nowhere
 
     def certificate(self, entry: Entry) -> Path:
         """See Home.certificate()."""

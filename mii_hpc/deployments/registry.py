@@ -13,26 +13,40 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from mii_hpc.config import MIIConfig
-from mii_hpc.deployments.files import check_private, private_folder, read_text, unless_stale, write_atomically
+from mii_hpc.config import MIIConfig, is_name
+from mii_hpc.deployments.files import check_private, private_folder, read_bounded, unless_stale, write_atomically
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
+from mii_hpc.printable import printable
 
 log = logging.getLogger(__name__)
 
 CLAIM_TURNS = 200
 """How often to try to replace a stale entry that others replace, too."""
 HEARTBEAT_SECONDS = 5.0
+TEXT_LENGTH = 4096
+NOT_FOR_GUESTS = Path(os.devnull) / "not-for-guests"
 STALE_SECONDS = 60.0
 """A heartbeat older than this, where the job's scheduler cannot be asked, means that the deployment has ended."""
 
 
+def _as_named(name: str) -> str:
+    if not is_name(name):
+        raise ValueError("not a name of a deployment")
+    return name
+
+
+Text = Annotated[str, AfterValidator(lambda text: printable(text[:TEXT_LENGTH]))]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Moment = Annotated[float, Field(ge=0, lt=1e11, allow_inf_nan=False)]
+
+
 class Entry(BaseModel):
-    """What is known of a deployment. Times are seconds since the epoch.
+    """What is known of a deployment. Times are seconds since the epoch. Every text is fit to be shown on a terminal.
 
     Attributes:
         incarnation: how often its job was started before; a requeued job is started again.
@@ -40,6 +54,7 @@ class Entry(BaseModel):
         address: "IP:port" of the balancer; empty before it listens.
         gateway: the URL of the gateway in the job; empty without one, or before it listens.
         fingerprint: SHA-256 of the balancer's certificate, in hexadecimal.
+        job_id: the scheduler's id of the job; "" before it is submitted, and to guests.
         job_host: the only machine that knows the job's state; "" when every machine of the cluster does.
         run_dir: the run directory; it tells the runs of one name apart.
         ends: when the walltime is over; None without one.
@@ -48,25 +63,25 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
-    deployment_name: str
-    model: str
-    tensor_parallel: int
-    replica_num: int
+    deployment_name: Annotated[str, AfterValidator(_as_named)]
+    model: Text
+    tensor_parallel: Annotated[Count, Field(ge=1)]
+    replica_num: Annotated[Count, Field(ge=1)]
     cluster: Literal["slurm", "local"]
-    job_id: str = ""
-    job_host: str = ""
+    job_id: Annotated[str, Field(pattern=r"^([0-9][0-9+_]{0,31})?$")] = ""
+    job_host: Text = ""
     state: DeploymentState = DeploymentState.PENDING
-    incarnation: int = 0
-    host: str = ""
-    address: str = ""
-    gateway: str = ""
-    fingerprint: str = ""
+    incarnation: Count = 0
+    host: Text = ""
+    address: Annotated[str, Field(pattern=r"^((\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5})?$")] = ""
+    gateway: Annotated[str, Field(pattern=r"^(https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5})?$")] = ""
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{0,64}$")] = ""
     run_dir: Path
-    submitted: float
-    started: float | None = None
-    ends: float | None = None
-    heartbeat: float
-    detail: str = ""
+    submitted: Moment
+    started: Moment | None = None
+    ends: Moment | None = None
+    heartbeat: Moment
+    detail: Text = ""
 
     @classmethod
     def of(cls, config: MIIConfig, run_dir: Path, fingerprint: str, job_id: str = "") -> Self:
@@ -84,6 +99,26 @@ class Entry(BaseModel):
             submitted=now,
             heartbeat=now,
         )
+
+    @classmethod
+    def parse(cls, text: bytes, path: Path) -> Self:
+        """Return the entry in a file. Raises RegistryError, in one line with the file's name, when it is none."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            mistake = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, mistake["loc"]))
+            words = f"{where}: {mistake['msg']}" if where else mistake["msg"]
+            raise RegistryError(f"{path}: not an entry of the registry: {printable(words)}") from None
+
+    def for_guests(self) -> Self:
+        """Return what of it users of a shared deployment read and believe: nothing that is for commands or paths."""
+        return self.model_copy(update={"job_id": "", "job_host": "", "run_dir": NOT_FOR_GUESTS})
+
+    @property
+    def job(self) -> str:
+        """The job as sentences name it."""
+        return f"job {self.job_id}" if self.job_id else "job"
 
 
 class Registry:
@@ -171,10 +206,15 @@ class Registry:
         return self._read(self._path(deployment_name))
 
     def entries(self) -> list[Entry]:
-        """Return all entries, by name."""
+        """Return all entries, by name. One that cannot be read is logged, and hides no other."""
         if not self._exists():
             return []
-        read = (self._read(path) for path in sorted(self.folder.glob("[!.]*.json")))
+        read = []
+        for path in sorted(self.folder.glob("[!.]*.json")):
+            try:
+                read.append(self._read(path))
+            except RegistryError as error:
+                log.warning("%s", error)
         return [entry for entry in read if entry is not None]
 
     def _exists(self) -> bool:
@@ -196,13 +236,12 @@ class Registry:
     def _read(self, path: Path) -> Entry | None:
         # Opening it again makes an NFS client ask the server; a stat would be answered from its cache.
         try:
-            text = read_text(path)
+            text = read_bounded(path, owner=os.geteuid())
         except FileNotFoundError:
             return None
-        try:
-            return Entry.model_validate_json(text)
-        except ValidationError as error:
-            raise RegistryError(f"{path}: not an entry of the registry: {error}") from error
+        except OSError as error:
+            raise RegistryError(f"{path}: cannot be read: {error.strerror}") from None
+        return Entry.parse(text, path)
 
 
 def heartbeat_is_fresh(entry: Entry) -> bool:

@@ -7,17 +7,22 @@ certificate, and the guests' token, with which one can generate and ask for the 
 from __future__ import annotations
 
 import grp
+import itertools
 import os
 import shutil
 import stat
 from pathlib import Path
 
+from mii_hpc.config import is_name
+from mii_hpc.deployments import credentials
 from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.deployments.files import NewFile, write_together
+from mii_hpc.deployments.files import NewFile, open_to_group, read_bounded, write_together
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
 
+MOST_SHARES = 1000
+"""No more shares of one home are looked at."""
 _ENTRY, _CERTIFICATE, _TOKEN = "entry.json", "tls.crt", "token"
 
 
@@ -55,9 +60,7 @@ class Share:
         # Where another group passes through as well, everybody may: to names, which squeue shows too, and no further.
         open_to = [(self._home, 0o711), (shares, 0o755)] if others else [(self._home, 0o710), (shares, 0o750)]
         for folder, mode in (*open_to, (self._folder, 0o750)):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            os.chown(folder, -1, group_id)
-            folder.chmod(mode)
+            open_to_group(folder, group_id, mode)
         certificate, token = run.tls_certificate.read_text(), run.guest_token.read_text()
         write_together(self._new(_CERTIFICATE, certificate), self._new(_TOKEN, token))
 
@@ -66,8 +69,10 @@ class Share:
         return self._new(_TOKEN, token)
 
     def publish(self, entry: Entry) -> None:
-        """Replace the entry."""
-        write_together(self._new(_ENTRY, entry.model_dump_json(indent=2)))
+        """Replace the entry, with the model's folder by its real path: guests compare it, and do not look it up."""
+        model = os.path.realpath(entry.model) if Path(entry.model).is_dir() else entry.model
+        told = entry.for_guests().model_copy(update={"model": model})
+        write_together(self._new(_ENTRY, told.model_dump_json(indent=2)))
 
     def _new(self, name: str, text: str) -> NewFile:
         # The folder's group, not the database's: that may be away for a while.
@@ -88,9 +93,11 @@ def withdraw(home: Path, deployment_name: str) -> None:
 def names(home: Path) -> list[str]:
     """Return the names of the deployments below a home for which a share exists, with us or with others."""
     try:
-        return sorted(folder.name for folder in _shares_of(home).iterdir())
-    except (FileNotFoundError, PermissionError):
+        with os.scandir(_shares_of(home)) as folders:
+            found = [folder.name for folder in itertools.islice(folders, MOST_SHARES)]
+    except OSError:
         return []
+    return sorted(name for name in found if is_name(name))
 
 
 def certificate(home: Path, deployment_name: str) -> Path:
@@ -109,19 +116,24 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
         owner = home.stat().st_uid
     except OSError as error:
         raise RegistryError(f"{home}: cannot be entered: {error.strerror}") from None
-    for path in (home, _shares_of(home), folder, *(folder / name for name in (_ENTRY, _CERTIFICATE, _TOKEN))):
-        try:
-            status = path.lstat()
-        except (FileNotFoundError, PermissionError):
-            raise _not_shared(home, deployment_name) from None
-        if status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(status.st_mode):
-            raise RegistryError(f"{path}: others than the owner of {home} could have written it; it is not believed")
+    if not is_name(deployment_name):
+        raise _not_shared(home, deployment_name)
     try:
-        entry = Entry.model_validate_json((folder / _ENTRY).read_text())
-        certificate, token = (folder / _CERTIFICATE).read_bytes(), (folder / _TOKEN).read_text().strip()
-    except (FileNotFoundError, PermissionError):
+        for path in (home, _shares_of(home), folder):
+            status = path.lstat()
+            if status.st_uid != owner or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(status.st_mode):
+                raise RegistryError(
+                    f"{path}: others than the owner of {home} could have written it; it is not believed"
+                )
+        entry, certificate, token = (
+            read_bounded(folder / name, owner=owner) for name in (_ENTRY, _CERTIFICATE, _TOKEN)
+        )
+    except OSError:
         raise _not_shared(home, deployment_name) from None
-    return entry, ClientCredentials(certificate, token)
+    told = Entry.parse(entry, folder / _ENTRY).for_guests()
+    if told.deployment_name != deployment_name:
+        raise RegistryError(f"{folder / _ENTRY}: is the entry of '{told.deployment_name}'; it is not believed")
+    return told, credentials.of_guest(certificate, token, folder)
 
 
 def _not_shared(home: Path, deployment_name: str) -> DeploymentNotFoundError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
 from mii_hpc.job.signals import DRAIN
+from mii_hpc.schedulers.base import SAFE_PATH
 from mii_hpc.schedulers.local import JOB_ID
 
 
@@ -28,7 +29,8 @@ def main(run_path: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     world_size = RunDir(Path(run_path)).load_config().model_conf.world_size
     mpiexec = find_mpiexec()
-    command = [mpiexec, *_options(mpiexec), "-n", str(world_size), sys.executable, "-m", "mii_hpc.job.rank", run_path]
+    rank = [sys.executable, *SAFE_PATH, "-m", "mii_hpc.job.rank", run_path]
+    command = [mpiexec, *_options(mpiexec), "-n", str(world_size), *rank]
     os.environ.setdefault("HOME", str(Path("~").expanduser()))  # MPI libraries complain without
     ranks: subprocess.Popen[bytes] | None = None
     ending = False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mii_hpc.job.signals import DRAIN, END_CHILD
+from mii_hpc.schedulers.base import SAFE_PATH
 
 _PR_SET_PDEATHSIG = 1
 _NOTES = "MII_HPC_NOTES_FD"
@@ -61,13 +62,14 @@ class Child:
         with log.open("ab") as output, _signals_blocked(*DRAIN):
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                *SAFE_PATH,
                 "-m",
                 module,
                 *args,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", _NOTES: str(writing)},
+                env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", _NOTES: str(writing)},
                 pass_fds=(*pass_fds, writing),
                 start_new_session=True,
             )

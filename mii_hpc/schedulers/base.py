@@ -12,6 +12,9 @@ from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.placement import Placement
 
+SAFE_PATH = ("-P",)
+"""Python's option that keeps the working directory out of the import path: others may be able to write there."""
+
 
 @dataclass(frozen=True)
 class JobState:

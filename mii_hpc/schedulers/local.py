@@ -19,7 +19,7 @@ from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
 from mii_hpc.placement import Placement
-from mii_hpc.schedulers.base import Job, JobState, Scheduler, setup_script
+from mii_hpc.schedulers.base import SAFE_PATH, Job, JobState, Scheduler, setup_script
 
 JOB_ID = "MII_HPC_JOB_ID"
 """The environment variable with the job's id, in the job's processes."""
@@ -75,7 +75,7 @@ class Local(Scheduler):
 
 def _command(run: RunDir, config: MIIConfig) -> list[str]:
     python = shlex.split(config.slurm.python) if config.slurm.python else [sys.executable]
-    command = [*python, "-m", "mii_hpc.job.launch", str(run.path)]
+    command = [*python, *SAFE_PATH, "-m", "mii_hpc.job.launch", str(run.path)]
     if config.slurm.setup:
         command = ["bash", "-c", "\n".join([*setup_script(config.slurm.setup), 'exec "$@"']), "setup", *command]
     return command

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import ConfigError, SubmissionError
 from mii_hpc.placement import Placement, place
-from mii_hpc.schedulers.base import Job, JobState, Scheduler, setup_script
+from mii_hpc.schedulers.base import SAFE_PATH, Job, JobState, Scheduler, setup_script
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +282,8 @@ def _with_device(config: MIIConfig, device: Literal["cuda", "cpu"]) -> MIIConfig
 def _executor(run: RunDir, config: MIIConfig, placement: Placement) -> Any:
     import submitit
 
-    executor = submitit.SlurmExecutor(folder=run.submitit, python=config.slurm.python)
+    python = config.slurm.python or shlex.quote(sys.executable)
+    executor = submitit.SlurmExecutor(folder=run.submitit, python=" ".join((python, *SAFE_PATH)))
     executor.update_parameters(**executor_parameters(config, placement))
     return executor
 

@@ -10,7 +10,12 @@ from pathlib import Path
 from mii_hpc.architecture import Architecture
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
+from mii_hpc.printable import one_line
+from mii_hpc.reading import read_bounded
 from mii_hpc.tensors import check_tensors
+
+CONFIG_BYTES = 8 * 2**20
+"""No config.json is longer."""
 
 
 def check_model(model: ModelConfig) -> ModelConfig:
@@ -39,10 +44,11 @@ def check_model(model: ModelConfig) -> ModelConfig:
             f"model_name_or_path='{model.model_name_or_path}': no such folder, and no name on the Hugging Face hub"
         )
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_bounded(path, CONFIG_BYTES))
         described = {**config, **(config.get("text_config") or {})}
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {path} is unreadable: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        words = f"{path} is unreadable: {one_line(error)}"
+        raise ConfigError(f"model_name_or_path='{model.model_name_or_path}': {words}") from None
     architecture = Architecture.read(described.get)
     architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)

@@ -13,6 +13,7 @@ import pwd
 import ssl
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ import grpc.aio
 from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
+from tests.planted import plant
 
 Outcome = tuple[str, str, str, str, str]
 """Address, way, token, method, and the status that came of it."""
@@ -113,6 +115,36 @@ def main(user: str, task: dict[str, Any]) -> None:
     print(json.dumps(result))
 
 
+def share(home: Path, entry: dict[str, Any]) -> None:
+    """As one who shares his home with bad intent: beside a good share, each kind of a bad one."""
+    os.umask(0o022)
+    for name in ("good", "fifo", "endless", "link", "escapes", "command", "shell", "other"):
+        folder = home / "shared" / name
+        folder.mkdir(parents=True)
+        certificate, token, told = entry["certificate"], "token", {**entry["entry"], "deployment_name": name}
+        match name:
+            case "escapes":
+                told["detail"] = "\x1b]0;owned\x07"
+            case "command":
+                told["job_id"] = "--user=root"
+            case "shell":
+                token = "$(touch owned)"
+            case "other":
+                told["deployment_name"] = "../good"
+        (folder / "tls.crt").write_text(certificate)
+        (folder / "token").write_text(token)
+        (folder / "entry.json").write_text(json.dumps(told))
+        if name in ("fifo", "endless", "link"):
+            (folder / "entry.json").unlink()
+        if name == "fifo":
+            os.mkfifo(folder / "entry.json")
+        elif name == "endless":
+            (folder / "entry.json").touch()
+            os.truncate(folder / "entry.json", 3 * 2**30)
+        elif name == "link":
+            (folder / "entry.json").symlink_to("/dev/zero")
+
+
 def use(user: str, home: str, name: str) -> None:
     """As a member of the group: generate, then try to terminate."""
     import mii_hpc as mii
@@ -132,4 +164,14 @@ def use(user: str, home: str, name: str) -> None:
 
 if __name__ == "__main__":
     user, what, *rest = sys.argv[1:]
-    main(user, json.loads(rest[0])) if what == "knock" else use(user, *rest)
+    match what:
+        case "knock":
+            main(user, json.loads(rest[0]))
+        case "use":
+            use(user, *rest)
+        case "plant":
+            become(user)
+            plant(Path(rest[0]))
+        case "share":
+            become(user)
+            share(Path(rest[0]), json.loads(rest[1]))

@@ -29,6 +29,7 @@ from mii_hpc.rpc import transport, wire
 from mii_hpc.schedulers import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
+from tests.planted import imported, plant
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -404,14 +405,15 @@ def test_template_comes_up_and_answers(cluster, shared, home, llama, template, p
     export = {"MODEL": llama, "CONFIG": on_cpus, "NAME": "by-hand", "PYTHON": sys.executable, "MII_HPC_HOME": home}
     variables = ",".join(f"{name}={value}" for name, value in export.items())
     options = ["--parsable", f"--partition={partition}", f"--export=ALL,{variables}"]
+    folder = plant(shared / "working-directory")
     submitted = subprocess.run(
         ["sbatch", *options, REPOSITORY / "slurm" / template],
-        check=True, capture_output=True, text=True, timeout=60, cwd=shared,
+        check=True, capture_output=True, text=True, timeout=60, cwd=folder,
     )  # fmt: skip
     job_id = submitted.stdout.strip()
 
     def ready():
-        assert _show(job_id, "JobState") in ("PENDING", "RUNNING"), (shared / f"mii-{job_id}.log").read_text()
+        assert _show(job_id, "JobState") in ("PENDING", "RUNNING"), (folder / f"mii-{job_id}.log").read_text()
         entry = Registry(home).get("by-hand")
         return entry is not None and entry.state == "ready"
 
@@ -421,6 +423,7 @@ def test_template_comes_up_and_answers(cluster, shared, home, llama, template, p
     assert_greedy_like_transformers(client, llama)
     client.terminate_server()
     eventually(lambda: _show(job_id, "JobState") == "COMPLETED", PATIENCE, "the batch script ended with status 0")
+    assert imported(folder) == []
 
 
 def assert_greedy_like_transformers(client, model):

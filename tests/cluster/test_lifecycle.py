@@ -90,7 +90,7 @@ def test_a_requeued_job_is_found_again(cluster, home, serve):
 
         eventually(is_pending, PATIENCE, "it waits in the queue")
         assert state_of(home, "requeued") == "pending"
-        with pytest.raises(mii.UnavailableError, match="is not serving yet: job"):
+        with pytest.raises(mii.UnavailableError, match="is not serving yet: its job"):
             mii.client("requeued", mii_config={"home": home})("x")
         eventually(lambda: state_of(home, "requeued") == "ready", 2 * PATIENCE, "it serves again")
         eventually(lambda: answered(client, {0, 1}), PATIENCE, "the client finds it")

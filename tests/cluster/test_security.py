@@ -22,10 +22,13 @@ import pytest
 
 import mii_hpc as mii
 from mii_hpc.clients import asynchronous as clients
+from mii_hpc.config import MIIConfig
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.lookup import SharedHome
+from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from tests.models import tiny_model
+from tests.planted import imported
 from tests.waiting import PATIENCE, eventually
 
 from .cluster import Cluster
@@ -236,6 +239,51 @@ def test_rotated_token_fails_and_a_running_stream_finishes(echo, home):
         patch.setattr(credentials, "load_owner", lambda _run: old)
         with mii.MIIClient(echo.mii_config) as stale, pytest.raises(mii.AuthenticationError):
             stale("old token")
+
+
+def test_hostile_shared_home_of_a_second_user(cluster, shared, second_user, tmp_path):
+    mine = RunDir.create(MIIConfig(deployment_name="good", home=tmp_path / "mine"))
+    keys = credentials.create(mine)
+    entry = Entry.of(MIIConfig(deployment_name="good", cluster="slurm"), mine.path, keys.fingerprint)
+    told = {"certificate": keys.certificate.decode(), "entry": json.loads(entry.model_dump_json())}
+    his = shared / "his"
+    his.mkdir()
+    shutil.chown(his, second_user)
+    sharing = [*STRANGER, second_user, "share", str(his), json.dumps(told)]
+    subprocess.run(sharing, check=True, cwd=REPOSITORY, timeout=60)
+
+    def cli(*arguments):
+        environment = {**os.environ, "MII_HPC_PATH": str(his), "MII_HPC_HOME": str(tmp_path / "mine")}
+        command = [sys.executable, "-m", "mii_hpc", *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE
+        )
+
+    listed = cli("ls")
+    assert listed.returncode == 0 and "\x1b" not in listed.stdout + listed.stderr
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["NAME", "escapes", "good"]
+    assert "\\x1b]0;owned\\x07" in listed.stdout
+    assert len(listed.stderr.splitlines()) == 6, "a sentence for each of the others"
+    for name in ("fifo", "endless", "link", "command", "shell", "other"):
+        refused = cli("env", name)
+        assert refused.returncode != 0 and not refused.stdout and "Traceback" not in refused.stderr, name
+    with pytest.raises(mii.RegistryError, match="is not a regular file"):
+        SharedHome(his).get("fifo")
+
+
+def test_modules_that_a_second_user_plants_are_not_imported(cluster, shared, home, second_user, monkeypatch):
+    folder = shared / "writable"
+    folder.mkdir()
+    folder.chmod(0o777)
+    subprocess.run([*STRANGER, second_user, "plant", str(folder)], check=True, cwd=REPOSITORY, timeout=60)
+    assert {path.stat().st_uid for path in folder.iterdir()} == {pwd.getpwnam(second_user).pw_uid}
+    monkeypatch.chdir(folder)
+    client = mii.serve(replica_num=2, deployment_name="planted", cluster="slurm", home=home, **ECHO)
+    assert str(client("hello")[0]) == "hello "
+    (rank, *_) = processes_of(cluster, run_dir_of(client))
+    assert Path(f"/proc/{rank}/cwd").readlink() == folder
+    client.terminate_server()
+    assert imported(folder) == []
 
 
 def test_false_server_on_the_port_gets_nothing(cluster, echo, home, tmp_path, monkeypatch):

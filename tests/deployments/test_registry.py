@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import threading
 import time
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mii_hpc.deployments.registry import STALE_SECONDS, Entry, Registry, heartbeat_is_fresh
+from mii_hpc.deployments.registry import STALE_SECONDS, TEXT_LENGTH, Entry, Registry, heartbeat_is_fresh
 from mii_hpc.errors import DeploymentExistsError, DeploymentNotFoundError, RegistryError
 from tests.waiting import PATIENCE
 
@@ -133,12 +134,12 @@ def test_a_deployment_that_lost_its_name_does_not_take_it_back(registry):
 
 
 def test_half_written_entries_are_never_seen(registry):
-    registry.claim(entry(detail="x" * 100_000), live)
+    registry.claim(entry(detail="x" * TEXT_LENGTH), live)
     stop = threading.Event()
 
     def rewrite():
         for letter in "abcdefghij" * 6:
-            registry.publish(entry(detail=letter * 100_000))
+            registry.publish(entry(detail=letter * TEXT_LENGTH))
         stop.set()
 
     writer = threading.Thread(target=rewrite)
@@ -146,7 +147,7 @@ def test_half_written_entries_are_never_seen(registry):
     seen = set()
     while not stop.is_set():
         found = registry.get("chat")
-        assert len(found.detail) == 100_000
+        assert len(found.detail) == TEXT_LENGTH
         assert len(set(found.detail)) == 1
         assert [e.deployment_name for e in registry.entries()] == ["chat"]
         seen.add(found.detail[0])
@@ -194,6 +195,46 @@ def test_what_is_no_entry_is_refused_by_its_path(registry):
         registry.get("chat")
 
 
+def test_an_entry_that_is_none_hides_no_other(registry, caplog):
+    registry.claim(entry(), live)
+    registry.claim(entry("other"), live)
+    (registry.folder / "chat.json").write_text('{"deployment_name": "chat\\u001b[2J"}')
+    assert [each.deployment_name for each in registry.entries()] == ["other"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{registry.folder}/chat.json: not an entry of the registry: deployment_name")
+
+
+HUGE = "1" + "0" * 5000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("job_id", "--user=root"),
+        ("job_id", "-1"),
+        ("deployment_name", "../../chat"),
+        ("address", "unix:/tmp/x:1"),
+        ("gateway", "http://h:1/$(touch x)"),
+        ("fingerprint", "\n"),
+        ("tensor_parallel", HUGE),
+        ("replica_num", 0),
+        ("heartbeat", float("nan")),
+        ("ends", 1e300),
+    ],
+)
+def test_an_entry_with_what_no_deployment_writes_is_none(tmp_path, field, value):
+    told = {**json.loads(entry().model_dump_json()), field: "HERE"}
+    text = json.dumps(told).replace('"HERE"', value if value == HUGE else json.dumps(value))
+    with pytest.raises(RegistryError) as refused:
+        Entry.parse(text.encode(), tmp_path / "chat.json")
+    assert str(refused.value).startswith(f"{tmp_path}/chat.json: not an entry") and "\n" not in str(refused.value)
+
+
+def test_what_an_entry_tells_can_be_shown_on_a_terminal(tmp_path):
+    told = Entry.parse(entry(detail="\x1b]0;x\x07 ü", model="a\u202eb").model_dump_json().encode(), tmp_path)
+    assert (told.detail, told.model) == ("\\x1b]0;x\\x07 ü", "a\\u202eb")
+
+
 def test_entries_of_newer_versions_can_be_read():
     text = entry().model_dump_json().replace('"detail"', '"a_new_field":1,"detail"')
     assert Entry.model_validate_json(text).deployment_name == "chat"
@@ -220,15 +261,15 @@ def test_a_stale_entry_whose_job_is_slow_to_ask_for_is_replaced(registry, monkey
 
 def test_a_file_that_nfs_calls_stale_is_read_again(registry, monkeypatch):
     registry.claim(entry(), live)
-    real, stale = Path.read_text, [True, True]
+    real, stale = os.open, [True, True]
 
-    def read_text(path):
+    def opened(path, *flags):
         if stale:
             stale.pop()
             raise OSError(errno.ESTALE, "Stale file handle")
-        return real(path)
+        return real(path, *flags)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "open", opened)
     assert registry.get("chat") is not None and not stale
 
 

@@ -20,6 +20,7 @@ from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, Unavail
 from mii_hpc.schedulers import is_live, job_of
 from mii_hpc.schedulers.local import JOB_ID
 from mii_hpc.submission import submit as submission
+from tests.planted import imported, plant
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.mpi
@@ -48,8 +49,9 @@ class Served:
 
     def __init__(self, name, home, started_by=()):
         self.name, self.home = name, home
-        command = [*started_by, sys.executable, "-c", SERVE, name, str(home)]
-        script = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        self.folder = plant(home.parent / "working-directory")
+        command = [*started_by, sys.executable, "-P", "-c", SERVE, name, str(home)]
+        script = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, cwd=self.folder)
         assert script.returncode == 0, script.stderr
         self.output = script.stdout
         self.entry = Registry(home).get(name)
@@ -65,7 +67,7 @@ class Served:
             pid
             for pid, line in lines.items()
             if any(part.startswith(str(self.run.path)) for part in line)
-            and (not module or line[1:3] == ["-m", f"mii_hpc.job.{module}"])
+            and (not module or line[1:4] == ["-P", "-m", f"mii_hpc.job.{module}"])
         ]
 
     def engine_of(self, rank):
@@ -115,6 +117,11 @@ def test_it_goes_on_after_the_script_has_exited(served):
         assert [response.replica for response in client(["a", "b"])] == [0, 1]
     assert len(served.processes("rank")) == len(served.processes("engine_process")) == 4
     assert len(served.processes("balancer")) == 1
+
+
+def test_modules_in_the_working_directory_are_not_imported(served):
+    assert Path(f"/proc/{served.processes('engine_process')[0]}/cwd").readlink() == served.folder
+    assert imported(served.folder) == []
 
 
 def test_another_process_finds_it_by_name_and_by_model(served):

@@ -61,7 +61,7 @@ def test_mpiexec_may_come_with_the_setup_lines(local, python):
     ended(job)
     options, _, ranks = run.job_log.read_text().partition(" -n 2 ")
     assert options.startswith("--map-by :OVERSUBSCRIBE --bind-to none")
-    assert ranks == f"{python} -m mii_hpc.job.rank {run.path}\n"
+    assert ranks == f"{python} -P -m mii_hpc.job.rank {run.path}\n"
 
 
 def test_without_an_mpiexec_it_says_what_to_do(local):

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -128,13 +130,14 @@ def test_tokenizer_is_checked_before_the_queue(tmp_path):
         check_model(ModelConfig(model_name_or_path=str(folder), tokenizer="/nowhere/at/all"))
 
 
-def write_tensors(path, data=b"", **tensors):
-    """Write a safetensors file of tensors that are (dtype, shape), and of no bytes but `data`."""
-    entries = {
-        name: {"dtype": kind, "shape": shape, "data_offsets": [0, len(data)]} for name, (kind, shape) in tensors.items()
-    }
+def write_tensors(path, **tensors):
+    """Write a safetensors file of tensors that are (dtype, shape), and zero."""
+    entries, end = {}, 0
+    for name, (kind, shape) in tensors.items():
+        size = math.prod(shape) * int(re.search(r"\d+", kind)[0]) // 8
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + size]}
     header = json.dumps(entries).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
 
 
 PLAIN = {"model.layers.0.mlp.weight": ("BF16", [4, 4]), "model.layers.1.mlp.weight": ("BF16", [4, 4])}
@@ -180,7 +183,7 @@ def test_plain_tensors_are_accepted(model):
 
 def test_files_that_are_cut_short_or_missing_are_refused(model):
     folder = model()
-    write_tensors(folder / "one.safetensors", b"12345678", **PLAIN)
+    write_tensors(folder / "one.safetensors", **PLAIN)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.layers.0.mlp.weight": "one.safetensors"}}))
     assert checked(folder)
