@@ -271,9 +271,13 @@ class Received:
 
     def take(self, piece: Response) -> None:
         """Note a piece."""
-        self._token_ids[piece.index].extend(piece.token_ids)
-        self._characters[piece.index] += len(piece.generated_text)
-        self._ended[piece.index] |= piece.ended
+        self.add(piece.index, piece.token_ids, piece.generated_text, piece.ended)
+
+    def add(self, index: int, token_ids: Iterable[int], text: str, ended: bool) -> None:
+        """Note what a piece of one answer has."""
+        self._token_ids[index].extend(token_ids)
+        self._characters[index] += len(text)
+        self._ended[index] |= ended
 
     @property
     def ended(self) -> bool:

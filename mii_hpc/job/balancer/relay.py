@@ -245,12 +245,13 @@ class _Request:
 
         That is the piece where the caller takes pieces, and else the whole answer once it has ended.
         """
-        piece = wire.unpack_response(pb.GenerateChunk.FromString(chunk))
-        self._received.take(piece)
+        message = pb.GenerateChunk.FromString(chunk)
+        self._received.add(message.index, message.token_ids, message.text, bool(message.finish_reason))
         self.is_proven, self.losses = True, 0
         self.tried.set()
         if self._passes_pieces and not self.migrations:
             return chunk
+        piece = wire.unpack_response(message)
         if not self._passes_pieces:
             self._pieces.append(piece)
             if not piece.ended:
