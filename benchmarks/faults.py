@@ -149,6 +149,12 @@ def requeue_twice(trial: Trial) -> None:
     time.sleep(5)
 
 
+def suspend(trial: Trial) -> None:
+    subprocess.run(["scontrol", "suspend", trial.entry.job_id], check=True)
+    time.sleep(25)
+    subprocess.run(["scontrol", "resume", trial.entry.job_id], check=True)
+
+
 FAULTS: dict[str, Callable[[Trial], None]] = {
     "engine killed": kill("engine_process", 2),
     "balancer killed": kill("balancer", 0),
@@ -160,6 +166,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "supervisor 0 stopped": freeze("rank", 0),
     "node cut": lambda trial: trial.cluster.kill_node(trial.hosts[3]),
     "node 0 cut": lambda trial: trial.cluster.kill_node(trial.hosts[0]),
+    "suspended for 25 s": suspend,
     "requeued": requeue,
     "requeued twice": requeue_twice,
     "scancel": lambda trial: trial.scancel(),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mii_hpc.deployments.state import DeploymentState as DeploymentState
     from mii_hpc.generation import Chat as Chat
     from mii_hpc.generation import Description as Description
+    from mii_hpc.generation import Histogram as Histogram
     from mii_hpc.generation import Load as Load
     from mii_hpc.generation import Response as Response
     from mii_hpc.generation import Tokenization as Tokenization
@@ -53,7 +54,7 @@ _HOMES = {
     "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
     "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
     "deployments.state": ("DeploymentState",),
-    "generation": ("Chat", "Description", "Load", "Response", "Tokenization"),
+    "generation": ("Chat", "Description", "Histogram", "Load", "Response", "Tokenization"),
     "pipelines": ("MIIAsyncPipeline", "MIIPipeline", "async_pipeline", "pipeline"),
 }
 

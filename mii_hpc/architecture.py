@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -29,6 +28,10 @@ _UNSERVED = {
     "reformer": "its attention is over hashes of whole sequences",
 }
 """Types of models that cannot be served, and why."""
+_UNSHARDED = frozenset(
+    ("bart", "bitnet", "bloom", "codegen", "ctrl", "doge", "gpt2", "llama4_text", "longcat_flash", "persimmon")
+)
+"""Types of models that neither DeepSpeed nor transformers' plan shards right."""
 _STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "ssm")
 
 
@@ -36,13 +39,15 @@ _STATEFUL_LAYERS = ("linear", "mamba", "conv", "recurrent", "ssm")
 class Architecture:
     """Attention heads, KV heads, and the context in tokens; None where the config does not say.
 
-    `refused` is why such a model cannot be served, as far as its config tells.
+    `refused` is why such a model cannot be served, as far as its config tells; `unsharded` is its type where several
+    ranks cannot share it.
     """
 
     heads: int | None
     key_value_heads: int | None
     context: int | None
     refused: str | None = None
+    unsharded: str | None = None
 
     @classmethod
     def read(cls, get: Callable[[str], Any]) -> Self:
@@ -52,7 +57,9 @@ class Architecture:
             values = (get(name) for name in names)
             return next((value for value in values if isinstance(value, int) and 0 < value < 2**63), None)
 
-        return cls(first(_HEADS), first(_KEY_VALUE_HEADS), first(_CONTEXT), _refused(get))
+        kind = get("model_type")
+        unsharded = kind if isinstance(kind, str) and kind in _UNSHARDED else None
+        return cls(first(_HEADS), first(_KEY_VALUE_HEADS), first(_CONTEXT), _refused(get), unsharded)
 
     def check_served(self) -> None:
         """Raise ConfigError for a model that cannot be served."""
@@ -60,16 +67,26 @@ class Architecture:
             raise ConfigError(self.refused)
 
     def check_tensor_parallel(self, ranks: int) -> None:
-        """Raise ConfigError unless so many ranks can share the heads evenly."""
-        counts = [count for count in (self.heads, self.key_value_heads) if count is not None]
-        for kind, count in (("attention heads", self.heads), ("KV heads", self.key_value_heads)):
-            if count is not None and count % ranks:
-                most = min(math.gcd(*counts), MOST_RANKS)
-                allowed = (n for n in range(1, most + 1) if all(each % n == 0 for each in counts))
-                raise ConfigError(
-                    f"tensor_parallel={ranks}: does not divide the model's {count} {kind}; "
-                    f"allowed are {', '.join(map(str, allowed))}"
-                )
+        """Raise ConfigError unless so many ranks can share the heads evenly; several may hold the same KV head."""
+        if self.unsharded and ranks > 1:
+            raise ConfigError(
+                f"tensor_parallel={ranks}: models of the type '{self.unsharded}' cannot be sharded; use "
+                "tensor_parallel=1"
+            )
+        heads, key_value_heads = self.heads, self.key_value_heads
+
+        def fits(count: int) -> bool:
+            key_values = key_value_heads is None or key_value_heads % count == 0 or count % key_value_heads == 0
+            return key_values and (heads is None or heads % count == 0)
+
+        if not fits(ranks):
+            allowed = ", ".join(
+                str(n) for n in range(1, min(MOST_RANKS, max(heads or 1, key_value_heads or 1)) + 1) if fits(n)
+            )
+            kind, count = ("attention heads", heads) if heads and heads % ranks else ("KV heads", key_value_heads)
+            raise ConfigError(
+                f"tensor_parallel={ranks}: does not divide the model's {count} {kind}; allowed are {allowed}"
+            )
 
 
 def _refused(get: Callable[[str], Any]) -> str | None:

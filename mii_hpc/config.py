@@ -448,6 +448,10 @@ class MIIConfig(_Model):
     """Days after which serve() removes the run directories, with their logs, of deployments that have ended."""
     startup_timeout: float = Field(1800.0, gt=0)
     """Seconds from the job's start until it must be ready."""
+    migration_limit: int = Field(3, ge=0)
+    """How often a request may move to another replica because the one that has it was lost."""
+    hold_seconds: float = Field(120.0, ge=0)
+    """Seconds that a request waits while no replica can take it."""
     queue_timeout: float | None = Field(None, gt=0)
     """Seconds that the job may wait in the queue; None is no limit."""
 

@@ -13,7 +13,7 @@
     └── RequestError
         ├── InvalidRequestError (ValueError)   the request itself is wrong; repeating it is useless
         ├── QueueFullError                     too many requests are waiting; try again later
-        ├── ReplicaLostError                   the replica died with the request in flight
+        ├── ReplicaLostError                   the replica died with the request, which could not move to another
         ├── DeploymentStoppingError            the deployment no longer admits requests
         ├── UnavailableError                   no replica can serve now, or the balancer does not answer
         ├── AuthenticationError                the token is missing, wrong, or lacks the right
@@ -133,7 +133,10 @@ class QueueFullError(RequestError):
 
 
 class ReplicaLostError(RequestError):
-    """The replica died while it worked on the request; `deployment_name`, `replica` and `host` say which one."""
+    """The replica died while it worked on the request, which could not go on at another; the message says why not.
+
+    `deployment_name`, `replica` and `host` say which replica it was.
+    """
 
     retryable = True
 

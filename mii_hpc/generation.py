@@ -51,18 +51,43 @@ def size_of(prompt: Prompt) -> int:
 
 
 @dataclass(frozen=True)
+class ResumedAnswer:
+    """What had come of an answer when its request was interrupted.
+
+    Attributes:
+        token_ids: the tokens that were delivered; of an answer that has ended they do not matter.
+        characters: how many characters of text were delivered with them.
+        ended: whether the answer is complete.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    characters: int = 0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One prompt with its options. `id` is unique among the requests of an engine that have not ended.
 
-    Raises InvalidRequestError for the full text of a prompt that is none.
+    With `resume`, one for each of its answers, the request goes on where it was interrupted, perhaps elsewhere: as if
+    the engine had generated those tokens itself. What was delivered before is not delivered again. With the same seed
+    the whole is what it would have been without the interruption.
+
+    Raises InvalidRequestError for the full text of a prompt that is none, and for a `resume` that does not fit.
     """
 
     id: str
     prompt: Prompt
     params: GenerateParamsConfig
+    resume: tuple[ResumedAnswer, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what concerns prompt and options together."""
+        """Check what concerns prompt, options and resumption together."""
+        answers = self.params.num_return_sequences
+        if self.resume and (len(self.resume) != answers or all(answer.ended for answer in self.resume)):
+            raise InvalidRequestError(
+                f"resume: must have {answers} answer(s), as num_return_sequences says, and one that has not ended"
+            )
         if self.params.return_full_text and not isinstance(self.prompt, str):
             raise InvalidRequestError("return_full_text=True: the prompt must be a text")
 
@@ -124,6 +149,7 @@ class Response:
         prompt_top_logprobs: the most likely tokens at the places of these.
         index: which of the prompt's `num_return_sequences` this is.
         replica: index of the replica that served it.
+        migrations: how often its request went on elsewhere, because a replica or the balancer was lost.
     """
 
     generated_text: str
@@ -137,6 +163,7 @@ class Response:
     top_logprobs: tuple[TopLogprobs, ...] = field(default=(), compare=False)
     prompt_logprobs: tuple[float, ...] = field(default=(), compare=False)
     prompt_top_logprobs: tuple[TopLogprobs, ...] = field(default=(), compare=False)
+    migrations: int = field(default=0, compare=False)
 
     @property
     def ended(self) -> bool:
@@ -160,19 +187,43 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many values fell up to each bound, above the one before, and beyond the last; and their sum."""
+
+    counts: tuple[int, ...] = ()
+    sum: float = 0.0
+
+
+@dataclass(frozen=True)
 class Load:
-    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache."""
+    """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache.
+
+    What it has done so far: tokens of the prompts that it has answered, and of the answers; tokens that it has looked
+    for, and found, in what the KV cache holds of others' prompts; answers by their finish reason; and latencies in
+    seconds, those of tokens for requests that stream.
+    """
 
     running: int = 0
     waiting: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
     generated_tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    time_to_first_token: Histogram = Histogram()
+    inter_token_latency: Histogram = Histogram()
+    request_latency: Histogram = Histogram()
 
 
 Prompts = Prompt | Sequence[int] | Iterable[str | Sequence[int] | Chat]
 """One prompt or several."""
 _NO_PROMPT = "prompts: must be a string or a list of strings; each may also be a list of token ids, or a Chat"
+
+LATENCY_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_BOUNDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+"""Bounds of the histograms of requests' and tokens' latencies, in seconds."""
 
 PER_TOKEN = ("token_ids", "logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
 """Fields of a Response that have an item for each token."""
@@ -213,6 +264,40 @@ def _are_token_ids(values: Sequence[Any]) -> TypeGuard[Sequence[int]]:
     return bool(values) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 for value in values
     )
+
+
+class Received:
+    """What has come of a request's answers, piece by piece: from there the request can be resumed."""
+
+    def __init__(self, answers: int, resume: Iterable[ResumedAnswer] = ()) -> None:
+        """Expect so many answers, of which that much has come before."""
+        so_far = tuple(resume) or (ResumedAnswer(),) * answers
+        self._token_ids = [list(answer.token_ids) for answer in so_far]
+        self._characters = [answer.characters for answer in so_far]
+        self._ended = [answer.ended for answer in so_far]
+
+    def take(self, piece: Response) -> None:
+        """Note a piece."""
+        self.add(piece.index, piece.token_ids, piece.generated_text, piece.ended)
+
+    def add(self, index: int, token_ids: Iterable[int], text: str, ended: bool) -> None:
+        """Note what a piece of one answer has."""
+        self._token_ids[index].extend(token_ids)
+        self._characters[index] += len(text)
+        self._ended[index] |= ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether all answers are complete."""
+        return all(self._ended)
+
+    @property
+    def resume(self) -> tuple[ResumedAnswer, ...]:
+        """What a request that goes on from here says."""
+        return tuple(
+            ResumedAnswer((), 0, True) if ended else ResumedAnswer(tuple(token_ids), characters)
+            for token_ids, characters, ended in zip(self._token_ids, self._characters, self._ended, strict=True)
+        )
 
 
 def joined(pieces: Iterable[Response]) -> list[Response]:

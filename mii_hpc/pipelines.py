@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import itertools
 import logging
@@ -224,14 +225,30 @@ class MIIPipeline:
     def _pieces(
         self, prompts: list[Prompt], timeout: float | None, options: dict[str, Any]
     ) -> Generator[tuple[int, Response | RequestError]]:
-        """Yield what comes for each prompt, by its number. Closing the iterator cancels the requests that run."""
+        """Yield what comes for each prompt, by its number. Closing the iterator cancels the requests that run.
+
+        Where the timeout passes, or the engine ends, each prompt that is not answered has the error.
+        """
         params = validate(GenerateParamsConfig, options)
+        unfinished = [params.num_return_sequences] * len(prompts)
+        try:
+            yield from self._arriving(prompts, timeout, params, unfinished)
+        except (RequestTimeoutError, UnavailableError) as error:
+            if not any(unfinished):
+                raise
+            for number, count in enumerate(unfinished):
+                if count:
+                    yield number, copy.copy(error)
+
+    def _arriving(
+        self, prompts: list[Prompt], timeout: float | None, params: GenerateParamsConfig, unfinished: list[int]
+    ) -> Generator[tuple[int, Response | RequestError]]:
+        """Do so as long as nothing ends the call; `unfinished` counts down the answers of each prompt."""
         deadline = None if timeout is None else time.monotonic() + timeout
         late = RequestTimeoutError(f"timeout={timeout}: it passed before the answer was complete")
         arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         waiting = list(enumerate(prompts))[::-1]
         running: dict[int, str] = {}
-        unfinished = [params.num_return_sequences] * len(prompts)
         with self._call(arrived) as engine:
             try:
                 while waiting or running:
@@ -254,6 +271,7 @@ class MIIPipeline:
                     if number < 0:
                         raise UnavailableError(str(item))
                     if isinstance(item, Exception):
+                        unfinished[number] = 0
                         del running[number]
                         self._room.release()
                         yield number, item if isinstance(item, RequestError) else RequestError(str(item))

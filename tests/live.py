@@ -144,6 +144,8 @@ class Deployment:
         replica_num: int = 2,
         max_length: int | None = None,
         chat_template: str | None = None,
+        migration_limit: int = 3,
+        hold_seconds: float = PATIENCE,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -153,6 +155,8 @@ class Deployment:
             replica_num=replica_num,
             max_length=max_length,
             chat_template=chat_template,
+            migration_limit=migration_limit,
+            hold_seconds=hold_seconds,
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",
@@ -187,6 +191,18 @@ class Deployment:
         )
         self.working = asyncio.create_task(self.balancer.serve(self.entry, is_requeued))
         return address
+
+    async def kill_balancer(self) -> None:
+        """Break all connections to the balancer, and leave its registry entry."""
+        await self.balancer.server.stop(None)
+        self.working.cancel()
+        await asyncio.wait({self.working})
+
+    async def replace_balancer(self) -> None:
+        """Start another balancer, at another port, that the ranks find."""
+        self.address = await self.start_balancer()
+        for rank in self.ranks:
+            rank.address = self.address
 
     def start_ranks(self) -> None:
         self.ranks = [

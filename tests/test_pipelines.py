@@ -209,3 +209,11 @@ def test_waiting_for_room_counts_towards_the_timeout():
                 pipe("b", timeout=0.05)
             break
         assert str(pipe("b", timeout=PATIENCE)[0]) == "b "
+
+
+def test_what_was_answered_before_the_timeout_is_told():
+    with mii.pipeline(**ECHO) as pipe:
+        with pytest.raises(mii.RequestTimeoutError, match=r"^timeout=0\.5") as caught:
+            pipe(["a", "b " * 10**4, "c"], timeout=0.5)
+        first, second, third = caught.value.responses
+        assert (str(first[0]), second, str(third[0])) == ("a ", caught.value, "c ")

@@ -7,12 +7,14 @@ import typer
 from mii_hpc.cli.ask import generate
 from mii_hpc.cli.batch import batch
 from mii_hpc.cli.chat import chat
+from mii_hpc.cli.doctor import doctor
 from mii_hpc.cli.gateway import gateway
 from mii_hpc.cli.manage import prune, stop
 from mii_hpc.cli.output import Commands
 from mii_hpc.cli.prepare import prepare
 from mii_hpc.cli.serve import serve
 from mii_hpc.cli.show import env, logs, ls, status, wait
+from mii_hpc.cli.top import top
 
 app = typer.Typer(
     cls=Commands,
@@ -30,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (serve, ls, status, wait, logs, generate, chat, batch, gateway, env, stop, prune, prepare):
+for command in (serve, ls, status, wait, logs, generate, chat, batch, gateway, env, top, stop, prune, doctor, prepare):
     app.command()(command)

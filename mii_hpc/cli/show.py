@@ -55,10 +55,21 @@ def ls(home: HomeFolder = None, as_json: AsJson = False) -> None:
     show(as_json, data, table(("name", "model", "state", "job", "host", "detail", "age", "left"), rows))
 
 
-def status(name: Name, home: HomeFolder = None, as_json: AsJson = False) -> None:
+def status(
+    name: Name,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Print the metrics in Prometheus' format.")] = False,
+    home: HomeFolder = None,
+    as_json: AsJson = False,
+) -> None:
     """Show the state of a deployment and of its replicas."""
     with client(name, home) as asked:
         answer = asked.status()
+    if metrics:
+        try:
+            from mii_hpc.gateway.metrics import exposition
+        except ImportError as error:
+            raise ConfigError(f"--metrics needs '{error.name}': pip install 'mii_hpc[gateway]'") from None
+        return show(as_json, {"metrics": exposition(answer).decode()}, exposition(answer).decode())
     heading = f"{answer.deployment_name}: {answer.state}, job {answer.job_id}"
     heading += f", on {answer.host}" if answer.host else ""
     heading += f", {duration(answer.ends - time.time())} left" if answer.ends else ""

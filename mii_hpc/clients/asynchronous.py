@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any, Self, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -38,6 +40,7 @@ from mii_hpc.generation import (
     GenerationRequest,
     Prompt,
     Prompts,
+    Received,
     Response,
     Tokenization,
     as_prompt,
@@ -58,6 +61,15 @@ SCHEDULER_SECONDS = 3.0
 """How often terminate_server() asks the scheduler; many users share it."""
 IN_FLIGHT = 256
 """Requests of one generate() call that run at once."""
+
+RESUME_SECONDS = 120.0
+"""How long a request waits for a balancer that was lost; its own timeout may be shorter."""
+FOLLOW_SECONDS = 0.3
+"""How long between two looks for it."""
+SEED_BITS = 62
+
+Retry = Literal["resume"] | None
+"""What becomes of a request whose balancer is lost: it goes on where that comes back, or it raises the error."""
 
 CLOSED = "the client was closed before the answer was complete"
 
@@ -92,6 +104,7 @@ class AsyncMIIClient:
         streaming_fn: Callable[[list[Response]], object] | None = None,
         *,
         timeout: float | None = None,
+        retry: Retry = "resume",
         **options: Any,
     ) -> list[Response]:
         """Return the answers to one or more prompts, in their order.
@@ -100,6 +113,9 @@ class AsyncMIIClient:
         GenerateParamsConfig. With `streaming_fn` there is one prompt, and the function gets each piece of its answer
         as a list of one Response. `timeout` is in seconds, for the whole call: for finding the deployment, connecting,
         queueing and generating.
+
+        When the balancer is lost, a request goes on where it comes back, with what has come of it so far; with
+        `retry=None` it raises UnavailableError.
 
         Raises InvalidRequestError before anything is sent if an option is wrong. If some of the prompts fail, the
         first one's error is raised after all have ended, and its `responses` lists what came of each.
@@ -113,22 +129,30 @@ class AsyncMIIClient:
             if len(several) != 1:
                 raise InvalidRequestError(f"streaming_fn: takes one prompt at a time, not {len(several)}")
             pieces = []
-            async with contextlib.aclosing(self._pieces(several[0], params, deadline)) as stream:
+            async with contextlib.aclosing(self._pieces(several[0], params, deadline, retry)) as stream:
                 async for piece in stream:
                     pieces.append(piece)
                     streaming_fn([piece])
             return joined(pieces)
-        return await self._generate_all(several, params, deadline)
+        return await self._generate_all(several, params, deadline, retry)
 
     __call__ = generate
 
     async def stream(
-        self, prompt: Prompt | Sequence[int], *, timeout: float | None = None, **options: Any
+        self,
+        prompt: Prompt | Sequence[int],
+        *,
+        timeout: float | None = None,
+        retry: Retry = "resume",
+        **options: Any,
     ) -> AsyncGenerator[Response]:
-        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
+        """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request.
+
+        See generate() for `timeout` and `retry`.
+        """
         params = validate(GenerateParamsConfig, {**options, "stream": True})
         whole = as_prompt(prompt)
-        async with contextlib.aclosing(self._pieces(whole, params, _Deadline(timeout))) as pieces:
+        async with contextlib.aclosing(self._pieces(whole, params, _Deadline(timeout), retry)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -147,10 +171,12 @@ class AsyncMIIClient:
 
         Raises DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not answer.
         """
-        entry = self._find().entry
-        if not entry.address:
-            return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
+        found = await asyncio.to_thread(self._find)
+        entry = found.entry
         try:
+            if not entry.address:
+                await asyncio.to_thread(check_live, found)
+                return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
             return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
         except DeploymentNotFoundError:
             entry = self._find().entry
@@ -216,7 +242,7 @@ class AsyncMIIClient:
         await self.close()
 
     async def _generate_all(
-        self, prompts: list[Prompt], params: GenerateParamsConfig, deadline: _Deadline
+        self, prompts: list[Prompt], params: GenerateParamsConfig, deadline: _Deadline, retry: Retry
     ) -> list[Response]:
         room = asyncio.Semaphore(IN_FLIGHT)  # first come, first served: requests leave in the prompts' order
         batch = uuid.uuid4().hex
@@ -226,7 +252,7 @@ class AsyncMIIClient:
             async with (
                 self._by(deadline),
                 room,
-                contextlib.aclosing(self._pieces(prompt, params, deadline, position)) as pieces,
+                contextlib.aclosing(self._pieces(prompt, params, deadline, retry, position)) as pieces,
             ):
                 return joined([piece async for piece in pieces])
 
@@ -250,9 +276,46 @@ class AsyncMIIClient:
         prompt: Prompt,
         params: GenerateParamsConfig,
         deadline: _Deadline,
+        retry: Retry,
         position: wire.BatchPosition | None = None,
     ) -> AsyncGenerator[Response]:
+        """Yield the pieces of a request's answers; when the balancer is lost, go on where it comes back."""
+        if retry not in ("resume", None):
+            raise InvalidRequestError(f"retry={retry!r}: must be 'resume' or None")
+        if retry and params.seed is None:  # what is drawn after an interruption must go on with what was drawn before
+            params = params.model_copy(update={"seed": secrets.randbits(SEED_BITS)})
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
+        message.report = retry is not None
+        received = Received(params.num_return_sequences)
+        moved = latest = 0
+        lost_at: float | None = None
+        while True:
+            try:
+                async with contextlib.aclosing(self._attempt(message, received, deadline, position)) as pieces:
+                    async for piece in pieces:
+                        received.take(piece)
+                        lost_at = None
+                        latest = moved + piece.migrations
+                        yield replace(piece, migrations=latest)
+                return
+            except _BalancerLostError as lost:
+                if received.ended:
+                    return
+                lost_at = lost_at or time.monotonic()
+                if not retry or time.monotonic() > lost_at + RESUME_SECONDS:
+                    raise lost.error from None
+            await self._follow(deadline, lost_at + RESUME_SECONDS)
+            moved = latest + 1
+            wire.set_resume(message, received.resume)
+
+    async def _attempt(
+        self,
+        message: pb.GenerateRequest,
+        received: Received,
+        deadline: _Deadline,
+        position: wire.BatchPosition | None,
+    ) -> AsyncGenerator[Response]:
+        """Send a request and yield what comes of it. Raises _BalancerLostError when the connection breaks."""
         placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
 
         async def begin() -> tuple[transport.Connection, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
@@ -262,7 +325,6 @@ class AsyncMIIClient:
             return connection, connection.inference.Generate(message, timeout=deadline.left, metadata=metadata)
 
         connection, call = await begin()
-        unfinished = set(range(params.num_return_sequences))
         replica: int | None = None
         try:
             served_by = dict(await call.initial_metadata())
@@ -272,13 +334,14 @@ class AsyncMIIClient:
             if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
                 replica = int(served_by[wire.REPLICA_KEY])
             async for chunk in call:
-                piece = wire.unpack_response(chunk, replica or 0)
-                unfinished -= {piece.index} if piece.ended else set()
-                yield piece
+                yield wire.unpack_response(chunk, replica or 0)
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._located(deadline.passed(), replica) from None
-            raise self._failed(failure, connection, replica) from None
+            error = self._failed(failure, connection, replica)
+            if wire.is_lost(failure):
+                raise _BalancerLostError(error) from None
+            raise error from None
         except asyncio.CancelledError:
             if transport.is_being_cancelled():
                 raise
@@ -287,9 +350,23 @@ class AsyncMIIClient:
             raise self._located(RequestCancelledError(CLOSED), replica) from None
         finally:
             call.cancel()
-        if unfinished:
+        if not received.ended:
             cut = RequestError("the answer was cut short: the stream ended before its last piece")
             raise self._located(cut, replica)
+
+    async def _follow(self, deadline: _Deadline, until: float) -> None:
+        """Return once the balancer is connected again, wherever it is; raise why not when that takes too long."""
+        async with self._by(deadline):
+            while True:
+                await asyncio.sleep(FOLLOW_SECONDS)
+                try:
+                    await self._connected()
+                    return
+                except DeploymentNotFoundError:
+                    raise self._unavailable("has ended") from None
+                except UnavailableError:
+                    if time.monotonic() > until:
+                        raise
 
     async def _call(
         self,
@@ -377,6 +454,8 @@ class AsyncMIIClient:
             for seconds in CONNECT_SECONDS:
                 found = await asyncio.to_thread(self._find)
                 self._metadata = transport.authorization(found.credentials)
+                if not found.entry.address:
+                    await asyncio.to_thread(check_live, found)
                 target = self._way_to(found.entry), found.credentials.certificate
                 if self._connection is None or target != self._target:
                     self._connection, self._target = transport.Connection(target[0], found.credentials), target
@@ -421,6 +500,14 @@ class AsyncMIIClient:
             if not scope.expired() or isinstance(error, MIIError):
                 raise
             raise self._located(deadline.passed()) from None
+
+
+class _BalancerLostError(Exception):
+    """The connection to the balancer broke; `error` is what that means to the caller."""
+
+    def __init__(self, error: MIIError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class _Deadline:
@@ -469,6 +556,7 @@ def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
                 served=replica.served,
                 detail=replica.detail,
                 load=wire.unpack_load(replica.load) if replica.HasField("load") else None,
+                migrations=replica.migrations,
             )
             for replica in answer.replicas
         ),

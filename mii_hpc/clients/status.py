@@ -19,6 +19,7 @@ class ReplicaStatus:
         served: requests that it was given since the balancer started.
         detail: what it is doing, or why it is not ready.
         load: that of its engine; None when it is not ready, or did not answer at once.
+        migrations: requests that went on elsewhere because it was lost, since the balancer started.
     """
 
     index: int
@@ -29,6 +30,7 @@ class ReplicaStatus:
     served: int
     detail: str
     load: Load | None = None
+    migrations: int = 0
 
 
 @dataclass(frozen=True)

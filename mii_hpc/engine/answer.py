@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.text import StopStrings, TextSource
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Prompt, Response, TopLogprobs
+from mii_hpc.generation import Prompt, Response, ResumedAnswer, TopLogprobs
 
 Scored = tuple[float, TopLogprobs]
 """A token's log probability, and the most likely tokens in its place."""
@@ -65,6 +65,22 @@ class Answer:
 
         Returns what is to be sent now: a piece for every token of a stream, else one when the answer ends.
         """
+        self._grow(token_id, logprob, ends, top)
+        return self._take() if self._params.stream or self.ended else None
+
+    def resume(self, answer: ResumedAnswer, ends_with: Container[int] = ()) -> None:
+        """Go on behind what has been delivered of this answer, as if all its tokens had been added here.
+
+        Raises InvalidRequestError when the answer ends with one of them.
+        """
+        for token_id in answer.token_ids:
+            self._grow(token_id, None, token_id in ends_with)
+            if self.ended:
+                raise InvalidRequestError(f"resume: answer {self._index} has ended with its token {self.generated}")
+        self._text = self._text[answer.characters :]
+        self._token_ids.clear()
+
+    def _grow(self, token_id: int, logprob: float | None, ends: bool, top: TopLogprobs = ()) -> None:
         self.generated += 1
         self._token_ids.append(token_id)
         if logprob is not None:
@@ -78,7 +94,6 @@ class Answer:
             if not self.ended:
                 self._text += self._stop.flush()
                 self.finish_reason = GenerationFinishReason.STOP if ends else self._limit_reason
-        return self._take() if self._params.stream or self.ended else None
 
     def _push(self, text: str) -> None:
         certain, stopped = self._stop.push(text, may_stop=self.generated >= self._params.min_new_tokens)

@@ -33,7 +33,7 @@ from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
-from mii_hpc.generation import Deliver, GenerationRequest, Load, size_of
+from mii_hpc.generation import Deliver, GenerationRequest, Load, ResumedAnswer, size_of
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ class BatchingEngine:
         """Queue a request. Raises QueueFullError when too many wait."""
         entry = _Request(request, deliver)
         with self._changed:
-            if self._unstarted >= self._queue_bound:
+            # One that goes on was admitted before.
+            if self._unstarted >= self._queue_bound and not request.resume:
                 raise QueueFullError(f"{self._unstarted} requests are waiting; try again later")
             if self._unstarted_bytes + entry.size > WAITING_BYTES and self._unstarted:
                 raise QueueFullError(f"{self._unstarted_bytes} bytes of requests are waiting; try again later")
@@ -142,6 +143,8 @@ class BatchingEngine:
                 free_blocks=allocator.free,
                 total_blocks=allocator.total,
                 generated_tokens=self._generated,
+                prefix_queries=self._scheduler.prefix_queries,
+                prefix_hits=self._scheduler.prefix_hits,
             )
 
     def close(self) -> None:
@@ -156,6 +159,7 @@ class BatchingEngine:
 
     def _lead(self, runner: ModelRunner) -> None:
         sampling = create_sampling(runner.drawn, self._tokenizer.vocabulary, self._tokenizer.eos_token_ids)
+        lag = sampling.lag if runner.runs_ahead else 0
         begun: deque[_Begun] = deque()
         while True:
             step, sequences = self._next_step(wait=not begun)
@@ -167,7 +171,7 @@ class BatchingEngine:
                 _score(logits[len(sequences) :], step, sequences)
                 draw = sampling.draw(logits[: len(sequences)], step, [sequence.sampler for sequence in sequences])
                 begun.append(_Begun(step, sequences, draw))
-            if len(begun) > (sampling.lag if step.slices else 0):
+            if len(begun) > (lag if step.slices else 0):
                 self._finish(begun.popleft())
 
     def _finish(self, begun: _Begun) -> None:
@@ -190,7 +194,8 @@ class BatchingEngine:
             while True:
                 # In this order: a request may have been cancelled between its arrival and now.
                 while self._arrived:
-                    scheduler.add(self._arrived.popleft())
+                    sequence = self._arrived.popleft()
+                    scheduler.add(sequence, first=bool(sequence.request.request.resume))  # it has waited elsewhere
                 for entry in self._cancelled:
                     scheduler.remove(entry.sequences)
                 self._cancelled.clear()
@@ -258,15 +263,18 @@ class BatchingEngine:
                     self._changed.notify_all()
 
     def _sequences(self, entry: _Request, encoding: Tokenizer) -> list[_Sequence]:
-        """Return a request's answers to be. Raises InvalidRequestError when it cannot have any."""
+        """Return a request's answers to be, those that have ended left out. Raises InvalidRequestError if it is bad."""
         request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
         room = min(params.max_length or self._context, self._context)
         token_ids = encoding.encode(request.prompt, not params.add_special_tokens, room)
         ends = tokenizer.ends(params)
         limit = answer_limit(params, len(token_ids), self._context)
         sequences = []
-        for index in range(params.num_return_sequences):
+        for index, so_far in enumerate(request.resume or (ResumedAnswer(),) * params.num_return_sequences):
+            if so_far.ended:
+                continue
             tokens = list(token_ids)
+            tokenizer.check(so_far.token_ids)
             answer = Answer(
                 params,
                 tokenizer.detokenizer(token_ids if params.return_full_text else (), params.skip_special_tokens),
@@ -276,8 +284,11 @@ class BatchingEngine:
                 index=index,
             )
             sampler = Sampler(params, tokens, tokenizer.vocabulary, (*{*tokenizer.eos_token_ids, *ends},), index)
-            longest = len(tokens) + limit
-            scores = params.prompt_logprobs and len(tokens) > 1
+            answer.resume(so_far, ends)
+            sampler.skip(len(so_far.token_ids))
+            tokens += so_far.token_ids
+            longest = len(token_ids) + limit
+            scores = params.prompt_logprobs and len(token_ids) > 1 and not so_far.token_ids
             sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest, scores))
         return sequences
 

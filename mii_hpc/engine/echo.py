@@ -14,7 +14,17 @@ from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import InvalidRequestError, QueueFullError
-from mii_hpc.generation import Chat, Deliver, Description, GenerationRequest, Load, Prompt, Response, Tokenization
+from mii_hpc.generation import (
+    Chat,
+    Deliver,
+    Description,
+    GenerationRequest,
+    Load,
+    Prompt,
+    Response,
+    ResumedAnswer,
+    Tokenization,
+)
 
 MAX_BATCH_SIZE = 256
 CONTEXT = 2**31 - 1
@@ -64,9 +74,14 @@ class EchoEngine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request. Raises QueueFullError when too many wait."""
         with self._changed:
-            if len(self._waiting) >= self._config.queue_bound:
+            # One that goes on was admitted before, and has waited elsewhere.
+            if len(self._waiting) >= self._config.queue_bound and not request.resume:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting; try again later")
-            self._waiting.append(_Echo(request, deliver))
+            echo = _Echo(request, deliver)
+            if request.resume:
+                self._waiting.appendleft(echo)
+            else:
+                self._waiting.append(echo)
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -165,8 +180,11 @@ class _Echo:
         repeats = params.max_new_tokens is not None or params.max_length is not None
         limit = answer_limit(params, count, context)
         limit = limit if repeats else min(limit, once)
-        self.answers = tuple(
-            Answer(
+        answers = []
+        for index, so_far in enumerate(self.request.resume or (ResumedAnswer(),) * params.num_return_sequences):
+            if so_far.ended:
+                continue
+            answer = Answer(
                 params,
                 _Words(codec),
                 prompt=self.request.prompt,
@@ -175,8 +193,9 @@ class _Echo:
                 index=index,
                 limit_reason=GenerationFinishReason.LENGTH if repeats or limit < once else GenerationFinishReason.STOP,
             )
-            for index in range(params.num_return_sequences)
-        )
+            answer.resume(so_far)
+            answers.append(answer)
+        self.answers = tuple(answers)
 
     def is_finished(self) -> bool:
         return all(answer.ended for answer in self.answers)

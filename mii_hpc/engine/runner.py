@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,6 +37,8 @@ class ModelRunner:
         eos_token_ids: those that end an answer, as far as the checkpoint says it.
         recompute_beyond: so long may a sequence grow before all of it is computed anew; None is for ever.
         drawn: [max_batch_size + 1], on rank 0 the token that each slot has drawn last, for slices with DRAWN.
+        runs_ahead: whether a step may begin before the tokens of the one before are known. Not where padding is read:
+            numbers that are not finite would be cleared too late.
     """
 
     def __init__(self, spec: EngineSpec, progress: Callable[[str], None]) -> None:
@@ -70,6 +71,7 @@ class ModelRunner:
             attach(self._module, self._attention)
         else:
             self._cached = CachedForward(self._module, self._cache, together=model.serving.way == "cached")
+        self.runs_ahead = self._cached is None and self._attention.reads_in_place
         self.drawn = torch.zeros(self.budget.max_batch_size + 1, dtype=torch.int64, device=self._device)
         self._codec = StepCodec()
         progress(f"KV cache: {self.budget.num_blocks} blocks of {self.budget.page_size} tokens")
@@ -101,7 +103,7 @@ class ModelRunner:
         if step.clear:
             self._cache.clear(step.clear)
         if self._cached:
-            return self._cached(self._known(step))
+            return self._cached(step)
         if self._rope:
             self._rope.prepare(step, self._device)
         if self._graphs and (logits := self._graphs.run(step)) is not None:
@@ -131,23 +133,6 @@ class ModelRunner:
             if self._ranks:
                 self._ranks.share(token_ids)
         return self.forward(token_ids[None], packed_positions[None], rows)
-
-    def _known(self, step: Step) -> Step:
-        """Return a step with the tokens that its slots have drawn, once they are known."""
-        drawn = [part.slot for part in step.slices if part.token_ids[-1] == DRAWN]
-        if not drawn:
-            return step
-        tokens = self.drawn[drawn]
-        if self._ranks:
-            self._ranks.share(tokens)
-        known = dict(zip(drawn, tokens.tolist(), strict=True))
-        return replace(
-            step,
-            slices=tuple(
-                part._replace(token_ids=(known[part.slot],)) if part.token_ids[-1] == DRAWN else part
-                for part in step.slices
-            ),
-        )
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

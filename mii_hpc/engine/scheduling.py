@@ -67,11 +67,16 @@ class Scheduler(Generic[S]):
         self._short: set[S] = set()
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
+        self.prefix_queries = self.prefix_hits = 0
+        """Tokens that sequences have looked for, and found, in what the cache holds, when they started."""
         self._slots = list(range(budget.max_batch_size - 1, -1, -1))
 
-    def add(self, sequence: S) -> None:
-        """Let a sequence wait for its start."""
-        self._waiting.append(sequence)
+    def add(self, sequence: S, first: bool = False) -> None:
+        """Let a sequence wait for its start; `first` is before the others."""
+        if first:
+            self._waiting.appendleft(sequence)
+        else:
+            self._waiting.append(sequence)
 
     def has_work(self) -> bool:
         """Return whether any sequence waits or runs."""
@@ -132,6 +137,8 @@ class Scheduler(Generic[S]):
             if not count or not self.allocator.allocate(sequence.table, sequence.computed + count):
                 self._release(sequence)
                 break
+            self.prefix_queries += len(shareable)
+            self.prefix_hits += sequence.computed
             sequence.slot = self._slots.pop()
             self._running.append(self._waiting.popleft())
             admitted.add(sequence)

@@ -137,9 +137,14 @@ class Tokenizer(TokenizerCodec):
     def encode(self, prompt: Prompt, plain: bool = False, room: int | None = None) -> list[int]:
         """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none, or has unknown ones."""
         token_ids = super().encode(prompt, plain, room)
-        if max(token_ids) >= self.vocabulary:
-            raise InvalidRequestError(f"the model does not know the prompt's token {max(token_ids)}")
+        self.check(token_ids)
         return token_ids
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Raise InvalidRequestError for a token that the model does not know."""
+        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary), None)
+        if unknown is not None:
+            raise InvalidRequestError(f"the model does not know the prompt's token {unknown}")
 
     def copy(self) -> Self:
         """Return another that encodes the same, for use on another thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -14,6 +15,7 @@ from starlette.routing import Route
 
 from mii_hpc.errors import MIIError
 from mii_hpc.gateway.http import Admits, Door, EventStream, error_response, unless_it_hangs_up
+from mii_hpc.gateway.metrics import exposition
 from mii_hpc.gateway.model import Remembered, ServedModel
 from mii_hpc.gateway.schema import (
     Arguments,
@@ -57,6 +59,7 @@ class Gateway:
             Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/tokenizer_info", self._tokenizer_info),
             Route("/health", self._health),
+            Route("/metrics", self._metrics),
         ]
         handlers: dict[Any, Any] = {
             MIIError: _answer_error,
@@ -117,6 +120,9 @@ class Gateway:
 
     async def _health(self, request: Request) -> Response:
         return PlainTextResponse("", 200 if await self._is_ready.value() else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(exposition(await self._model.client.status()), media_type=CONTENT_TYPE_LATEST)
 
     async def _generated(self, request: Request, asked: Generation) -> Response:
         if not asked.stream:

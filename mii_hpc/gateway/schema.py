@@ -121,6 +121,7 @@ class Generation(BaseModel):
     n: int = Field(1, ge=1, le=64)
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] = []
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -156,6 +157,7 @@ class Generation(BaseModel):
             "min_new_tokens": self.min_tokens,
             "seed": None if self.seed is None else self.seed % 2**63,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop or [],
+            "stop_token_ids": self.stop_token_ids,
             "ignore_eos": self.ignore_eos,
             "num_return_sequences": self.n,
             "frequency_penalty": self.frequency_penalty,

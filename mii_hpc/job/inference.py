@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -16,10 +17,14 @@ import grpc.aio
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.engine.base import Codec, Engine
-from mii_hpc.errors import InvalidRequestError, MIIError, RequestError
-from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.errors import MIIError, RequestError
+from mii_hpc.generation import GenerationRequest, Received, Response, joined
+from mii_hpc.job.recording import Recorder
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Context, Method
+
+REPORT_SECONDS = 0.2
+"""How often a request that is no stream says what has come of it."""
 
 T = TypeVar("T")
 
@@ -32,6 +37,7 @@ class InferenceService(pb_grpc.EngineServicer):
         self._codec = codec
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._numbers = itertools.count()
+        self._recorder = Recorder()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a server answer with this service."""
@@ -50,14 +56,17 @@ class InferenceService(pb_grpc.EngineServicer):
 
         The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
         """
-        async with wire.answering(context), aclosing(self._pieces(wire.unpack_request(payload))) as pieces:
-            async for piece in pieces:
-                message = wire.pack_response(piece).SerializeToString()
-                if len(message) > wire.MAX_MESSAGE_BYTES:
-                    raise InvalidRequestError(
-                        f"a piece of the answer has {len(message)} bytes; {wire.MAX_MESSAGE_BYTES} are allowed"
-                    )
-                yield message
+        recording = self._recorder.request()
+        async with wire.answering(context):
+            message = wire.parse_request(payload)
+            request = wire.unpack_request(message)
+            interval = REPORT_SECONDS if message.report and not request.params.stream else 0.0
+            if message.report:
+                request = dataclasses.replace(request, params=request.params.model_copy(update={"stream": True}))
+            async with aclosing(self._pieces(request, interval)) as pieces:
+                async for piece in pieces:
+                    recording.piece(piece)
+                    yield wire.encode_response(piece)
 
     async def tokenize(self, payload: bytes, context: Context) -> bytes:
         """Return a prompt's tokens."""
@@ -77,38 +86,48 @@ class InferenceService(pb_grpc.EngineServicer):
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.LoadResponse:
         """Return the engine's load."""
         async with wire.answering(context):
-            return wire.pack_load(self._engine.stats())
+            return wire.pack_load(self._recorder.added_to(self._engine.stats()))
 
-    async def _pieces(self, request: GenerationRequest) -> AsyncGenerator[Response]:
+    async def _pieces(self, request: GenerationRequest, interval: float) -> AsyncGenerator[Response]:
+        """Yield the pieces of a request's answers; but for the first, and the ends, what comes within an interval."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Response | Exception] = asyncio.Queue()
 
         def deliver(item: Response | Exception) -> None:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
-        unfinished = set(range(request.params.num_return_sequences))
+        received = Received(request.params.num_return_sequences, request.resume)
         # Clients choose their ids without knowing of each other; the engine needs them unique.
         request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
         self._engine.submit(request, deliver)
         try:
-            while unfinished:
+            seconds = 0.0
+            while not received.ended:
+                for piece in joined(await _gathered(arrived, seconds)):
+                    received.take(piece)
+                    yield piece
+                seconds = interval
+        finally:
+            self._engine.cancel(request.id)
+
+
+async def _gathered(arrived: asyncio.Queue[Response | Exception], seconds: float) -> list[Response]:
+    """Return the next piece, and those that come within so many seconds, but none after an answer's last.
+
+    Pieces that have gathered while the receiver was slow come at once. Raises the error that ends the request.
+    """
+    pieces: list[Response] = []
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None) as scope:
+            while not (pieces and pieces[-1].ended):
                 item = await arrived.get()
-                # Pieces that gathered while the receiver was slow travel as one.
-                while isinstance(item, Response) and not arrived.empty():
-                    following = arrived.get_nowait()
-                    if isinstance(following, Exception):
-                        item = following
-                    elif not item.ended and following.index == item.index:
-                        (item,) = joined((item, following))
-                    else:
-                        yield item
-                        unfinished -= {item.index} if item.ended else set()
-                        item = following
                 if isinstance(item, MIIError):
                     raise item
                 if isinstance(item, Exception):
                     raise RequestError(f"the engine failed on this request: {item!r}") from item
-                yield item
-                unfinished -= {item.index} if item.ended else set()
-        finally:
-            self._engine.cancel(request.id)
+                pieces.append(item)
+                if seconds and len(pieces) == 1:
+                    scope.reschedule(asyncio.get_running_loop().time() + seconds)
+                if not seconds and arrived.empty():
+                    break
+    return pieces

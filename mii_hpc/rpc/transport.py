@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 
 MAX_STREAMS_PER_CONNECTION = 4096
 KEEPALIVE_SECONDS = 5
-"""A peer that stays silent for twice this counts as lost."""
+"""A host that does not answer for twice this is gone. A host still answers for a process that is stopped."""
 IDLE_SECONDS = 2
 """A connection without a call, or that does not get through TLS, is closed after this.
 

@@ -19,7 +19,18 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig, validate
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
-from mii_hpc.generation import Chat, Description, GenerationRequest, Load, Prompt, Response, Tokenization, TopLogprobs
+from mii_hpc.generation import (
+    Chat,
+    Description,
+    GenerationRequest,
+    Histogram,
+    Load,
+    Prompt,
+    Response,
+    ResumedAnswer,
+    Tokenization,
+    TopLogprobs,
+)
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +111,7 @@ def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
     _check_unicode("stop", "".join(request.params.stop))
     params = pb.GenerateParams(**request.params.model_dump(exclude_defaults=True))
     message = pb.GenerateRequest(id=request.id, prompt=text, prompt_ids=token_ids, chat=chat, params=params)
+    set_resume(message, request.resume)
     if message.ByteSize() > MAX_MESSAGE_BYTES:
         raise InvalidRequestError(
             f"prompt: the request has {message.ByteSize()} bytes; {MAX_MESSAGE_BYTES} are allowed"
@@ -107,22 +119,39 @@ def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
     return message
 
 
-def unpack_request(payload: bytes) -> GenerationRequest:
-    """Return the request in a message.
-
-    Raises InvalidRequestError when the bytes are no such message, or an option is out of its range.
-    """
+def parse_request(payload: bytes) -> pb.GenerateRequest:
+    """Return the message in some bytes. Raises InvalidRequestError when they are no such message."""
     try:
-        message = pb.GenerateRequest.FromString(payload)
+        return pb.GenerateRequest.FromString(payload)
     except DecodeError as error:
         raise InvalidRequestError(f"the request is not a valid GenerateRequest message: {error}") from None
+
+
+def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
+    """Return the request in a message. Raises InvalidRequestError when an option is out of its range."""
+    prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
+    return GenerationRequest(message.id, prompt, unpack_params(message), get_resume(message))
+
+
+def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:
+    """Return the options in a message. Raises InvalidRequestError when one is out of its range."""
     given = {field.name: value for field, value in message.params.ListFields()}
     for name in {"stop", "stop_token_ids"} & given.keys():
         given[name] = tuple(given[name])
-    prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
-    return GenerationRequest(message.id, prompt, validate(GenerateParamsConfig, given))
+    return validate(GenerateParamsConfig, given)
+
+
+def set_resume(message: pb.GenerateRequest, resume: Sequence[ResumedAnswer]) -> None:
+    """Let the request in a message go on from there."""
+    del message.resume[:]
+    message.resume.extend(pb.ResumedAnswer(**dataclasses.asdict(answer)) for answer in resume)
+
+
+def get_resume(message: pb.GenerateRequest) -> tuple[ResumedAnswer, ...]:
+    """Return from where the request in a message goes on."""
+    return tuple(ResumedAnswer(tuple(answer.token_ids), answer.characters, answer.ended) for answer in message.resume)
 
 
 def pack_tokenize(prompt: Prompt, plain: bool) -> pb.TokenizeRequest:
@@ -170,10 +199,20 @@ def pack_response(piece: Response) -> pb.GenerateChunk:
         prompt_length=piece.prompt_length,
         generated_length=piece.generated_length,
         finish_reason=piece.finish_reason if piece.ended else "",
+        replica=piece.replica,
+        migrations=piece.migrations,
         top_logprobs=_pack_top(piece.top_logprobs),
         prompt_logprobs=piece.prompt_logprobs,
         prompt_top_logprobs=_pack_top(piece.prompt_top_logprobs),
     )
+
+
+def encode_response(piece: Response) -> bytes:
+    """Return the message for a piece of an answer as bytes. Raises InvalidRequestError when it is too long."""
+    message = pack_response(piece).SerializeToString()
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(f"a piece of the answer has {len(message)} bytes; {MAX_MESSAGE_BYTES} are allowed")
+    return message
 
 
 def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
@@ -189,7 +228,8 @@ def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
         prompt_length=message.prompt_length,
         generated_length=message.generated_length,
         finish_reason=GenerationFinishReason(message.finish_reason or "none"),
-        replica=replica,
+        replica=message.replica if message.migrations else replica,
+        migrations=message.migrations,
     )
 
 
@@ -200,7 +240,11 @@ def pack_load(load: Load) -> pb.LoadResponse:
 
 def unpack_load(message: pb.LoadResponse) -> Load:
     """Return the engine's load in a message."""
-    return Load(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Load)})
+    values = {field.name: getattr(message, field.name) for field in dataclasses.fields(Load)}
+    for name, value in values.items():
+        if isinstance(value, pb.Histogram):
+            values[name] = Histogram(tuple(value.counts), value.sum)
+    return Load(**{**values, "finished": dict(message.finished)})
 
 
 @contextlib.asynccontextmanager

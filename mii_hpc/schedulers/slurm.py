@@ -169,7 +169,10 @@ class SlurmJob(Job):
             return None
 
     def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
-        """See Job.start_rank(): a job step that shares what the first one has."""
+        """See Job.start_rank(): a job step that shares what the first one has.
+
+        The batch script, and with it the job, lasts as long as one of the ranks that it has started itself.
+        """
         slurm = config.slurm
         gpus = [f"--gres={slurm.gres}"] if slurm.gres else []
         gpus += [f"--gpus-per-node={slurm.gpus_per_node}"] if slurm.gpus_per_node else []

@@ -19,7 +19,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import Chat, Tokenization
+from mii_hpc.generation import Chat, Tokenization, joined
 from mii_hpc.job.balancer import lifetime
 from mii_hpc.job.inference import InferenceService
 from tests.live import Deployment
@@ -193,7 +193,7 @@ async def test_a_failing_streaming_fn_ends_the_request(deploy):
 
 @pytest.mark.parametrize("notice", ["connection", "report"])
 async def test_a_replica_lost_in_mid_stream(deploy, notice):
-    deployment = await deploy(tensor_parallel=2, echo_delay=0.01)
+    deployment = await deploy(tensor_parallel=2, echo_delay=0.01, migration_limit=0)
     client = deployment.client()
     calls = [asyncio.create_task(client.generate(f"{n} b", max_new_tokens=60)) for n in range(4)]
     await until(lambda: [stats.running for stats in deployment.stats()] == [2, 2])
@@ -204,7 +204,10 @@ async def test_a_replica_lost_in_mid_stream(deploy, notice):
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     lost = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert [type(error) for error in lost] == [ReplicaLostError] * 2
-    assert {str(error) for error in lost} == {"deployment 'chat' lost replica 1 on node2 with the request in flight"}
+    assert {str(error) for error in lost} == {
+        "deployment 'chat' lost replica 1 on node2 with the request in flight, "
+        "and migration_limit=0 lets it move no more"
+    }
     assert {(error.deployment_name, error.replica, error.host) for error in lost} == {("chat", 1, "node2")}
     assert [response.generated_length for (response,) in (o for o in outcomes if o not in lost)] == [60, 60]
     await until(lambda: deployment.balancer.membership.replicas[1].state == "ready")
@@ -223,7 +226,7 @@ async def test_a_replica_lost_between_requests_is_not_asked(deploy):
 
 
 async def test_without_a_live_replica(deploy):
-    deployment = await deploy()
+    deployment = await deploy(hold_seconds=0)
     for rank in deployment.ranks:
         rank.comes_back = False
         rank.engine.die()
@@ -453,3 +456,83 @@ async def test_status_says_degraded_and_ended(deploy, monkeypatch):
     with contextlib.suppress(UnavailableError):  # where the end of the connection is noticed only by the call
         await client.status()
     assert (await client.status()).state == "ended"
+
+
+async def test_a_job_that_died_before_it_served_has_ended(tmp_path, monkeypatch):
+    deployment = Deployment(tmp_path)
+    client = deployment.client()
+    Squeue(monkeypatch, False)
+    with pytest.raises(DeploymentNotFoundError, match="has ended: its job"):
+        await client.generate("x")
+    assert (await client.status()).state == "ended"
+    deployment.end_job()
+
+
+WORDS = "to be or not that is the question"
+
+
+def assert_repeated(response, length):
+    """It is the echo engine's whole answer, with no token lost or doubled."""
+    assert response.generated_text == "".join(f"{WORDS.split()[number % 8]} " for number in range(length))
+    assert (len(response.token_ids), response.generated_length, response.finish_reason) == (length, length, "length")
+
+
+async def test_requests_go_on_at_another_balancer(deploy):
+    deployment = await deploy(echo_delay=0.02)
+    client = deployment.client()
+    stream = client.stream(WORDS, max_new_tokens=100, num_return_sequences=2)
+    pieces = [await anext(stream), await anext(stream)]
+    calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=100)) for _ in range(2)]
+    several = asyncio.create_task(client.generate(["one", "two", WORDS], max_new_tokens=100))
+    await until(lambda: [stats.running for stats in deployment.stats()] == [3, 3])
+    await deployment.kill_balancer()
+    await until(deployment.is_idle)
+    late = asyncio.create_task(client.generate("late"))
+    await deployment.replace_balancer()
+    pieces += [piece async for piece in stream]
+    answers = [*joined(pieces), *[(await call)[0] for call in calls], (await several)[2]]
+    for answer in answers:
+        assert_repeated(answer, 100)
+    assert [answer.migrations for answer in answers] == [1] * 5
+    assert str((await late)[0]) == "late "
+    assert [rank.epochs for rank in deployment.ranks] == [[1], [1]]
+
+
+async def test_without_retry_a_lost_balancer_is_an_error(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    stream = deployment.client().stream("a", retry=None, **FOREVER)
+    await anext(stream)
+    await deployment.kill_balancer()
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' does not answer: "):
+        async for _ in stream:
+            pass
+    with pytest.raises(InvalidRequestError, match=r"^retry='always': must be 'resume' or None$"):
+        await deployment.client().generate("x", retry="always")
+
+
+async def test_a_request_waits_for_a_lost_balancer_no_longer_than_its_timeout_or_its_job(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1,))
+    deployment = await deploy(echo_delay=0.01)
+    client, other = deployment.client(), deployment.client()
+    hasty = asyncio.create_task(client.generate("a", timeout=2, **FOREVER))
+    patient = asyncio.create_task(other.generate("a", **FOREVER))
+    await until(lambda: [stats.running for stats in deployment.stats()] == [1, 1])
+    await gone(deployment)
+    squeue = Squeue(monkeypatch, True)
+    with pytest.raises(RequestTimeoutError):
+        await hasty
+    assert not patient.done()
+    squeue.live = False
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' has ended$"):
+        await patient
+
+
+async def test_a_balancer_that_stays_away_is_given_up(deploy, monkeypatch):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1,))
+    monkeypatch.setattr(clients, "RESUME_SECONDS", 0.5)
+    deployment = await deploy(echo_delay=0.01)
+    call = asyncio.create_task(deployment.client().generate("a", **FOREVER))
+    await until(lambda: not deployment.is_idle())
+    await gone(deployment)
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' does not answer at "):
+        await call

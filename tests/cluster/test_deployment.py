@@ -24,6 +24,7 @@ from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.generation import joined
 from mii_hpc.rpc import transport, wire
 from mii_hpc.schedulers import is_live
 from tests.engine.reference import PROMPTS, Reference
@@ -100,6 +101,16 @@ def engines(cluster, run_dir):
             if "mii_hpc.job.engine_process" in words and str(run_dir) in words:
                 found[node, json.loads(words[4])["rank"]] = pid
     return found
+
+
+def balancer(cluster, run_dir):
+    """The balancer's process."""
+    for node in cluster.nodes:
+        for pid in cluster.job_processes(node):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if "mii_hpc.job.balancer" in words and str(run_dir) in words:
+                return pid
+    raise LookupError(run_dir)
 
 
 def assert_ended(cluster, home, name, run_dir, ports_before):
@@ -209,22 +220,35 @@ def test_poison_fails_alone(cluster, deployment, home):
     assert engines(cluster, entry.run_dir) == before
 
 
-def test_killed_engine_loses_only_its_requests_and_comes_back(cluster, deployment, home):
+def test_killed_engines_and_balancers_lose_no_request(cluster, deployment, home):
+    """Every answer is token for token that of an undisturbed run, whoever asks and however."""
     entry = Registry(home).get("tiny-llama")
-    victim_host = deployment.status().replicas[0].host
-    pid = engines(cluster, entry.run_dir)[victim_host, 0]
+    # No end-of-sequence, so that all are still in flight when the engine dies.
+    length = {"max_new_tokens": 200, "ignore_eos": True, "timeout": 240}
+    ways = [{"do_sample": False}, {"seed": 3}, {"seed": 4, "num_return_sequences": 2}, {"seed": 5, "stop": "never"}]
+    requests = [(prompt, {**way, **length}) for way in ways for prompt in PROMPTS[:4]]
+
+    def ask(prompt, options):
+        return deployment(prompt, **options)
+
+    def stream(prompt, options):
+        return joined(list(deployment.stream(prompt, **options)))
+
+    def tokens(answers):
+        return [(str(answer), answer.token_ids, answer.finish_reason) for answer in answers]
+
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
-        # No end-of-sequence, so that all are still in flight when the engine dies.
-        options = {"max_new_tokens": 200, "ignore_eos": True, "timeout": 120}
-        asked = [threads.submit(deployment, "x", **options) for _ in range(16)]
+        undisturbed = [threads.submit(ask, *request) for request in requests]
+        expected = [tokens(future.result()) for future in undisturbed]
+        asked = [threads.submit((ask, stream)[n % 2], *request) for n, request in enumerate(requests)]
         eventually(lambda: [r.in_flight for r in deployment.status().replicas] == [8, 8], PATIENCE, "8 on each replica")
-        os.kill(pid, signal.SIGKILL)
-        lost = [future.exception() for future in asked if future.exception() is not None]
-        answered = [future.result()[0] for future in asked if future.exception() is None]
-    assert {type(error) for error in lost} == {mii.ReplicaLostError}
-    assert all(part in str(lost[0]) for part in ("'tiny-llama'", "replica 0", victim_host))
-    assert [answer.replica for answer in answered] == [1] * 8
-    assert len(lost) == 8
+        victim_host = deployment.status().replicas[0].host
+        os.kill(engines(cluster, entry.run_dir)[victim_host, 0], signal.SIGKILL)
+        eventually(lambda: deployment.status().replicas[0].migrations == 8, PATIENCE, "they go on elsewhere")
+        os.kill(balancer(cluster, entry.run_dir), signal.SIGKILL)
+        answers = [future.result() for future in asked]
+    assert [tokens(each) for each in answers] == expected
+    assert {each[0].migrations for each in answers} <= {1, 2}  # those of which nothing came in between know of one
     replica = eventually(
         lambda: next((r for r in deployment.status().replicas if r.index == 0 and r.state == "ready"), None),
         PATIENCE,

@@ -24,10 +24,9 @@ def ended(cluster):
 
 @pytest.fixture
 def serve(cluster, home, ended):
-    """Serve two replicas on two nodes."""
-    return lambda name: mii.serve(
-        deployment_name=name, home=home, replica_num=2, slurm={"tasks_per_node": 1}, startup_timeout=120, **ECHO
-    )
+    """Serve replicas, each on a node of its own."""
+    given = {"home": home, "slurm": {"tasks_per_node": 1}, "startup_timeout": 120, **ECHO}
+    return lambda name, replica_num=2: mii.serve(deployment_name=name, replica_num=replica_num, **given)
 
 
 def state_of(home, name):
@@ -50,21 +49,21 @@ def supervisor(cluster, node):
 def answered(client, replicas):
     """Whether all these replicas answer."""
     try:
-        return {answer.replica for answer in client(["x"] * 4, timeout=PATIENCE)} == replicas
+        return {answer.replica for answer in client(["x"] * 6, timeout=PATIENCE)} == replicas
     except mii.MIIError:
         return False
 
 
 def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
-    client = serve("replaced")
+    client = serve("replaced", 3)
     entry = Registry(home).get("replaced")
     hosts = [replica.host for replica in client.status().replicas]
     os.kill(supervisor(cluster, hosts[1]), signal.SIGKILL)
     eventually(lambda: state_of(home, "replaced") == "degraded", PATIENCE, "a replica is out")
     eventually(lambda: state_of(home, "replaced") == "ready", PATIENCE, "it is back")
-    assert answered(client, {0, 1})
+    assert answered(client, {0, 1, 2})
     os.kill(supervisor(cluster, hosts[0]), signal.SIGKILL)
-    eventually(lambda: answered(client, {0, 1}), PATIENCE, "the others have started rank 0 again")
+    eventually(lambda: answered(client, {0, 1, 2}), PATIENCE, "the others have started rank 0 again")
     assert Registry(home).get("replaced").job_id == entry.job_id
     client.terminate_server()
     eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
@@ -106,7 +105,7 @@ def test_the_last_survivor_ends_the_job(cluster, home, serve):
     entry = Registry(home).get("cut")
     cluster.kill_node(client.status().replicas[0].host)
     with pytest.raises(mii.UnavailableError):
-        client("x", timeout=60)
+        client("x", timeout=2 * PATIENCE)
     eventually(lambda: Registry(home).get("cut") is None, 2 * PATIENCE, "the name is free")
     eventually(
         lambda: [job.state for job in cluster.squeue() if str(job.id) == entry.job_id] != ["RUNNING"],

@@ -8,7 +8,7 @@ from typing import Any, Self
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
-from mii_hpc.generation import GenerationRequest, Response
+from mii_hpc.generation import GenerationRequest, Prompt, Response, ResumedAnswer
 from tests.waiting import PATIENCE, eventually
 
 attention = "auto"
@@ -76,10 +76,13 @@ class Collected:
 _ids = iter(range(10**9))
 
 
-def submit(engine: Engine, prompt: str, id: str | None = None, **options: Any) -> Collected:
+def submit(
+    engine: Engine, prompt: Prompt, id: str | None = None, resume: tuple[ResumedAnswer, ...] = (), **options: Any
+) -> Collected:
     params = GenerateParamsConfig(**options)
-    collected = Collected(id or f"r{next(_ids)}", params.num_return_sequences)
-    engine.submit(GenerationRequest(collected.id, prompt, params), collected)
+    ended = sum(answer.ended for answer in resume)
+    collected = Collected(id or f"r{next(_ids)}", params.num_return_sequences - ended)
+    engine.submit(GenerationRequest(collected.id, prompt, params, resume), collected)
     return collected
 
 

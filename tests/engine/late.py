@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
+from mii_hpc.engine import batching
+from mii_hpc.engine.attention.gather import GatherAttention
 from mii_hpc.engine.sampling.base import Draw, Sampler
 from mii_hpc.engine.sampling.host import HostSampling
 from mii_hpc.engine.step import Step
@@ -25,3 +28,9 @@ class LateSampling:
                 assert choice is not None
                 self._drawn[part.slot] = choice.token_id or 0
         return draw
+
+
+def know_tokens_late(patch: pytest.MonkeyPatch) -> None:
+    """Let engines that are made from now on begin each step before the tokens of the one before are known."""
+    patch.setattr(batching, "create_sampling", LateSampling)
+    patch.setattr(GatherAttention, "reads_in_place", True)

@@ -68,6 +68,16 @@ class Reference:
         values: list[float] = logits.log_softmax(-1).gather(1, chosen)[:, 0].tolist()
         return values
 
+    def prompt_logprobs(self, prompt: str) -> list[float]:
+        """What the model gives each token of a prompt but the first."""
+        import torch
+
+        ids = torch.tensor([self._tokenizer(prompt).input_ids], device=self._model.device)
+        with torch.inference_mode():
+            logits = self._model(ids, use_cache=False).logits[0, :-1]
+        values: list[float] = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+        return values
+
     def stepwise_logprobs(self, prompt: str, token_ids: Sequence[int]) -> list[float]:
         """The same, but each from the tokens before it alone, for models where the length of a text matters."""
         import torch

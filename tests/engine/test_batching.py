@@ -8,11 +8,10 @@ import pytest
 pytest.importorskip("torch")
 
 from mii_hpc.engine import batching
-from mii_hpc.engine.sampling import create_sampling
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError
 from tests.engine.collect import drained, make, running, submit
-from tests.engine.late import LateSampling
+from tests.engine.late import know_tokens_late
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
 from tests.models import CONTEXT, replace_tokenizer_by_sentencepiece, tiny_model
 from tests.waiting import PATIENCE, until
@@ -47,7 +46,7 @@ def engine(folder, request):
     config = {"max_batch_size": 64, "page_size": 8, "max_batch_tokens": 128}
     with pytest.MonkeyPatch.context() as patch:
         if request.param:
-            patch.setattr(batching, "create_sampling", LateSampling)
+            know_tokens_late(patch)
         with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
             yield engine
 
@@ -262,9 +261,10 @@ async def test_the_queue_has_a_bound_through_client_and_balancer(deploy, tmp_pat
     await until(deployment.is_idle)
 
 
-@pytest.mark.parametrize("sampling", [create_sampling, LateSampling])
-def test_a_cache_too_small_for_all_loses_nobody(folder, reference, monkeypatch, sampling):
-    monkeypatch.setattr(batching, "create_sampling", sampling)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_cache_too_small_for_all_loses_nobody(folder, reference, monkeypatch, late):
+    if late:
+        know_tokens_late(monkeypatch)
     config = {**SMALL, "num_blocks": 12}
     with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
         options = {"do_sample": False, "max_new_tokens": 40, "ignore_eos": True}
@@ -276,9 +276,10 @@ def test_a_cache_too_small_for_all_loses_nobody(folder, reference, monkeypatch, 
         drained(engine)
 
 
-@pytest.mark.parametrize("sampling", [create_sampling, LateSampling])
-def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_path, monkeypatch, sampling):
-    monkeypatch.setattr(batching, "create_sampling", sampling)
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_path, monkeypatch, late):
+    if late:
+        know_tokens_late(monkeypatch)
     import torch
     from safetensors.torch import load_file, save_file
 

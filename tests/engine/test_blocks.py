@@ -154,7 +154,7 @@ def test_steps_survive_their_way_to_the_other_ranks():
         Step(
             slices=(
                 Slice(start=7, token_ids=(3,), blocks=(1, 2), sample=True),
-                Slice(start=0, token_ids=(4, 5, 6), blocks=(9,), sample=False, slot=2),
+                Slice(start=0, token_ids=(4, 5, 6), blocks=(9,), sample=False, slot=2, scores=True),
             ),
             clear=(5, 6),
         ),

@@ -1,13 +1,16 @@
 """Every family of models is served right, or refused in a sentence. A part of the list; with --families, all."""
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from mii_hpc.errors import ConfigError  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
-from tests.engine.families import FAMILIES, config_of, save_family  # noqa: E402
+from tests.engine.families import FAMILIES, config_of, save_family, table  # noqa: E402
 from tests.engine.reference import PROMPTS, Reference  # noqa: E402
+from tests.engine.shards import shardings  # noqa: E402
 
 pytestmark = pytest.mark.engine
 # Prefilled in chunks, in blocks that none of the lengths is a multiple of.
@@ -50,10 +53,29 @@ def test_a_family_is_served_right_or_refused(family, tmp_path, models):
         for one in together:
             one.wait()
         alone = [submit(engine, prompt, **options).wait() for prompt in LONG]
+        scored = submit(engine, LONG[-1], prompt_logprobs=True, **options).wait().of()[0]
     (model,) = models
     assert model.serving.way == family.attention
+    assert scored.prompt_logprobs == pytest.approx(reference.prompt_logprobs(LONG[-1]), abs=1e-4)
     for prompt, one, other in zip(LONG, together, alone, strict=True):
         assert one.token_ids() == reference.greedy(prompt, max_new_tokens=12)
         assert other.token_ids() == one.token_ids()
         expected = reference.stepwise_logprobs(prompt, one.token_ids())
         assert one.logprobs() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.timeout(1200)
+def test_families_are_sharded_right_or_refused(request):
+    if not request.config.getoption("--families"):
+        pytest.skip("with --families")
+    served = [family for family in FAMILIES if not family.refused]
+    found = shardings(served, 120)
+    for family in served:
+        if family.sharding:
+            assert found[family.name] == f"{family.sharding}, {family.attention}"
+        else:
+            assert found[family.name].startswith("tensor_parallel=2: neither DeepSpeed nor transformers' plan shards")
+
+
+def test_the_readme_tells_what_becomes_of_each_family():
+    assert table() in (Path(__file__).parents[2] / "README.md").read_text()

@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from mii_hpc.generation import ResumedAnswer
 from tests.engine.pair import Replica
 from tests.engine.reference import PROMPTS, Reference, option_sets
 from tests.models import checkpoint_files, tiny_model
@@ -20,6 +21,9 @@ SMALL = {"max_batch_size": 64, "max_batch_tokens": 64, "page_size": 8}
         ("mistral", {"sliding_window": 24}),
         ("opt", {}),
         ("gpt_neox", {}),
+        ("phi3", {}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("llama", {"num_key_value_heads": 1}),
     ],
 )
 def test_greedy_answers_are_generates_own(tmp_path, architecture, changes):
@@ -45,11 +49,19 @@ def test_64_option_sets_in_one_batch(tmp_path):
         assert replica.ready() is None
         together = replica.answers(requests)
         alone = [replica.answers([request])[0] for request in requests[::7]]
+        cuts = [number * len(token_ids) // 64 for number, (_, token_ids, _) in enumerate(together)]
+        resumed = replica.answers(
+            [
+                (prompt, {**options, "resume": (ResumedAnswer(tuple(token_ids[:cut]), 0),)})
+                for (prompt, options), (_, token_ids, _), cut in zip(requests, together, cuts, strict=True)
+            ]
+        )
         poisoned = replica.answers([("x" * 10_000, {}), ("fine", {"do_sample": False, "max_new_tokens": 4})])
     for (prompt, options), (_, token_ids, _) in zip(requests, together, strict=True):
         if not options.get("do_sample", True):
             assert token_ids == reference.greedy(prompt, **options), options
     assert alone == together[::7]
+    assert resumed == [(text, token_ids[cut:], why) for (text, token_ids, why), cut in zip(together, cuts, strict=True)]
     assert "InvalidRequestError" in poisoned[0]
     assert poisoned[1][1] == reference.greedy("fine", max_new_tokens=4)
     assert [process.exitcode for process in replica.processes] == [0, 0]

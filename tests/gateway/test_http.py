@@ -19,6 +19,7 @@ ROUTES = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/tokenizer_info"),
+    ("GET", "/metrics"),
     ("GET", "/nothing"),
     ("GET", "//v1/models"),
     ("GET", "/health/../v1/models"),

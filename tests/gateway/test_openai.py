@@ -237,7 +237,7 @@ def test_a_deployment_that_is_gone_is_503(face, api):
 
 
 def test_a_lost_replica_ends_a_stream_with_an_error(start):
-    face = start(echo_delay=0.02)
+    face = start(echo_delay=0.02, migration_limit=0)
     with face.openai() as api:
         stream = api.completions.create(model="chat", prompt="a", max_tokens=10**6, stream=True)
         next(stream)

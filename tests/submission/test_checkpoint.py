@@ -40,9 +40,10 @@ def test_what_fits_is_accepted(model):
     ("config", "fields", "sentence"),
     [
         (LLAMA, {"tensor_parallel": 3}, "tensor_parallel=3: does not divide the model's 32 attention heads; "
-                                        "allowed are 1, 2, 4, 8"),
-        (LLAMA, {"tensor_parallel": 16}, "tensor_parallel=16: does not divide the model's 8 KV heads; "
-                                         "allowed are 1, 2, 4, 8"),
+                                        "allowed are 1, 2, 4, 8, 16, 32"),
+        ({**LLAMA, "num_key_value_heads": 6}, {"tensor_parallel": 4},
+         "tensor_parallel=4: does not divide the model's 6 "
+                                                                      "KV heads; allowed are 1, 2"),
         ({"n_head": 12}, {"tensor_parallel": 5}, "tensor_parallel=5: does not divide the model's 12 attention heads; "
                                                  "allowed are 1, 2, 3, 4, 6, 12"),
         ({"text_config": LLAMA}, {"tensor_parallel": 3}, "tensor_parallel=3: does not divide"),
@@ -161,6 +162,17 @@ def test_what_the_headers_tell_is_refused_before_the_queue(model, config, tensor
         with pytest.raises(ConfigError) as refusal:
             checked(folder, tensor_parallel=ranks)
         assert sentence in str(refusal.value)
+
+
+def test_what_cannot_be_sharded_is_refused_before_the_queue(model):
+    folder = model({**LLAMA, "model_type": "gpt2"})
+    assert checked(folder)
+    with pytest.raises(ConfigError, match="tensor_parallel=2: models of the type 'gpt2' cannot be sharded"):
+        checked(folder, tensor_parallel=2)
+
+
+def test_several_ranks_may_hold_the_same_kv_head(model):
+    assert checked(model({**LLAMA, "num_key_value_heads": 2}), tensor_parallel=4)
 
 
 def test_plain_tensors_are_accepted(model):

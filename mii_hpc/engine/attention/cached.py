@@ -30,11 +30,13 @@ class CachedForward:
 
     @torch.inference_mode()
     def __call__(self, step: Step) -> torch.Tensor:
-        """Return the logits [slices, vocabulary] after each slice's last token."""
+        """Return the logits [slices + scores, vocabulary], as ModelRunner.execute() does."""
         logits: dict[int, torch.Tensor] = {}
         for rows in self._rounds(step.slices):
             logits.update(zip(rows, self._compute([step.slices[row] for row in rows]), strict=True))
-        return torch.stack([logits[row] for row in range(len(step.slices))])
+        every = [logits[row] for row in range(len(step.slices))]
+        scores = [rows[: part.num_scores] for rows, part in zip(every, step.slices, strict=True) if part.num_scores]
+        return torch.cat([*(rows[-1:] for rows in every), *scores])
 
     def _rounds(self, slices: Sequence[Slice]) -> Iterator[list[int]]:
         """Yield which slices to compute one round after the other: a slice may share a block that another one fills."""
@@ -54,7 +56,7 @@ class CachedForward:
             waiting = [row for row in waiting if row not in set(ready)]
 
     def _compute(self, slices: Sequence[Slice]) -> torch.Tensor:
-        """Compute slices of equally many tokens; return their last logits."""
+        """Compute slices of equally many tokens; return the logits [slices, tokens, vocabulary], or of the last."""
         device = self._cache.device
         longest, new = max(part.start for part in slices), len(slices[0].token_ids)
         past = [self._slots(part, 0, part.start) for part in slices]
@@ -76,7 +78,7 @@ class CachedForward:
             input_ids=torch.tensor([part.token_ids for part in slices], device=device),
             past_key_values=kept,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=new if any(part.num_scores for part in slices) else 1,
             **arguments,
         ).logits
         targets = [slot for part in slices for slot in self._slots(part, part.start, part.start + new)]
@@ -85,7 +87,7 @@ class CachedForward:
             for pages, tensor in ((keys, kept.layers[layer].keys), (values, kept.layers[layer].values)):
                 fresh = tensor[:, :, -new:].transpose(1, 2).flatten(0, 1)
                 pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, fresh.to(pages.dtype))
-        return logits[:, -1]
+        return logits
 
     def _slots(self, part: Slice, start: int, end: int) -> list[int]:
         page_size = self._cache.page_size

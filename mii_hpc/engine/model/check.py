@@ -32,7 +32,7 @@ from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.miniature import CONTEXT, miniature
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
-from mii_hpc.engine.model.sharding import SHARDINGS, shard
+from mii_hpc.engine.model.sharding import SHARDINGS, repeat_heads, replicated, shard
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.errors import ConfigError
@@ -114,9 +114,12 @@ def check_loaded(module: nn.Module, device: torch.device, vocabulary: int, conte
     """Return how a loaded model is served right, tried on itself. Raises ConfigError if it is not."""
     expected = expected_logits(module, device, vocabulary, context)
     tolerance = TOLERANCE if next(module.parameters()).dtype == torch.float32 else ROUGH_TOLERANCE
+    before = module.config._attn_implementation  # type: ignore[union-attr]
     reasons = []
     for way in WAYS:
         reason = _reason(module, way, expected, device, vocabulary, context, attention, tolerance)
+        if reason is not None and way == "paged":
+            module.set_attn_implementation(before)  # type: ignore[operator]
         if reason is None:
             return Serving("whole", way, packed=False)
         reasons.append(reason)
@@ -124,33 +127,49 @@ def check_loaded(module: nn.Module, device: torch.device, vocabulary: int, conte
 
 
 def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, attention: str) -> Serving | None:
-    small = miniature(config, ranks)
-    vocabulary, context = small.get_text_config().vocab_size, CONTEXT
+    context = CONTEXT
     try:
+        small = miniature(config, ranks)
+        vocabulary = small.get_text_config().vocab_size
         expected = expected_logits(_seeded(small, model, device), device, vocabulary, context)
     except Exception as error:  # noqa: BLE001 (a configuration may have any rules of its own)
         _log.info("no small model of this architecture can be made: %s", error)
         return None
     name = (config.architectures or [config.model_type])[0]
     reasons = []
-    for sharding in ("whole",) if ranks == 1 else SHARDINGS:
+    for sharding in ("whole",) if ranks == 1 else _shardings(_seeded(small, model, device)):
         for way, packed in itertools.product(WAYS, (True, False)):
             module = _seeded(small, model, device)
+            failure = None
             try:
-                module = shard(module, ranks, torch.float32, sharding)
+                module = _with_repeated_heads(module, small, model, ranks, device)
+                module, _ = shard(module, ranks, torch.float32, sharding)
                 if packed:
                     pack_linears(module)
                     replace_linears(module)
             except Exception as error:  # noqa: BLE001 (DeepSpeed fails in many ways on what it does not know)
-                reasons.append(f"{sharding} cannot shard it: {error}")
+                failure = f"{sharding} cannot shard it: {error}"
+            # What goes wrong on some ranks only would have the others wait for them.
+            if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
+                reasons.append(failure or f"{sharding} cannot shard it evenly")
                 break
             reason = _reason(module, way, expected, device, vocabulary, context, attention, TOLERANCE)
             if reason is None:
                 _log.info("%s is served right: %s, attention %s", name, sharding, way)
                 return Serving(sharding, way, packed)
             reasons.append(reason)
-    shape = f"tensor_parallel={ranks}: " if ranks > 1 else ""
-    raise ConfigError(f"{shape}{name} cannot be served: {reasons[0]}")
+    if ranks > 1:
+        raise ConfigError(
+            f"tensor_parallel={ranks}: neither DeepSpeed nor transformers' plan shards {name} right; use "
+            f"tensor_parallel=1 ({reasons[0]})"
+        )
+    raise ConfigError(f"{name} cannot be served: {reasons[0]}")
+
+
+def _shardings(module: Any) -> tuple[str, ...]:
+    """Return the ways of sharding to try. DeepSpeed leaves experts whole on every rank, where the plan cuts them."""
+    has_experts = "moe_tp_experts" in module.tp_plan.values()
+    return SHARDINGS[::-1] if has_experts else SHARDINGS
 
 
 def _reason(
@@ -194,6 +213,21 @@ def _seeded(config: Any, model: ModelConfig, device: torch.device) -> nn.Module:
     return module.eval().to(device)
 
 
+def _with_repeated_heads(
+    module: nn.Module, config: Any, model: ModelConfig, ranks: int, device: torch.device
+) -> nn.Module:
+    """Return a model with as many KV heads as ranks at least, as load_shard() makes one of a checkpoint."""
+    more = replicated(config, ranks)
+    if more is config:
+        return module
+    other = _seeded(more, model, device)
+    state = {name: parameter.shape for name, parameter in other.state_dict().items()}
+    other.load_state_dict(
+        {name: repeat_heads(tensor, state[name], config, ranks) for name, tensor in module.state_dict().items()}
+    )
+    return other
+
+
 def _record(config: Any, ranks: int, device: torch.device, attention: str) -> Path:
     """Return the file that remembers a configuration, for what serves it now."""
     about = {
@@ -216,6 +250,19 @@ def _all_ranks(own: bool, ranks: int) -> bool:
     votes = torch.tensor(int(own))
     dist.all_reduce(votes, dist.ReduceOp.MIN)
     return bool(votes)
+
+
+def _alike(module: nn.Module, ranks: int) -> bool:
+    """Return whether all ranks hold shares of the same shapes of each layer; the head may be uneven."""
+    if ranks == 1:
+        return True
+    layers = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    shapes = repr([tuple(parameter.shape) for part in layers for parameter in part.parameters()])
+    number = int.from_bytes(hashlib.sha256(shapes.encode()).digest()[:7], "big")
+    least, most = torch.tensor(number), torch.tensor(number)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return bool(least == most)
 
 
 Expected = dict[tuple[int, int], torch.Tensor]

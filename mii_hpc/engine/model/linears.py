@@ -100,7 +100,8 @@ class Part(nn.Module):
 def sum_over_ranks(rows: torch.Tensor, shared: torch.Tensor | None, group: str) -> torch.Tensor:
     """Return the sum of the ranks' rows. An operator of our own, because torch.compile leaves it as it is."""
     if shared is not None and rows.numel() <= shared.numel():
-        output: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, rows, "sum", group)
+        room = shared[: rows.numel()].view(rows.shape)
+        output: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(room, rows, "sum", group)
         return output
     output = rows.clone()
     dist.all_reduce(output, group=_resolve_process_group(group))  # type: ignore[arg-type]

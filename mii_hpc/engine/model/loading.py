@@ -168,7 +168,7 @@ def _load_alone(
         # wrong.
         with suppress(ConfigError):
             return load_shard(model, config, dtype, 1, "whole", device, progress)
-    return shard(_load_whole(model, dtype), 1, dtype, "whole")
+    return shard(_load_whole(model, dtype), 1, dtype, "whole")[0]
 
 
 def _load_whole(model: ModelConfig, dtype: torch.dtype) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 WORDS = 64
 WINDOW, CHUNK, ROPE_BOUND = 24, 32, 48
 CONTEXT = 256
+INNER = 64
+"""Of the inner layers, on each rank: DeepSpeed shares out no less than so many columns."""
 
 
 def miniature(config: Any, ranks: int) -> Any:
@@ -25,7 +27,8 @@ def miniature(config: Any, ranks: int) -> Any:
     sizes = _sizes(text, ranks) | {"num_hidden_layers": few}
     for field, size in sizes.items():
         value = getattr(text, field, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > size:
+        is_inner = size == INNER * ranks
+        if isinstance(value, int) and not isinstance(value, bool) and (value > size or is_inner):
             setattr(text, field, size)
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
         value = getattr(text, field, None)
@@ -64,8 +67,8 @@ def _sizes(text: Any, ranks: int) -> dict[str, int]:
         "num_key_value_heads": few // shared,
         "hidden_size": head_size * few,
         "word_embed_proj_dim": head_size * few,
-        **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), 32 * ranks),
-        **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp"), 32 * ranks),
+        **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner"), INNER * ranks),
+        **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp"), INNER * ranks),
         **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), experts),
         **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), experts // 2),
         **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), WORDS),

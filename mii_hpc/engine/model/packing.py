@@ -6,9 +6,11 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 
+from mii_hpc.engine.model.plan import RowLinear
 from mii_hpc.engine.processor import packed_dtype
 from mii_hpc.heap import trim_heap
 
@@ -87,6 +89,8 @@ def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:
         return PackedLinear(weight.to(dtype), layer.bias)
     if kind is LinearAllreduce:
         return PackedLinear(weight.to(dtype), layer.bias, layer.mp_group)
+    if kind is RowLinear:
+        return PackedLinear(weight.to(dtype), layer.bias, dist.group.WORLD, layer.inputs)
     if kind is LmHeadLinearAllreduce:
         first = sum(layer._partition_sizes[: layer.tp_index])
         return PackedLinear(weight.to(dtype), layer.bias, layer.mp_group, slice(first, first + layer.weight.shape[1]))

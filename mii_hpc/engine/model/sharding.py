@@ -1,28 +1,31 @@
-"""One rank's shard of a module, cut by DeepSpeed."""
+"""One rank's shard of a module."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.distributed import quiet
+from mii_hpc.engine.model.plan import Cut, apply_plan
 from mii_hpc.engine.model.weights import Checkpoint, refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
 
-SHARDINGS = ("DeepSpeed",)
-"""Who decides how layers are cut, in this order."""
+SHARDINGS = ("DeepSpeed", "plan")
+"""How layers are cut, in this order of preference: by DeepSpeed, or by transformers' plan for the family."""
 
 
-def shard(module: nn.Module, ranks: int, dtype: torch.dtype, sharding: str) -> nn.Module:
-    """Let DeepSpeed replace the layers of a module by this rank's, with parameters in `dtype`.
+def shard(module: nn.Module, ranks: int, dtype: torch.dtype, sharding: str) -> tuple[nn.Module, dict[str, Cut]]:
+    """Replace the layers of a module by this rank's, with parameters in `dtype`; return it, and what the plan cuts.
 
     They are on the current device. Buffers stay as they are: their content is computed and not read, and rotary
     frequencies, for one, must stay float32 for positions to be told apart.
@@ -31,6 +34,10 @@ def shard(module: nn.Module, ranks: int, dtype: torch.dtype, sharding: str) -> n
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
+    cuts: dict[str, Cut] = {}
+    if sharding == "plan":
+        cuts = apply_plan(module, ranks, dist.get_rank())
+        ranks = 1
     # DeepSpeed refuses what the processor has no instructions for, and converts and makes anew the buffers as well.
     accepted = dtype if dtype in accelerator.supported_dtypes() else torch.float32
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
@@ -42,7 +49,27 @@ def shard(module: nn.Module, ranks: int, dtype: torch.dtype, sharding: str) -> n
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         sharded.get_submodule(owner)._buffers[leaf] = buffer.to(accelerator.current_device_name())
-    return sharded
+    return sharded, cuts
+
+
+def replicated(config: Any, ranks: int) -> Any:
+    """Return a configuration with as many KV heads as ranks, if it has fewer: each is held by several ranks."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None)
+    if not isinstance(heads, int) or heads >= ranks or ranks % heads:
+        return config
+    config = copy.deepcopy(config)
+    config.get_text_config().num_key_value_heads = ranks
+    return config
+
+
+def repeat_heads(tensor: torch.Tensor, wanted: torch.Size, config: Any, ranks: int) -> torch.Tensor:
+    """Return a projection to keys or values with the heads that replicated() has added; any other as it is."""
+    heads = getattr(config.get_text_config(), "num_key_value_heads", None)
+    if not isinstance(heads, int) or heads >= ranks or tensor.shape == wanted or tensor.shape[1:] != wanted[1:]:
+        return tensor
+    by_head = tensor.view(heads, -1, *tensor.shape[1:])
+    return by_head.repeat_interleave(ranks // heads, 0).flatten(0, 1)
 
 
 def load_shard(
@@ -61,12 +88,12 @@ def load_shard(
     checkpoint = Checkpoint(model)
     with _without_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+            replicated(config, ranks), dtype=dtype, trust_remote_code=model.trust_remote_code
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sources = checkpoint.names(module)
     refuse_left_over(model, module, sorted(sources.keys() - module.state_dict().keys()))
-    module = shard(module, ranks, dtype, sharding)
+    module, cuts = shard(module, ranks, dtype, sharding)
     refuse_missing(model, [name for name in shapes if name not in sources])
     kept: dict[str, nn.Parameter] = {}
     modules = [(name, part) for name, part in module.named_modules() if part._parameters]
@@ -79,11 +106,13 @@ def load_shard(
                 part._parameters[leaf] = kept[sources[full_name]]
             elif parameter is not None:
                 tensor = checkpoint.read(sources[full_name], device)
+                tensor = repeat_heads(tensor, shapes[full_name], config, ranks)
                 if tensor.shape != shapes[full_name]:
                     raise ConfigError(
                         f"the checkpoint {model.model_name_or_path} has {full_name} as "
                         f"{list(tensor.shape)}, the architecture wants {list(shapes[full_name])}"
                     )
+                tensor = cuts[full_name](tensor) if full_name in cuts else tensor
                 whole[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         _fill(part, whole, device, name)
         kept |= {sources[f"{name}.{leaf}"]: part._parameters[leaf] for leaf in whole}

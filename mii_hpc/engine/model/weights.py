@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ class Checkpoint:
 
     def __init__(self, model: ModelConfig) -> None:
         self._folder = _folder(model.model_name_or_path)
+        self._config: Any = None
+        self._conversions: dict[str, _Conversion] = {}
+        self._made_by: dict[str, _Conversion] = {}
+        # What a conversion has made besides what was asked for.
+        self._made: dict[str, torch.Tensor] = {}
         index = self._folder / "model.safetensors.index.json"
         if index.is_file():
             self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -36,18 +43,28 @@ class Checkpoint:
     def names(self, module: Any) -> dict[str, str]:
         """Return under which name the file has each parameter of a module, or the one that it is tied to.
 
-        The renaming is transformers' own. Parameters that it would have to compute from several stored ones
-        are left out.
+        The renaming is transformers' own. A parameter that is computed from stored ones, such as those of all experts
+        in one, has its own name.
         """
         transforms = get_model_conversion_mapping(module)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         wanted = module.state_dict()
         found: dict[str, str] = {}
-        for stored in self._files:
-            name, converted = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
-            if converted is None:
+        self._config = module.config
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        for stored in sorted(self._files, key=_by_number):
+            name, pattern = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
+            if pattern is None:
                 found[name] = stored
+                continue
+            converter = by_pattern[pattern]
+            conversion = self._conversions.setdefault(name, _Conversion(converter, name))
+            conversion.sources.append((stored, pattern))
+            for target in converter.target_patterns:
+                made = name.replace(converter.target_patterns[0], target)
+                found[made] = made
+                self._made_by[made] = conversion
         tied: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
         for name, partner in tied.items():
             if partner in found:
@@ -55,11 +72,36 @@ class Checkpoint:
         return found
 
     def read(self, stored: str, device: torch.device) -> torch.Tensor:
-        """Return the tensor that the file has under a name; on a GPU it comes there without a copy on the host."""
+        """Return the tensor that names() calls so; on a GPU it comes there without a copy on the host."""
+        if stored in self._made_by:
+            if stored not in self._made:
+                self._made |= self._convert(self._made_by[stored], device)
+            return self._made.pop(stored)
         # Opened anew each time, so that no page of the file stays mapped.
         with safe_open(self._folder / self._files[stored], framework="pt", device=str(device)) as file:
             tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
+
+    def _convert(self, conversion: _Conversion, device: torch.device) -> dict[str, torch.Tensor]:
+        converter = copy.deepcopy(conversion.converter)
+        for stored, pattern in conversion.sources:
+            converter.add_tensor(conversion.name, stored, pattern, self.read(stored, device))
+        made = converter.convert(conversion.name, config=self._config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+@dataclass
+class _Conversion:
+    """Parameters that transformers computes from stored tensors: (name, the pattern that it matches) of each."""
+
+    converter: WeightConverter
+    name: str
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names by the numbers in them, as experts are numbered."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _folder(name: str) -> Path:

@@ -90,6 +90,13 @@ class Sampler:
         """Return the number from [0, 1) that decides the next token."""
         return self._random.random()
 
+    def skip(self, count: int) -> None:
+        """Go on as if that many tokens had been drawn."""
+        self._generated += count
+        if not self.greedy:
+            for _ in range(count):
+                self.draw()
+
     def advance(self) -> None:
         """Count a token, whose choice has begun."""
         self._generated += 1

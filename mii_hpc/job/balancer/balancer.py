@@ -57,11 +57,7 @@ class Balancer:
         )
         self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
         self.relay = Relay(
-            config.deployment_name,
-            self.router,
-            self.ending,
-            on_broken=self.membership.lose,
-            is_guest=self.access.is_guest,
+            config, self.router, self.ending, on_broken=self.membership.lose, is_guest=self.access.is_guest
         )
         self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(
@@ -71,7 +67,7 @@ class Balancer:
             self.access,
             self.ending,
             self.lifetime,
-            self.relay.cancel_guests,
+            self.relay,
         )
         self.server = transport.create_server(self.access.admits)
         transport.add_inference(

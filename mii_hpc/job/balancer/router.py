@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from mii_hpc.errors import UnavailableError
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.rpc import wire
@@ -20,10 +22,12 @@ class Router:
         """For each of the latest calls with several prompts: the turn of its first one."""
         self.served: dict[int, int] = {}
         """How many requests each replica was given, by index."""
+        self._arrival = asyncio.Event()
 
     def add(self, replica: ReplicaConnection) -> None:
         """Let a replica take requests from now on."""
         self._live[replica.index] = replica
+        self._arrival.set()
 
     def remove(self, index: int) -> ReplicaConnection | None:
         """Let a replica take no more requests, and return it; None when it took none before."""
@@ -35,23 +39,39 @@ class Router:
         The prompts of a batch take consecutive turns, in whatever order they arrive. Raises UnavailableError when
         no replica is live.
         """
-        if not self._live:
-            raise UnavailableError("no replica of the deployment is able to serve at the moment")
-        order = sorted(self._live)
-        chosen = self._live[order[self._turn(position) % len(order)]]
-        self.served[chosen.index] = self.served.get(chosen.index, 0) + 1
-        return chosen
+        order = [replica.index for replica in self._choices()]
+        return self._give(self._live[order[self._turn(position) % len(order)]])
+
+    def idlest(self) -> ReplicaConnection:
+        """Return the replica with the fewest requests in flight, for one that had its turn before.
+
+        Raises UnavailableError when no replica is live.
+        """
+        return self._give(min(self._choices(), key=lambda replica: replica.in_flight))
 
     def any(self) -> ReplicaConnection:
         """Return a replica for what is no request, and takes no turn. Raises UnavailableError when none is live."""
-        if not self._live:
-            raise UnavailableError("no replica of the deployment is able to serve at the moment")
-        return next(iter(self._live.values()))
+        return self._choices()[0]
+
+    async def wait(self) -> None:
+        """Return when a replica is live; those that wait go on in the order in which they came."""
+        while not self._live:
+            self._arrival.clear()
+            await self._arrival.wait()
 
     @property
     def live(self) -> list[ReplicaConnection]:
         """The live replicas, by index."""
         return [self._live[index] for index in sorted(self._live)]
+
+    def _choices(self) -> list[ReplicaConnection]:
+        if not self._live:
+            raise UnavailableError("no replica of the deployment is able to serve at the moment")
+        return self.live
+
+    def _give(self, replica: ReplicaConnection) -> ReplicaConnection:
+        self.served[replica.index] = self.served.get(replica.index, 0) + 1
+        return replica
 
     def _turn(self, position: wire.BatchPosition | None) -> int:
         if position is not None and position.batch in self._batches:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.lifetime import Ending, Lifetime
 from mii_hpc.job.balancer.membership import Membership
+from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import wire
 from mii_hpc.rpc.wire import Context
@@ -30,12 +31,11 @@ class DeploymentService(pb_grpc.DeploymentServicer):
         access: Access,
         ending: Ending,
         lifetime: Lifetime,
-        cancel_guests: Callable[[], None],
+        relay: Relay,
     ) -> None:
-        self._cancel_guests = cancel_guests
         self._deployment_name = deployment_name
         self._membership, self._router, self._access = membership, router, access
-        self._ending, self._lifetime = ending, lifetime
+        self._ending, self._lifetime, self._relay = ending, lifetime, relay
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Return the state of the deployment and its replicas."""
@@ -59,6 +59,7 @@ class DeploymentService(pb_grpc.DeploymentServicer):
                     served=self._router.served.get(replica.index, 0),
                     detail=replica.detail,
                     load=loads.get(replica.index),
+                    migrations=self._relay.migrations[replica.index],
                 )
                 for replica in self._membership.replicas
             ],
@@ -74,7 +75,7 @@ class DeploymentService(pb_grpc.DeploymentServicer):
         async with wire.answering(context):
             await asyncio.to_thread(self._access.rotate)
             if request.cancel_guests:
-                self._cancel_guests()
+                self._relay.cancel_guests()
             log.info("the clients' tokens were replaced%s", ", and guests cancelled" if request.cancel_guests else "")
             return pb.RotateTokenResponse()
 

@@ -10,7 +10,8 @@ from mii_hpc.engine.attention.gather import GatherAttention  # noqa: E402
 from mii_hpc.engine.attention.visibility import Visibility, visibility  # noqa: E402
 from mii_hpc.engine.model import check  # noqa: E402
 from mii_hpc.errors import ConfigError  # noqa: E402
-from tests.models import tiny_config  # noqa: E402
+from tests.engine.collect import make  # noqa: E402
+from tests.models import tiny_config, tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
 CPU = torch.device("cpu")
@@ -86,10 +87,10 @@ def test_a_swapped_pair_of_layers(no_other_way, monkeypatch):
     shard = check.shard
 
     def swapped(module, *arguments):
-        module = shard(module, *arguments)
+        module, cuts = shard(module, *arguments)
         first, second = module.model.layers[0].mlp, module.model.layers[1].mlp
         first.up_proj, second.up_proj = second.up_proj, first.up_proj
-        return module
+        return module, cuts
 
     monkeypatch.setattr(check, "shard", swapped)
     with differs():
@@ -99,6 +100,19 @@ def test_a_swapped_pair_of_layers(no_other_way, monkeypatch):
 def test_where_one_way_is_wrong_another_is_taken(monkeypatch):
     monkeypatch.setattr(interface, "visibility", lambda function, context: Visibility(7))
     assert served().way == "cached"
+
+
+def test_where_no_small_model_can_be_made_the_loaded_one_is_tried(monkeypatch, tmp_path, models):
+    def impossible(config, ranks):
+        raise ValueError("this configuration cannot be made small")
+
+    monkeypatch.setattr(check, "miniature", impossible)
+    folder = str(tiny_model(tmp_path / "model", "mistral", sliding_window=24))
+    make(model_name_or_path=folder, dtype="float32").load(lambda sentence: None)
+    assert models[0].serving == check.Serving("whole", "paged", packed=False)
+    monkeypatch.setattr(interface, "visibility", lambda function, context: Visibility(7))
+    make(model_name_or_path=folder, dtype="bfloat16").load(lambda sentence: None)
+    assert models[1].serving.way == "cached"
 
 
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 40, 5000])

@@ -1,13 +1,24 @@
+import asyncio
+
 import grpc
 import grpc.aio
 import pytest
 
 from mii_hpc.deployments import credentials
-from mii_hpc.errors import InvalidRequestError, RequestError
+from mii_hpc.engine.echo import EchoEngine
+from mii_hpc.errors import (
+    DeploymentStoppingError,
+    InvalidRequestError,
+    ReplicaLostError,
+    RequestError,
+    RequestTimeoutError,
+    UnavailableError,
+)
+from mii_hpc.generation import joined
 from mii_hpc.job.balancer import relay
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, until
 
 
 async def test_bytes_pass_through_unread(deploy):
@@ -71,10 +82,10 @@ async def test_what_a_request_breaks_is_its_own(deploy, monkeypatch):
 async def test_messages_above_the_limit_are_their_sender_s(deploy, monkeypatch):
     deployment = await deploy(replica_num=1)
     client = deployment.client()
-    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 100)
-    with pytest.raises(InvalidRequestError, match=r"^prompt: the request has \d+ bytes; 100 are allowed$"):
-        await client.generate("x" * 101)
-    with pytest.raises(InvalidRequestError, match=r"^a piece of the answer has \d+ bytes; 100 are allowed$"):
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 120)
+    with pytest.raises(InvalidRequestError, match=r"^prompt: the request has \d+ bytes; 120 are allowed$"):
+        await client.generate("x" * 121)
+    with pytest.raises(InvalidRequestError, match=r"^a piece of the answer has \d+ bytes; 120 are allowed$"):
         await client.generate("y" * 60, return_full_text=True)
     assert deployment.ranks[0].epochs == [1]
 
@@ -86,6 +97,161 @@ async def test_long_words_travel(deploy, monkeypatch):
     deployment = await deploy(replica_num=1)
     monkeypatch.setattr(wire, "unpack_request", long)
     assert str(await Handler(deployment).error(b"")) == "é" * wire.MAX_WORDS + " ..."
+
+
+LONG = {"max_new_tokens": 60}
+WORDS = "to be or not that is the question"
+
+
+def assert_repeated(response, length=60):
+    """It is the echo engine's whole answer, with no token lost or doubled."""
+    words = [WORDS.split()[number % 8] for number in range(length)]
+    assert response.generated_text == "".join(f"{word} " for word in words)
+    assert (len(response.token_ids), response.generated_length, response.finish_reason) == (length, length, "length")
+
+
+@pytest.mark.parametrize("notice", ["connection", "report", "error"])
+async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice):
+    deployment = await deploy(echo_delay=0.01)
+    client = deployment.client()
+    streams = [client.stream(WORDS, logprobs=True, **LONG) for _ in range(4)]
+    pieces = [[await anext(stream)] for stream in streams]
+    several = {"num_return_sequences": 2, "max_new_tokens": 60}
+    calls = [asyncio.create_task(client.generate(WORDS, **options)) for options in (LONG, LONG, several, several)]
+    await until(lambda: [stats.running for stats in deployment.stats()] == [4, 4])
+    victim = deployment.ranks[1]
+    if notice == "connection":
+        await victim.engine.break_connections()
+    if notice == "error":
+        victim.engine.engine._step = None  # it fails in its own thread
+    else:
+        victim.engine.die()
+    for stream, so_far in zip(streams, pieces, strict=True):
+        so_far += [piece async for piece in stream]
+    answers = [joined(so_far)[0] for so_far in pieces]
+    assert [len(answer.logprobs) for answer in answers] == [60] * 4
+    answers += [answer for call in calls for answer in await call]
+    for answer in answers:
+        assert_repeated(answer)
+    assert [answer.migrations for answer in answers] == [0, 1, 0, 1, 0, 1, 0, 0, 1, 1]
+    assert {answer.replica for answer in answers} == {0}
+    status = await client.status()
+    assert [replica.migrations for replica in status.replicas] == [0, 4]
+    await until(deployment.is_idle)
+
+
+async def test_a_replica_that_comes_back_takes_what_waits(deploy):
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    client = deployment.client()
+    running = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(3)]
+    await until(lambda: deployment.stats()[0].running == 3)
+    deployment.ranks[0].engine.die()
+    await until(lambda: not deployment.balancer.router.live)
+    late = asyncio.create_task(client.generate(["a", "b"]))
+    for call in running:
+        (answer,) = await call
+        assert_repeated(answer)
+        assert (answer.migrations, answer.replica) == (1, 0)
+    assert [(str(answer), answer.migrations) for answer in await late] == [("a ", 0), ("b ", 0)]
+    assert deployment.ranks[0].epochs == [1, 2]
+
+
+async def without_a_replica(deploy, **shape):
+    """Return a deployment whose one replica is lost for good, and a call that it had in hand."""
+    deployment = await deploy(replica_num=1, echo_delay=0.01, **shape)
+    call = asyncio.create_task(deployment.client().generate(WORDS, **LONG))
+    await until(lambda: deployment.stats()[0].running)
+    deployment.ranks[0].comes_back = False
+    deployment.ranks[0].engine.die()
+    await until(lambda: not deployment.balancer.router.live)
+    return deployment, call
+
+
+async def test_a_request_is_held_for_a_while(deploy):
+    deployment, call = await without_a_replica(deploy, hold_seconds=0.5)
+    with pytest.raises(UnavailableError, match=r"^no replica of the deployment is able to serve at the moment$"):
+        await deployment.client().generate("x")
+    with pytest.raises(ReplicaLostError) as failure:
+        await call
+    assert str(failure.value) == (
+        "deployment 'chat' lost replica 0 on node0 with the request in flight, "
+        "and no other could take it within hold_seconds=0.5"
+    )
+    assert (failure.value.replica, failure.value.host) == (0, "node0")
+
+
+async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(deploy):
+    deployment, call = await without_a_replica(deploy)
+    client = deployment.client()
+    with pytest.raises(RequestTimeoutError):
+        await client.generate("x", timeout=0.2)
+    stream = asyncio.ensure_future(anext(client.stream("x")))
+    await asyncio.wait({stream}, timeout=0.1)
+    stream.cancel()
+    late = asyncio.create_task(client.generate("x"))
+    await asyncio.wait({late}, timeout=0.1)
+    await deployment.stop_balancer()
+    for held in (call, late):
+        with pytest.raises(DeploymentStoppingError, match=r"^deployment 'chat' has ended \(the test is over\)$"):
+            await held
+
+
+async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, monkeypatch):
+    deployment = await deploy(replica_num=3, echo_delay=0.01)
+    submit = EchoEngine.submit
+
+    def dies(engine, request, deliver):
+        if request.prompt == "poison":
+            next(rank for rank in deployment.ranks if rank.engine.engine is engine).engine.die()
+        submit(engine, request, deliver)
+
+    client = deployment.client()
+    others = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(12)]
+    await until(lambda: [stats.running for stats in deployment.stats()] == [4, 4, 4])
+    monkeypatch.setattr(EchoEngine, "submit", dies)
+    calls = [asyncio.create_task(client.generate(p, **LONG)) for p in (WORDS, "poison", *[WORDS] * 10)]
+    with pytest.raises(ReplicaLostError, match="the second in a row before it gave a token: the request may be the re"):
+        await calls.pop(1)
+    for call in (*others, *calls):
+        assert_repeated((await call)[0])
+    await until(lambda: deployment.balancer.membership.are_ready)
+    assert sum(len(rank.epochs) - 1 for rank in deployment.ranks) == 2
+
+
+async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(deploy, monkeypatch):
+    """A request without a seed gets one; all it is asked for stays as it is."""
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    seen = []
+    submit = EchoEngine.submit
+
+    def noted(engine, request, deliver):
+        if request.prompt == WORDS:
+            seen.append(request)
+        submit(engine, request, deliver)
+
+    monkeypatch.setattr(EchoEngine, "submit", noted)
+    call = asyncio.create_task(deployment.client().generate(WORDS, temperature=0.5, stop="x", **LONG))
+    await until(lambda: deployment.stats()[0].running)
+    deployment.ranks[0].engine.die()
+    await call
+    first, second = seen
+    assert first.params.seed is not None
+    assert (first.prompt, first.params) == (second.prompt, second.params)
+    assert (first.resume, second.resume != ()) == ((), True)
+
+
+async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
+    """Nobody can tell whether it was this that killed it, but it is not the second time."""
+    monkeypatch.setattr(relay, "TRIAL_SECONDS", 0.05)
+    deployment = await deploy(echo_delay=0.01, max_batch_size=1)
+    client = deployment.client()
+    calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=20)) for _ in range(8)]
+    await until(lambda: [(stats.running, stats.waiting) for stats in deployment.stats()] == [(1, 3)] * 2)
+    deployment.ranks[1].engine.die()
+    answers = [(await call)[0] for call in calls]
+    for answer in answers:
+        assert_repeated(answer, 20)
+    assert sorted(answer.migrations for answer in answers) == [0] * 4 + [1] * 4
 
 
 async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):

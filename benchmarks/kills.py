@@ -1,0 +1,213 @@
+"""What 32 callers see while processes are killed again and again, on the four-node Slurm cluster of the tests.
+
+`python benchmarks/kills.py [--kill engine_process] [--seconds 600] [--every 20]`, as root. Two replicas of two ranks
+serve a tiny model in float32. The callers ask for streams and whole answers, greedy and with a seed, with stop strings
+and with several answers; each must be, token for token, that of a run which nothing disturbed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+from rich.console import Console
+
+import mii_hpc as mii
+from mii_hpc.clients.asynchronous import AsyncMIIClient
+from mii_hpc.generation import Response, joined
+from tests.cluster.cluster import Cluster
+from tests.models import tiny_model
+
+console = Console()
+CALLERS = 32
+NAME = "kills"
+PROMPTS = ["Hello there, how are", "def f(x):\n    return 🙂", "The quick brown fox jumps over", "Für €5 🚀"]
+LENGTH = {"max_new_tokens": 200, "ignore_eos": True}
+WAYS: list[dict[str, Any]] = [
+    {"do_sample": False},
+    {"seed": 3},
+    {"seed": 4, "num_return_sequences": 2},
+    {"seed": 5, "repetition_penalty": 1.2, "logprobs": True},
+]
+
+Tokens = list[tuple[str, tuple[int, ...], str]]
+
+
+@dataclass
+class Request:
+    """One way to ask, and what comes of it undisturbed."""
+
+    prompt: str
+    options: dict[str, Any]
+    expected: Tokens = field(default_factory=list)
+
+
+@dataclass
+class Seen:
+    """What the callers have seen. Times are seconds since the start."""
+
+    began: float = field(default_factory=time.monotonic)
+    answers: int = 0
+    moved: int = 0
+    errors: list[str] = field(default_factory=list)
+    wrong: list[tuple[Tokens, Tokens]] = field(default_factory=list)
+    pause: float = 0.0
+    slowest: float = 0.0
+    tokens: list[tuple[float, int]] = field(default_factory=list)
+    kills: list[float] = field(default_factory=list)
+
+    def now(self) -> float:
+        return time.monotonic() - self.began
+
+
+def tokens_of(answers: list[Response]) -> Tokens:
+    return [(str(answer), answer.token_ids, str(answer.finish_reason)) for answer in answers]
+
+
+async def expect(client: AsyncMIIClient) -> list[Request]:
+    """Return the requests with their answers; a stop string is from the middle of what would come without it."""
+    requests = [Request(prompt, {**LENGTH, **way}) for prompt in PROMPTS for way in WAYS]
+    for request in requests[::3]:
+        (text, *_), *_ = tokens_of(await client.generate(request.prompt, **request.options))
+        request.options["stop"] = (text[len(text) * 3 // 4 :][:3], text[:2] + "never")
+    for request in requests:
+        request.expected = tokens_of(await client.generate(request.prompt, **request.options))
+    return requests
+
+
+async def call(client: AsyncMIIClient, requests: list[Request], seen: Seen, seconds: float, number: int) -> None:
+    draw = random.Random(number)
+    while seen.now() < seconds:
+        request = draw.choice(requests)
+        began = last = time.monotonic()
+        pieces = []
+        try:
+            if number % 2:
+                async for piece in client.stream(request.prompt, timeout=300, **request.options):
+                    now = time.monotonic()
+                    seen.pause, last = max(seen.pause, now - last), now
+                    seen.tokens.append((seen.now(), len(piece.token_ids)))
+                    pieces.append(piece)
+                answers = joined(pieces)
+            else:
+                answers = await client.generate(request.prompt, timeout=300, **request.options)
+                seen.tokens.append((seen.now(), sum(len(answer.token_ids) for answer in answers)))
+        except mii.MIIError as error:
+            seen.errors.append(f"{seen.now():.0f} s: {type(error).__name__}: {error}")
+            continue
+        seen.answers += 1
+        seen.moved += answers[-1].migrations > 0
+        seen.slowest = max(seen.slowest, time.monotonic() - began)
+        if tokens_of(answers) != request.expected:
+            seen.wrong.append((tokens_of(answers), request.expected))
+
+
+async def kill_some(cluster: Cluster, module: str, seen: Seen, seconds: float, every: float) -> None:
+    draw = random.Random(0)
+    await asyncio.sleep(5)
+    while seen.now() < seconds - every / 2:
+        victims = processes(cluster, module)
+        if victims:
+            seen.kills.append(seen.now())
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(draw.choice(victims), signal.SIGKILL)
+        await asyncio.sleep(every)
+
+
+def processes(cluster: Cluster, module: str) -> list[int]:
+    found = []
+    for node in cluster.nodes:
+        for pid in cluster.job_processes(node):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                # A job's own ranks run in submitit's process, those that have replaced one in their own.
+                wanted = {f"mii_hpc.job.{module}", *(["submitit.core._submit"] if module == "rank" else [])}
+                if wanted & set(words) and "srun" not in words[0]:
+                    found.append(pid)
+    return sorted(found)
+
+
+async def disturb(cluster: Cluster, home: Path, module: str, seconds: float, every: float) -> Seen:
+    config = mii.client(NAME, mii_config={"home": home}).mii_config
+    async with AsyncMIIClient(config) as client:
+        requests = await expect(client)
+        seen = Seen()
+        calls = [call(client, requests, seen, seconds, number) for number in range(CALLERS)]
+        await asyncio.gather(*calls, kill_some(cluster, module, seen, seconds, every))
+    return seen
+
+
+def report(seen: Seen, module: str) -> None:
+    generated = sum(count for _, count in seen.tokens)
+    console.print(
+        f"{len(seen.kills)} times SIGKILL to {module} in {seen.now():.0f} s: {seen.answers} answers, "
+        f"{generated} tokens, {seen.moved} answers moved; {len(seen.errors)} failed, {len(seen.wrong)} differ from the "
+        f"undisturbed; longest pause of a stream {seen.pause:.1f} s, slowest answer {seen.slowest:.1f} s",
+        highlight=False,
+    )
+    for error in seen.errors:
+        console.print(error, highlight=False)
+    for got, expected in seen.wrong:
+        for (_, ids, why), (_, others, other_why) in zip(got, expected, strict=True):
+            same = next((n for n, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), None)
+            console.print(f"{len(ids)} tokens ({why}) for {len(others)} ({other_why}); first different: {same}")
+
+
+def draw_picture(seen: Seen, path: Path) -> None:
+    """Draw tokens/s over time, with the kills."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    counts = [0] * (int(seen.now()) + 1)
+    for at, count in seen.tokens:
+        counts[int(at)] += count
+    figure, axes = pyplot.subplots(figsize=(9, 3))
+    axes.plot(counts)
+    for at in seen.kills:
+        axes.axvline(at, color="tab:red", linewidth=0.8)
+    axes.set_xlabel("seconds; a red line is a kill")
+    axes.set_ylabel("tokens/s that callers have got")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+    console.print(f"{path}", highlight=False)
+
+
+def main(
+    kill: Annotated[str, typer.Option(help="engine_process, balancer or rank")] = "engine_process",
+    seconds: float = 600,
+    every: Annotated[float, typer.Option(help="seconds between two kills")] = 20,
+    plot: Path = Path("build/kills.png"),
+) -> None:
+    """Serve, kill, and print what the callers have seen."""
+    folder = Path(tempfile.mkdtemp(prefix="mii-kills-"))
+    folder.chmod(0o755)
+    with Cluster(folder / "cluster") as cluster:
+        os.environ.update(cluster.env)
+        model, home = tiny_model(folder / "model"), folder / "home"
+        client = mii.serve(
+            str(model), deployment_name=NAME, home=home, cluster="slurm", tensor_parallel=2, replica_num=2,
+            dtype="float32", startup_timeout=400, slurm={"tasks_per_node": 1},
+        )  # fmt: skip
+        seen = asyncio.run(disturb(cluster, home, kill, seconds, every))
+        client.terminate_server()
+    report(seen, kill)
+    with contextlib.suppress(ImportError):
+        draw_picture(seen, plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""Metrics as Prometheus reads them agree with what was sent."""
+
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def values(text):
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+
+
+def test_prometheus_reads_what_was_sent(start):
+    face = start(replica_num=2)
+    with face.openai() as api, face.http() as http:
+
+        def read():
+            answer = http.get("/metrics")
+            assert answer.headers["content-type"].startswith("text/plain")
+            return values(answer.text)
+
+        before = read()
+        for number in range(4):
+            api.completions.create(model="chat", prompt="a b c", max_tokens=2 + number)
+        list(api.completions.create(model="chat", prompt="a", max_tokens=20, stream=True))
+        api.completions.create(model="chat", prompt="a b", stop="b")
+        after = read()
+
+    def grown(name, **labels):
+        keys = [key for key in after if key[0] == name and set(labels.items()) <= set(key[1:])]
+        assert keys, name
+        return sum(after[key] - before.get(key, 0) for key in keys)
+
+    assert grown("vllm:prompt_tokens_total") == 4 * 3 + 1 + 2
+    assert grown("vllm:generation_tokens_total") == 2 + 3 + 4 + 5 + 20 + 2
+    assert grown("vllm:request_success_total", finished_reason="length") == 5
+    assert grown("vllm:request_success_total", finished_reason="stop") == 1
+    assert grown("vllm:e2e_request_latency_seconds_count") == 6
+    assert grown("mii:requests_routed_total", engine="0") == grown("mii:requests_routed_total", engine="1") == 3
+    assert grown("vllm:num_requests_running") == grown("vllm:num_requests_waiting") == 0
+    assert {after["mii:replica_ready", ("engine", str(engine)), ("model_name", "chat")] for engine in (0, 1)} == {1}
+    assert after["mii:replica_epoch", ("engine", "0"), ("model_name", "chat")] == 1
+
+
+def test_a_stream_tells_of_its_tokens_latencies(start):
+    face = start(echo_delay=0.01)
+    with face.openai() as api, face.http() as http:
+        list(api.completions.create(model="chat", prompt="a", max_tokens=6, stream=True))
+        told = values(http.get("/metrics").text)
+    labels = (("engine", "0"), ("model_name", "chat"))
+    assert told["vllm:time_to_first_token_seconds_count", *labels] == 1
+    assert told["vllm:inter_token_latency_seconds_count", *labels] == 5
+    assert told["vllm:inter_token_latency_seconds_sum", *labels] > 0.03
+    buckets = [value for key, value in told.items() if key[0] == "vllm:e2e_request_latency_seconds_bucket"]
+    assert sorted(buckets) == buckets
+    assert buckets[-1] == told["vllm:e2e_request_latency_seconds_count", *labels]
+
+
+def test_the_dashboard_asks_for_metrics_that_are_there(start):
+    dashboard = (Path(__file__).parents[2] / "configs" / "grafana.json").read_text()
+    asked = set(re.findall(r"(?:vllm|mii):\w+", dashboard)) - {"mii:seconds_to_walltime"}  # of a job with a walltime
+    face = start()
+    with face.openai() as api, face.http() as http:
+        list(api.completions.create(model="chat", prompt="a", max_tokens=3, stream=True))
+        told = {key[0] for key in values(http.get("/metrics").text)}
+    assert asked <= told
