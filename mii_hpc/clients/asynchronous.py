@@ -59,6 +59,8 @@ TERMINATE_SECONDS = 60.0
 """How long terminate_server() waits for the job's end."""
 SCHEDULER_SECONDS = 3.0
 """How often terminate_server() asks the scheduler; many users share it."""
+CALL_ATTEMPTS = 5
+"""How often anything but a request is asked when gRPC itself cancels it."""
 IN_FLIGHT = 256
 """Requests of one generate() call that run at once."""
 
@@ -315,7 +317,7 @@ class AsyncMIIClient:
         deadline: _Deadline,
         position: wire.BatchPosition | None,
     ) -> AsyncGenerator[Response]:
-        """Send a request and yield what comes of it. Raises _BalancerLostError when the connection breaks."""
+        """Send a request and yield what comes of it. Raises _BalancerLostError when connection or call breaks."""
         placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
 
         async def begin() -> tuple[transport.Connection, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
@@ -339,7 +341,7 @@ class AsyncMIIClient:
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._located(deadline.passed(), replica) from None
             error = self._failed(failure, connection, replica)
-            if wire.is_lost(failure):
+            if wire.is_lost(failure) or wire.is_interrupted(failure):
                 raise _BalancerLostError(error) from None
             raise error from None
         except asyncio.CancelledError:
@@ -372,6 +374,7 @@ class AsyncMIIClient:
         self,
         method: Callable[[transport.Connection], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
         request: Request,
+        attempts: int = CALL_ATTEMPTS,
     ) -> Answer:
         connection = await self._connected()
         try:
@@ -379,6 +382,9 @@ class AsyncMIIClient:
         except grpc.aio.AioRpcError as failure:
             if self._has_new_token(failure.code()):
                 return await self._call(method, request)
+            if wire.is_interrupted(failure) and attempts > 1:
+                await asyncio.sleep(FOLLOW_SECONDS)
+                return await self._call(method, request, attempts - 1)
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._unavailable(f"does not answer within {ANSWER_SECONDS:.0f} s") from None
             raise self._failed(failure, connection) from None

@@ -22,7 +22,7 @@ from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.job import liveness
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank, tell
+from mii_hpc.job.process import end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
@@ -123,6 +123,7 @@ def main(run_path: str, spec: str, listen_host: str) -> None:
     Its exit status is 0 when it was told to end, 1 when it failed.
     """
     end_with_rank()
+    raise_file_limit()
     log_to_stderr()
     # A waiting thread spins for about a millisecond, then sleeps; OpenMP reads this when torch is first imported.
     # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -142,6 +143,15 @@ def end_with_rank() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or parent == 1:  # it ended before prctl() took effect
         os._exit(1)
+
+
+def raise_file_limit() -> None:
+    """Let this process, and those that it starts, open as many files as they may.
+
+    So that idle connections without a token, each closed after a moment, keep nobody from connecting.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def tell(**note: Any) -> None:

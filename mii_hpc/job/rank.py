@@ -26,6 +26,7 @@ from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.job import rendezvous
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
+from mii_hpc.job.process import raise_file_limit
 from mii_hpc.job.signals import DRAIN
 from mii_hpc.job.supervisor import AbandonedError, supervise
 from mii_hpc.placement import role_of
@@ -113,6 +114,7 @@ def main(run_path: str, lost: str = "") -> None:
     os.umask(0o077)
     # A core dump would hold the deployment's secrets.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    raise_file_limit()
     # Inherited dispositions do not count: submitit ignores SIGTERM and SIGCONT, and a shell has background processes
     # ignore SIGINT. Until the supervisor handles them, a signal simply ends the rank.
     inherited = {*DRAIN, signal.SIGCONT, signal.SIGCHLD}

@@ -286,6 +286,11 @@ def is_lost(failure: grpc.aio.AioRpcError) -> bool:
     return _named(failure) is None and _OF_GRPC.get(failure.code()) is errors.UnavailableError
 
 
+def is_interrupted(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether gRPC has cancelled a call of its own accord, as it does with good ones when others flood its server."""
+    return _named(failure) is None and failure.code() is grpc.StatusCode.CANCELLED
+
+
 def _pack_top(places: Iterable[TopLogprobs]) -> list[pb.TopLogprobs]:
     return [pb.TopLogprobs(token_ids=[t for t, _ in top], logprobs=[value for _, value in top]) for top in places]
 

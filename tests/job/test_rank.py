@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -91,7 +92,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(home):
-    served = Served("shared", home)
+    served = Served("shared", home, started_by=["prlimit", "--nofile=512:4096"])
     yield served
     served.kill()
 
@@ -117,6 +118,13 @@ def test_it_goes_on_after_the_script_has_exited(served):
         assert [response.replica for response in client(["a", "b"])] == [0, 1]
     assert len(served.processes("rank")) == len(served.processes("engine_process")) == 4
     assert len(served.processes("balancer")) == 1
+
+
+def test_every_process_may_open_as_many_files_as_the_user(served):
+    for module in ("rank", "balancer", "engine_process"):
+        for pid in served.processes(module):
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            assert re.search(r"Max open files +4096 +4096", limits), module
 
 
 def test_modules_in_the_working_directory_are_not_imported(served):

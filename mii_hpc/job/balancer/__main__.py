@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import socket
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from mii_hpc.job import liveness
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank, tell
+from mii_hpc.job.process import end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 
 log = logging.getLogger(__name__)
@@ -80,9 +79,7 @@ def main(run_path: str, address: str, spans_hosts: str) -> None:
     """Run the balancer process."""
     end_with_rank()
     log_to_stderr()
-    # So that idle connections without a token, each closed after a moment, keep no client from connecting.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_file_limit()
     sys.exit(asyncio.run(serve(RunDir(Path(run_path)), address, spans_hosts == "1")))
 
 

@@ -32,6 +32,7 @@ class ReplicaConnection:
         self._engine = pb_grpc.EngineStub(channel)  # now: gRPC crashes on one that is made of a closed channel
         self._authorization = transport.authorization(keys)
         self._in_flight: set[grpc.aio.UnaryStreamCall[bytes, bytes]] = set()
+        self._holding: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
 
     @classmethod
     async def open(cls, replica: Replica, address: str, keys: ClientCredentials) -> Self:
@@ -50,12 +51,18 @@ class ReplicaConnection:
             )
             async for _ in call:
                 pass
+            connection._hold()
         except BaseException as failure:
             await connection.close()
             if isinstance(failure, grpc.aio.AioRpcError):
                 raise wire.error_of(failure) from failure
             raise
         return connection
+
+    def _hold(self) -> None:
+        """Begin a call that asks for nothing: a server closes an idle connection, and may have no room for another."""
+        call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(wire.Method.LOAD)
+        self._holding = call(metadata=self._authorization)
 
     @property
     def in_flight(self) -> int:

@@ -114,10 +114,10 @@ class Relay:
                                 yield passed
                     return
                 except grpc.aio.AioRpcError as failure:
-                    if not wire.is_lost(failure):
+                    if wire.is_lost(failure):  # before the rank's supervisor could report the end of its engine
+                        self._on_broken(replica.index, replica.epoch, "its connection broke")
+                    elif not wire.is_interrupted(failure):
                         raise self._error_of(failure, replica) from None
-                    # Before the rank's supervisor could report the end of its engine.
-                    self._on_broken(replica.index, replica.epoch, "its connection broke")
                 except grpc.aio.UsageError:  # lost, and its connection closed, since it was chosen
                     request.is_proven = True
                 except asyncio.CancelledError:

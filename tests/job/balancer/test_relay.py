@@ -264,3 +264,33 @@ async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
     assert str(wire.error_of(failure.value)) == "the call has had no request within 0 s"
+
+
+async def test_an_idle_connection_is_closed_but_for_the_balancer_s_own(deploy, monkeypatch):
+    monkeypatch.setattr(transport, "IDLE_SECONDS", 0.2)
+    deployment = await deploy(replica_num=1)
+    client = deployment.client()
+    await client.generate("x")
+    await until(lambda: not client._connection.is_ready)
+    (replica,) = deployment.balancer.router.live
+    assert replica._channel.get_state() is grpc.ChannelConnectivity.READY
+    assert (await replica.load()).running == 0
+
+
+async def test_what_grpc_cancels_of_its_own_accord_is_asked_again(deploy, monkeypatch):
+    """As its server does with good calls when strangers flood it with resets."""
+    deployment = await deploy(replica_num=1)
+    client = deployment.client()
+    real, cancelled = deployment.balancer.relay._relayed, []
+
+    async def relayed(requests, context):
+        if len(cancelled) < 2:
+            cancelled.append(requests)
+            await context.abort(grpc.StatusCode.CANCELLED, "")
+        async for chunk in real(requests, context):
+            yield chunk
+
+    monkeypatch.setattr(deployment.balancer.relay, "_relayed", relayed)
+    assert str((await client.generate("x"))[0]) == "x "
+    assert len(cancelled) == 2
+    assert deployment.ranks[0].epochs == [1]
