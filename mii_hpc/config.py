@@ -35,6 +35,8 @@ from mii_hpc.printable import one_line, printable, shown
 from mii_hpc.reading import read_bounded
 
 NAME_LENGTH = 100
+STOP_CHARACTERS = 2**16
+"""All stop strings of all answers to a request have no more than these."""
 YAML_BYTES = 2**16
 """No YAML file is longer: PyYAML reads some 100 KiB a second."""
 YAML_NODES = 10_000
@@ -187,7 +189,8 @@ class GenerateParamsConfig(_Model):
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """The same seed gives the same text, whatever else is in the batch."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field((), max_length=64)
-    """The answer ends before the first of these strings. At most 64 strings of 1 to 1024 characters."""
+    """The answer ends before the first of these strings. At most 64 strings of 1 to 1024 characters, and no more than
+    65536 characters of them for all `num_return_sequences` answers together."""
     ignore_eos: bool = False
     """Do not end at the end-of-sequence token."""
     return_full_text: bool = False
@@ -239,6 +242,11 @@ class GenerateParamsConfig(_Model):
         bound = self.max_new_tokens
         if bound is not None and self.min_new_tokens > bound:
             raise ValueError(f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={bound}")
+        if (characters := sum(map(len, self.stop)) * self.num_return_sequences) > STOP_CHARACTERS:
+            raise ValueError(
+                f"stop: its strings have {characters} characters for num_return_sequences={self.num_return_sequences} "
+                f"answers, and {STOP_CHARACTERS} are allowed"
+            )
         if self.num_return_sequences > 1 and self.greedy:
             raise ValueError(
                 "num_return_sequences above 1 needs do_sample=True and a temperature: greedy answers are all alike"

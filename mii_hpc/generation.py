@@ -43,6 +43,13 @@ Prompt = str | tuple[int, ...] | Chat
 """A text, the token ids of one, or a conversation."""
 
 
+def size_of(prompt: Prompt) -> int:
+    """Return about how much a prompt holds: its characters, or 8 bytes for each token id."""
+    if isinstance(prompt, Chat):
+        return sum(len(str(value)) for message in prompt.messages for value in message.values())
+    return len(prompt) if isinstance(prompt, str) else 8 * len(prompt)
+
+
 @dataclass(frozen=True)
 class ResumedAnswer:
     """What had come of an answer when its request was interrupted.

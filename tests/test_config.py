@@ -342,6 +342,7 @@ def test_configurations_are_frozen():
         ({"stop": ["a"] * 65}, "at most 64"),
         ({"stop": "a" * 1025}, "one here has 1025"),
         ({"stop": [1]}, "stop.0=1: "),
+        ({"stop": ["a" * 1024] * 2, "num_return_sequences": 33}, "its strings have 67584 characters for"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens=5 exceeds max_new_tokens=4"),
         ({"num_return_sequences": 2, "do_sample": False}, "needs do_sample=True"),
         ({"num_return_sequences": 2, "temperature": 0}, "needs do_sample=True and a temperature"),

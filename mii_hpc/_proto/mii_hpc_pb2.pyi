@@ -263,8 +263,10 @@ class TerminateResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class RotateTokenRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("cancel_guests",)
+    CANCEL_GUESTS_FIELD_NUMBER: _ClassVar[int]
+    cancel_guests: bool
+    def __init__(self, cancel_guests: _Optional[bool] = ...) -> None: ...
 
 class RotateTokenResponse(_message.Message):
     __slots__ = ()

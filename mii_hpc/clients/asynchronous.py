@@ -216,13 +216,15 @@ class AsyncMIIClient:
             await asyncio.sleep(0.2)
         await self.close()
 
-    async def rotate_token(self) -> None:
+    async def rotate_token(self, *, cancel_guests: bool = False) -> None:
         """Make the deployment's old tokens open nothing from now on, without touching requests that run.
 
         The owner's other clients, and those of the group it is shared with, read the new ones from their files.
+        `cancel_guests` ends the requests that guests have in hand, with RequestCancelledError.
         """
+        message = pb.RotateTokenRequest(cancel_guests=cancel_guests)
         try:
-            await self._call(lambda way: way.deployment.RotateToken, pb.RotateTokenRequest())
+            await self._call(lambda way: way.deployment.RotateToken, message)
         finally:
             self._metadata = None
 

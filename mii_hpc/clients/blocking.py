@@ -99,9 +99,9 @@ class MIIClient:
         if worker is not None and worker.pid == os.getpid():
             worker.stop()
 
-    def rotate_token(self) -> None:
+    def rotate_token(self, *, cancel_guests: bool = False) -> None:
         """Make the deployment's old tokens open nothing from now on. See AsyncMIIClient.rotate_token()."""
-        self._run(lambda client: client.rotate_token())
+        self._run(lambda client: client.rotate_token(cancel_guests=cancel_guests))
 
     def __enter__(self) -> Self:
         return self

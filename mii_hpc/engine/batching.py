@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,9 +33,14 @@ from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
-from mii_hpc.generation import Deliver, GenerationRequest, Load, ResumedAnswer
+from mii_hpc.generation import Deliver, GenerationRequest, Load, ResumedAnswer, size_of
 
 _log = logging.getLogger(__name__)
+
+LONG_BYTES = 2**16
+"""A longer prompt is tokenised beside the others."""
+WAITING_BYTES = 2**28
+"""No more than this, or one request, waits."""
 
 
 class BatchingEngine:
@@ -53,7 +59,10 @@ class BatchingEngine:
         self._generated = 0
         self._steps = 0
         self._closed = False
+        self._unstarted_bytes = 0
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        # A long prompt takes seconds, during which the others' need not wait.
+        self._tokenising_long = ThreadPoolExecutor(1, thread_name_prefix="tokenise-long")
 
     def load(self, progress: Callable[[str], None]) -> None:
         """Load this rank's shard and make the cache. Raises ConfigError for a model that cannot be served."""
@@ -86,6 +95,8 @@ class BatchingEngine:
             # One that goes on was admitted before.
             if self._unstarted >= self._queue_bound and not request.resume:
                 raise QueueFullError(f"{self._unstarted} requests are waiting; try again later")
+            if self._unstarted_bytes + entry.size > WAITING_BYTES and self._unstarted:
+                raise QueueFullError(f"{self._unstarted_bytes} bytes of requests are waiting; try again later")
             if self._closed:
                 return
             if request.id in self._requests:
@@ -93,8 +104,12 @@ class BatchingEngine:
                 self._tokenising.submit(deliver, error)
                 return
             self._unstarted += 1
+            self._unstarted_bytes += entry.size
             self._requests[request.id] = entry
-            self._tokenising.submit(self._tokenise, entry)
+            if entry.size > LONG_BYTES:
+                self._tokenising_long.submit(self._tokenise_long, entry)
+            else:
+                self._tokenising.submit(self._tokenise, entry, self._tokenizer)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its KV cache within a step. Its `deliver` is not called again."""
@@ -139,7 +154,8 @@ class BatchingEngine:
             for entry in list(self._requests.values()):
                 self._remove(entry)
             self._changed.notify_all()
-        self._tokenising.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._tokenising, self._tokenising_long):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _lead(self, runner: ModelRunner) -> None:
         sampling = create_sampling(runner.drawn, self._tokenizer.vocabulary, self._tokenizer.eos_token_ids)
@@ -195,6 +211,7 @@ class BatchingEngine:
             if not sequence.request.started:
                 sequence.request.started = True
                 self._unstarted -= 1
+                self._unstarted_bytes -= sequence.request.size
         return step, sequences
 
     def _accept(self, sequence: _Sequence, choice: Choice) -> None:
@@ -223,9 +240,16 @@ class BatchingEngine:
         if piece:
             entry.deliver(piece)
 
-    def _tokenise(self, entry: _Request) -> None:
+    @cached_property
+    def _tokenizer_of_long(self) -> Tokenizer:
+        return self._tokenizer.copy()
+
+    def _tokenise_long(self, entry: _Request) -> None:
+        self._tokenise(entry, self._tokenizer_of_long)
+
+    def _tokenise(self, entry: _Request, tokenizer: Tokenizer) -> None:
         try:
-            sequences = self._sequences(entry)
+            sequences = self._sequences(entry, tokenizer)
         except InvalidRequestError as error:
             self._refuse(entry, error)
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
@@ -238,10 +262,11 @@ class BatchingEngine:
                     self._arrived.extend(sequences)
                     self._changed.notify_all()
 
-    def _sequences(self, entry: _Request) -> list[_Sequence]:
+    def _sequences(self, entry: _Request, encoding: Tokenizer) -> list[_Sequence]:
         """Return a request's answers to be, those that have ended left out. Raises InvalidRequestError if it is bad."""
         request, params, tokenizer = entry.request, entry.request.params, self._tokenizer
-        token_ids = tokenizer.encode(request.prompt, plain=not params.add_special_tokens)
+        room = min(params.max_length or self._context, self._context)
+        token_ids = encoding.encode(request.prompt, not params.add_special_tokens, room)
         ends = tokenizer.ends(params)
         limit = answer_limit(params, len(token_ids), self._context)
         sequences = []
@@ -279,6 +304,7 @@ class BatchingEngine:
     def _remove(self, entry: _Request) -> None:
         del self._requests[entry.request.id]
         self._unstarted -= not entry.started
+        self._unstarted_bytes -= 0 if entry.started else entry.size
         self._cancelled.append(entry)
         self._changed.notify_all()
 
@@ -295,6 +321,11 @@ class _Request:
     sequences: Sequence[_Sequence] = ()
     unfinished: int = 0
     started: bool = False
+    size: int = field(init=False)
+    """Of its prompt: characters, or bytes of token ids."""
+
+    def __post_init__(self) -> None:
+        self.size = size_of(self.request.prompt)
 
 
 @dataclass(eq=False)

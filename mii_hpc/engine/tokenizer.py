@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
@@ -31,17 +32,23 @@ class TokenizerCodec:
         self._model = model
         tokens: dict[str, int] = pretrained.get_vocab()
         names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        self._longest = max((len(token.encode()) for token in tokens), default=1)
         self._bytes = {tokens[name]: byte for name, byte in names.items() if name in tokens}
 
-    def encode(self, prompt: Prompt, plain: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, plain: bool = False, room: int | None = None) -> list[int]:
         """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none.
 
-        `plain` leaves out the special tokens that a prompt begins or ends with. A chat template writes its own.
+        `plain` leaves out the special tokens that a prompt begins or ends with. A chat template writes its own. Where
+        there is `room` for so many tokens, a prompt that is too long for as many of the longest is refused at once.
         """
         if isinstance(prompt, tuple):
             return list(prompt)
         if isinstance(prompt, Chat):
             prompt, plain = self._rendered(prompt), True
+        if room is not None and (size := len(prompt.encode())) > room * self._longest:
+            raise InvalidRequestError(
+                f"the prompt has {size} bytes, and {room} tokens, of at most {self._longest} bytes each, are allowed"
+            )
         token_ids: list[int] = self.pretrained(prompt, add_special_tokens=not plain)["input_ids"]
         begins = self.pretrained.bos_token
         # A prompt that a chat template has made begins with it already.
@@ -56,7 +63,7 @@ class TokenizerCodec:
 
     def tokenize(self, prompt: Prompt, plain: bool = False) -> Tokenization:
         """See Codec."""
-        token_ids = self.encode(prompt, plain)
+        token_ids = self.encode(prompt, plain, self._model.max_length)
         try:
             text = str(self.pretrained.decode(token_ids, clean_up_tokenization_spaces=False))
             return Tokenization(tuple(token_ids), text, tuple(self._bytes_of(token_id) for token_id in token_ids))
@@ -127,9 +134,9 @@ class Tokenizer(TokenizerCodec):
         self.vocabulary = vocabulary
         self.eos_token_ids = tuple(eos_token_ids) or (() if own is None else (int(own),))
 
-    def encode(self, prompt: Prompt, plain: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, plain: bool = False, room: int | None = None) -> list[int]:
         """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none, or has unknown ones."""
-        token_ids = super().encode(prompt, plain)
+        token_ids = super().encode(prompt, plain, room)
         self.check(token_ids)
         return token_ids
 
@@ -138,6 +145,10 @@ class Tokenizer(TokenizerCodec):
         unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary), None)
         if unknown is not None:
             raise InvalidRequestError(f"the model does not know the prompt's token {unknown}")
+
+    def copy(self) -> Self:
+        """Return another that encodes the same, for use on another thread."""
+        return copy.deepcopy(self)
 
     def ends(self, params: GenerateParamsConfig) -> frozenset[int]:
         """Return the tokens that end an answer; a stop string that is a special token is one of them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import grpc
@@ -76,6 +76,12 @@ def authorization(credentials: ClientCredentials) -> tuple[tuple[str, str], ...]
     return (("authorization", f"Bearer {credentials.token}"),)
 
 
+def token_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """Return the token that a call shows to a server, "" when it shows none."""
+    shown = next((value for key, value in metadata or () if key == "authorization"), "")
+    return shown.removeprefix("Bearer ") if isinstance(shown, str) else ""
+
+
 def create_server(admits: Admits) -> grpc.aio.Server:
     """Return a server, still without services, that answers only calls that are admitted."""
     return grpc.aio.server(
@@ -138,8 +144,7 @@ class _Gate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Answer] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Request, Answer] | None:
-        shown = next((v for k, v in handler_call_details.invocation_metadata if k == "authorization"), "")
-        if isinstance(shown, str) and self._admits(handler_call_details.method, shown.removeprefix("Bearer ")):
+        if self._admits(handler_call_details.method, token_of(handler_call_details.invocation_metadata)):
             return await continuation(handler_call_details)
         # A stream-stream handler answers calls of every kind, and reads nothing.
         return grpc.stream_stream_rpc_method_handler(_refuse)

@@ -1,11 +1,14 @@
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
+from mii_hpc.engine import batching
+from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError
 from tests.engine.collect import drained, make, running, submit
 from tests.engine.late import know_tokens_late
@@ -295,3 +298,27 @@ def test_weights_that_are_not_finite_fail_the_request_and_not_the_engine(tmp_pat
 def test_an_engine_that_was_never_busy_closes(folder):
     with running(make(model_name_or_path=folder, inference_engine_config=SMALL)) as engine:
         assert engine.stats().free_blocks == engine.stats().total_blocks
+
+
+def test_a_long_prompt_holds_no_other_up(engine, monkeypatch):
+    """It is tokenised beside the others, and as much text as waits is bounded."""
+    begun, go_on = threading.Event(), threading.Event()
+    copied = Tokenizer.copy
+
+    def slow(tokenizer):
+        begun.set()
+        go_on.wait(PATIENCE)
+        return copied(tokenizer)
+
+    monkeypatch.setattr(Tokenizer, "copy", slow)
+    monkeypatch.setattr(batching, "LONG_BYTES", 50)
+    monkeypatch.setattr(batching, "WAITING_BYTES", 100)
+    vars(engine).pop("_tokenizer_of_long", None)
+    long = submit(engine, "x" * 60, max_new_tokens=1)
+    assert begun.wait(PATIENCE)
+    assert submit(engine, "short", max_new_tokens=1).wait().token_ids()
+    with pytest.raises(QueueFullError, match=r"^60 bytes of requests are waiting; try again later$"):
+        submit(engine, "y" * 41, max_new_tokens=1)
+    go_on.set()
+    assert long.wait().token_ids()
+    assert submit(engine, "y" * 60, max_new_tokens=1).wait().token_ids()

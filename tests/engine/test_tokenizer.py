@@ -87,3 +87,13 @@ def test_what_the_makers_recommend(folder):
     described = tokenizer(folder, max_length=100).describe()
     assert (described.defaults, described.max_length) == ({"temperature": 0.6, "top_k": 20}, 100)
     assert described.tokenizer["eos_token"] == "</s>"
+
+
+def test_what_cannot_fit_is_refused_by_its_bytes(folder, monkeypatch):
+    codec = tokenizer(folder, max_length=8)
+    longest = max(len(token.encode()) for token in codec.pretrained.get_vocab())
+    assert len(codec.encode("x" * 8 * longest, room=8)) >= 8
+    monkeypatch.setattr(codec, "pretrained", None)  # it is not asked
+    for refuse in (lambda prompt: codec.encode(prompt, room=8), codec.tokenize):
+        with pytest.raises(InvalidRequestError, match=rf"^the prompt has {8 * longest + 1} bytes, and 8 tokens, of at"):
+            refuse("x" * (8 * longest + 1))

@@ -34,6 +34,10 @@ class Access:
             or (guest and bool(self._share) and method in GUEST_METHODS)
         )
 
+    def is_guest(self, token: str) -> bool:
+        """Whether it is the guests' token."""
+        return transport.same_token(token, self._guest)
+
     def rotate(self) -> None:
         """Make new tokens for the owner and the guests, and write them to their files.
 

@@ -56,7 +56,9 @@ class Balancer:
             on_lost=lambda rank, host: self.replacements.lose(rank, host),
         )
         self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
-        self.relay = Relay(config, self.router, self.ending, on_broken=self.membership.lose)
+        self.relay = Relay(
+            config, self.router, self.ending, on_broken=self.membership.lose, is_guest=self.access.is_guest
+        )
         self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
         deployment = DeploymentService(
             config.deployment_name,

@@ -18,6 +18,7 @@ from mii_hpc.errors import (
     InvalidRequestError,
     MIIError,
     ReplicaLostError,
+    RequestCancelledError,
     RequestError,
     RequestTimeoutError,
     UnavailableError,
@@ -35,6 +36,9 @@ SUSPECT_LOSSES = 2
 TRIAL_SECONDS = 1.0
 """A suspect has this long to get its first token before the next is tried."""
 
+FIRST_MESSAGE_SECONDS = 30.0
+"""A call that has sent no request by then is ended."""
+
 
 class Relay:
     """Passes requests to replicas; when one is lost, what it had in hand goes on at another.
@@ -43,15 +47,23 @@ class Relay:
     had not given a token yet may be what killed it: such requests are tried one after the other, so that one that kills
     engines is found out at its second, and no other is blamed for it.
 
-    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
+    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke; `is_guest`
+    tells of a token whether it is the guests'.
 
     Attributes:
         migrations: how many requests went on elsewhere because a replica was lost, by its index.
     """
 
     def __init__(
-        self, config: MIIConfig, router: Router, ending: Ending, on_broken: Callable[[int, int, str], None]
+        self,
+        config: MIIConfig,
+        router: Router,
+        ending: Ending,
+        on_broken: Callable[[int, int, str], None],
+        is_guest: Callable[[str], bool],
     ) -> None:
+        self._is_guest = is_guest
+        self._of_guests: set[_Request] = set()
         self._deployment_name = config.deployment_name
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
@@ -78,7 +90,11 @@ class Relay:
             replica = self._router.next(_position(context))
         except MIIError as error:
             raise self._located(error) from None
-        payload = await anext(requests, None)
+        try:
+            payload = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
+        except TimeoutError:
+            late = f"the call has had no request within {FIRST_MESSAGE_SECONDS:.0f} s"
+            raise self._located(InvalidRequestError(late)) from None
         if payload is None:
             raise self._located(InvalidRequestError("the call has ended without a request"))
         try:
@@ -86,10 +102,13 @@ class Relay:
         except InvalidRequestError as error:
             raise self._located(error, replica) from None
         await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
+        if self._is_guest(transport.token_of(context.invocation_metadata())):
+            self._of_guests.add(request)
         try:
             while True:
                 try:
                     with replica.request(request.payload, context.time_remaining()) as call:
+                        request.call = call
                         async for chunk in call:
                             if (passed := request.take(chunk, replica.index)) is not None:
                                 yield passed
@@ -107,9 +126,20 @@ class Relay:
                         raise
                 if request.ended:
                     return
-                replica = await self._next(request, replica)
+                if not request.is_withdrawn:
+                    replica = await self._next(request, replica)
+                if request.is_withdrawn:
+                    raise self._located(RequestCancelledError("the owner has taken the guests' token back"), replica)
         finally:
+            self._of_guests.discard(request)
             request.tried.set()
+
+    def cancel_guests(self) -> None:
+        """Cancel all requests that guests have in hand."""
+        for request in self._of_guests:
+            request.is_withdrawn = True
+            if request.call is not None:
+                request.call.cancel()
 
     async def _next(self, request: _Request, lost: ReplicaConnection) -> ReplicaConnection:
         """Return the replica where a request goes on. Raises the error that ends it if there is none."""
@@ -214,6 +244,8 @@ class _Request:
         losses: how many replicas in a row were lost before they gave it a token.
         is_proven: whether the replica that has it has given it a token.
         tried: set once that is known, or it has ended.
+        call: the latest of those to replicas.
+        is_withdrawn: whether it may go on nowhere.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -227,8 +259,9 @@ class _Request:
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._pieces: list[Response] = []
         self.migrations = self.losses = 0
-        self.is_proven = False
+        self.is_proven = self.is_withdrawn = False
         self.tried = asyncio.Event()
+        self.call: grpc.aio.UnaryStreamCall[bytes, bytes] | None = None
 
     @property
     def payload(self) -> bytes:

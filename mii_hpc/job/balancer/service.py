@@ -74,7 +74,9 @@ class DeploymentService(pb_grpc.DeploymentServicer):
         """Refuse the clients' tokens from now on, and write new ones to their files."""
         async with wire.answering(context):
             await asyncio.to_thread(self._access.rotate)
-            log.info("the clients' tokens were replaced")
+            if request.cancel_guests:
+                self._relay.cancel_guests()
+            log.info("the clients' tokens were replaced%s", ", and guests cancelled" if request.cancel_guests else "")
             return pb.RotateTokenResponse()
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import grp
 import os
 
 import grpc
@@ -8,7 +9,8 @@ import pytest
 
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.errors import AuthenticationError, RequestError
+from mii_hpc.deployments.sharing import Share
+from mii_hpc.errors import AuthenticationError, RequestCancelledError, RequestError
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
@@ -121,3 +123,24 @@ async def test_a_rotation_that_cannot_be_written_changes_nothing(deploy, monkeyp
     assert str((await client.generate("x"))[0]) == "x "
     await deployment.client().rotate_token()
     await client.generate("y")
+
+
+async def test_a_rotation_may_end_what_guests_have_in_hand(deploy):
+    deployment = await deploy(echo_delay=0.01)
+    run = deployment.run
+    share = Share(deployment.config.home, deployment.config.deployment_name, grp.getgrgid(os.getgid()).gr_name)
+    share.create(run)
+    deployment.balancer.access._share = share
+    owner = deployment.client()
+    guest = deployment.client()
+    await guest.generate("x")
+    guest._metadata = (("authorization", f"Bearer {credentials.read_token(run.guest_token)}"),)
+    endless = asyncio.create_task(guest.generate("a", max_new_tokens=100_000))
+    running = asyncio.create_task(owner.generate("a", max_new_tokens=100))
+    await until(lambda: sum(stats.running for stats in deployment.stats()) == 2)
+    await deployment.client().rotate_token(cancel_guests=True)
+    with pytest.raises(RequestCancelledError, match="the owner has taken the guests' token back"):
+        await endless
+    assert (await running)[0].generated_length == 100
+    await until(deployment.is_idle)
+    assert all(rank.epochs == [1] for rank in deployment.ranks), "no replica was taken for lost"

@@ -252,3 +252,15 @@ async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
     for answer in answers:
         assert_repeated(answer, 20)
     assert sorted(answer.migrations for answer in answers) == [0] * 4 + [1] * 4
+
+
+async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
+    """Streams that say nothing cost us and not who opens them."""
+    monkeypatch.setattr(relay, "FIRST_MESSAGE_SECONDS", 0.05)
+    deployment = await deploy(replica_num=1)
+    owner = credentials.load_owner(deployment.run)
+    async with transport.open_channel(deployment.address, owner) as channel:
+        call = channel.stream_stream(Method.GENERATE)(metadata=transport.authorization(owner), timeout=PATIENCE)
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await call.read()
+    assert str(wire.error_of(failure.value)) == "the call has had no request within 0 s"
