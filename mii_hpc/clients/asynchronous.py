@@ -162,11 +162,12 @@ class AsyncMIIClient:
         """Return a prompt as the model sees it; `plain` is without the special tokens that it begins or ends with."""
         whole = as_prompt(prompt)
         message = wire.pack_tokenize(whole, plain)
-        return wire.unpack_tokenization(await self._call(lambda way: way.inference.Tokenize, message))
+        return wire.unpack_tokenization(await self._call(lambda way: way.inference.Tokenize, message, follows=True))
 
     async def describe(self) -> Description:
         """Return what is served: its context, its tokenizer, and what its makers recommend."""
-        return wire.unpack_description(await self._call(lambda way: way.inference.Describe, pb.DescribeRequest()))
+        answer = await self._call(lambda way: way.inference.Describe, pb.DescribeRequest(), follows=True)
+        return wire.unpack_description(answer)
 
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas.
@@ -374,24 +375,30 @@ class AsyncMIIClient:
         self,
         method: Callable[[transport.Connection], grpc.aio.UnaryUnaryMultiCallable[Request, Answer]],
         request: Request,
+        follows: bool = False,
         attempts: int = CALL_ATTEMPTS,
     ) -> Answer:
+        """Call the balancer; one that `follows` is made again, once, where a balancer that was lost comes back."""
         connection = await self._connected()
         try:
             return await method(connection)(request, timeout=ANSWER_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as failure:
             if self._has_new_token(failure.code()):
-                return await self._call(method, request)
+                return await self._call(method, request, follows)
             if wire.is_interrupted(failure) and attempts > 1:
                 await asyncio.sleep(FOLLOW_SECONDS)
-                return await self._call(method, request, attempts - 1)
+                return await self._call(method, request, follows, attempts - 1)
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._unavailable(f"does not answer within {ANSWER_SECONDS:.0f} s") from None
-            raise self._failed(failure, connection) from None
+            error = self._failed(failure, connection)
+            if not follows or not wire.is_lost(failure):
+                raise error from None
         except asyncio.CancelledError:
             if transport.is_being_cancelled():
                 raise
             raise self._located(RequestCancelledError(CLOSED)) from None
+        await self._follow(_Deadline(None), time.monotonic() + ANSWER_SECONDS)
+        return await self._call(method, request)
 
     def _has_new_token(self, code: grpc.StatusCode) -> bool:
         """Whether a call was refused for a token that was rotated; the next one shows the new one."""

@@ -21,6 +21,7 @@ from mii_hpc.errors import (
 )
 from mii_hpc.generation import Chat, Tokenization, joined
 from mii_hpc.job.balancer import lifetime
+from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.inference import InferenceService
 from tests.live import Deployment
 from tests.waiting import PATIENCE, until
@@ -477,7 +478,7 @@ def assert_repeated(response, length):
     assert (len(response.token_ids), response.generated_length, response.finish_reason) == (length, length, "length")
 
 
-async def test_requests_go_on_at_another_balancer(deploy):
+async def test_requests_go_on_at_another_balancer(deploy, monkeypatch):
     deployment = await deploy(echo_delay=0.02)
     client = deployment.client()
     stream = client.stream(WORDS, max_new_tokens=100, num_return_sequences=2)
@@ -485,6 +486,18 @@ async def test_requests_go_on_at_another_balancer(deploy):
     calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=100)) for _ in range(2)]
     several = asyncio.create_task(client.generate(["one", "two", WORDS], max_new_tokens=100))
     await until(lambda: [stats.running for stats in deployment.stats()] == [3, 3])
+    asking = asyncio.Event()
+    ask = ReplicaConnection.ask
+
+    async def slowly(*arguments):
+        if not asking.is_set():
+            asking.set()
+            await asyncio.sleep(PATIENCE)
+        return await ask(*arguments)
+
+    monkeypatch.setattr(ReplicaConnection, "ask", slowly)
+    tokenising = asyncio.create_task(client.tokenize("to be"))
+    await asking.wait()
     await deployment.kill_balancer()
     await until(deployment.is_idle)
     late = asyncio.create_task(client.generate("late"))
@@ -495,6 +508,7 @@ async def test_requests_go_on_at_another_balancer(deploy):
         assert_repeated(answer, 100)
     assert [answer.migrations for answer in answers] == [1] * 5
     assert str((await late)[0]) == "late "
+    assert (await tokenising).text == "to be "
     assert [rank.epochs for rank in deployment.ranks] == [[1], [1]]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mii_hpc as mii
 from mii_hpc._proto import mii_hpc_pb2 as pb
@@ -292,10 +293,11 @@ def test_second_architecture_then_scancel(cluster, home, gpt_neox, ended):
     eventually(lambda: _show(entry.job_id, "JobState") == "CANCELLED", PATIENCE, "Slurm says so, too")
 
 
-def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, shared, home, llama, ended):
-    broken = shutil.copytree(llama, shared / "broken")
-    for path in broken.glob("*.safetensors"):
-        path.write_bytes(b"\xff" * 100)
+def test_rank_that_cannot_load_fails_serve_at_once_with_its_traceback(cluster, shared, home, ended):
+    broken = tiny_model(shared / "broken", "llama")
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]  # within a layer, only the job looks for what is missing
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(mii.DeploymentFailedError, match="Traceback") as caught:
         mii.serve(str(broken), cluster="slurm", home=home, startup_timeout=400)
     assert caught.value.job_id and "rank 0" in str(caught.value)

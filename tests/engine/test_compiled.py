@@ -1,9 +1,5 @@
 """Compiled layers: on CUDA as the engine uses them, and else around the attention kernel in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,24 +9,14 @@ from mii_hpc.engine import compiled  # noqa: E402
 from mii_hpc.engine.attention.interface import attach, measure_layers  # noqa: E402
 from mii_hpc.engine.blocks import PagedCache  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
+from tests.engine.interpreter import CUDA, DEVICE, runs_kernels  # noqa: E402
 from tests.engine.reference import PROMPTS, Reference  # noqa: E402
 from tests.models import CONTEXT, tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-@pytest.mark.skipif(CUDA or "TRITON_INTERPRET" in os.environ, reason="the test itself runs here")
-def test_in_the_interpreter():
-    """It must be chosen before Triton is first imported, and another test may have done that here."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stdout
-
-
-@pytest.mark.skipif(not CUDA and "TRITON_INTERPRET" not in os.environ, reason="tested in a process of its own")
+@runs_kernels
 @pytest.mark.parametrize(("architecture", "kinds"), [("llama", 1), ("gemma3_text", 2)])
 def test_layers_of_a_kind_are_compiled_once_for_all_numbers_of_sequences(tmp_path, monkeypatch, architecture, kinds):
     from transformers import AutoModelForCausalLM

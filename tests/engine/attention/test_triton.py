@@ -1,8 +1,5 @@
 """Compares the kernels with a dense reference: on CUDA where it is, and else, fewer shapes, in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,30 +8,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from mii_hpc.engine.step import Slice, Step  # noqa: E402
+from tests.engine.interpreter import CUDA, DEVICE, runs_kernels  # noqa: E402
 
-pytestmark = pytest.mark.engine
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+pytestmark = [pytest.mark.engine, runs_kernels]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture
 def kernels():
     """The module under test."""
-    if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("tested in a process of its own")
     from mii_hpc.engine.attention import triton
 
     return triton
-
-
-@pytest.mark.skipif(CUDA or "TRITON_INTERPRET" in os.environ, reason="the tests themselves run here")
-def test_in_the_interpreter():
-    """It must be chosen before Triton is first imported, and another test may have done that here."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stdout
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,5 @@
 """Compares the kernel with what the host draws: on CUDA where it is, and else in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,10 +9,9 @@ from mii_hpc.config import GenerateParamsConfig  # noqa: E402
 from mii_hpc.engine.sampling.base import Sampler  # noqa: E402
 from mii_hpc.engine.sampling.host import choose  # noqa: E402
 from mii_hpc.engine.step import Slice, Step  # noqa: E402
+from tests.engine.interpreter import CUDA, DEVICE, runs_kernels  # noqa: E402
 
-pytestmark = pytest.mark.engine
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+pytestmark = [pytest.mark.engine, runs_kernels]
 ENDS = (3, 17)
 OPTIONS = [
     {"do_sample": False},
@@ -43,20 +38,9 @@ OPTIONS = [
 @pytest.fixture
 def kernels():
     """The module under test."""
-    if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("tested in a process of its own")
     from mii_hpc.engine.sampling import triton
 
     return triton
-
-
-@pytest.mark.skipif(CUDA or "TRITON_INTERPRET" in os.environ, reason="the tests themselves run here")
-def test_in_the_interpreter():
-    """It must be chosen before Triton is first imported, and another test may have done that here."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stdout
 
 
 def samplers(vocabulary, count, tokens=(5, 6, 7)):
