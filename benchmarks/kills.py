@@ -203,8 +203,8 @@ def main(
             dtype="float32", startup_timeout=400, slurm={"tasks_per_node": 1},
         )  # fmt: skip
         seen = asyncio.run(disturb(cluster, home, kill, seconds, every))
+        report(seen, kill)
         client.terminate_server()
-    report(seen, kill)
     with contextlib.suppress(ImportError):
         draw_picture(seen, plot)
 
