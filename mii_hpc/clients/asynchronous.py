@@ -339,6 +339,8 @@ class AsyncMIIClient:
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._located(deadline.passed(), replica) from None
+            if wire.is_cancelled(failure):
+                raise self._located(RequestCancelledError(CLOSED), replica) from None
             error = self._failed(failure, connection, replica)
             if wire.is_lost(failure):
                 raise _BalancerLostError(error) from None

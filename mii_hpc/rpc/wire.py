@@ -286,6 +286,11 @@ def is_lost(failure: grpc.aio.AioRpcError) -> bool:
     return _named(failure) is None and _OF_GRPC.get(failure.code()) is errors.UnavailableError
 
 
+def is_cancelled(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether a call was cancelled at this end: gRPC raises this, or asyncio.CancelledError, as it happens."""
+    return _named(failure) is None and failure.code() is grpc.StatusCode.CANCELLED
+
+
 def _pack_top(places: Iterable[TopLogprobs]) -> list[pb.TopLogprobs]:
     return [pb.TopLogprobs(token_ids=[t for t, _ in top], logprobs=[value for _, value in top]) for top in places]
 
