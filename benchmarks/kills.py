@@ -186,15 +186,7 @@ def draw_picture(seen: Seen, path: Path) -> None:
     console.print(f"{path}", highlight=False)
 
 
-def main(
-    kill: Annotated[str, typer.Option(help="engine_process, balancer or rank")] = "engine_process",
-    seconds: float = 600,
-    every: Annotated[float, typer.Option(help="seconds between two kills")] = 20,
-    plot: Path = Path("build/kills.png"),
-) -> None:
-    """Serve, kill, and print what the callers have seen."""
-    folder = Path(tempfile.mkdtemp(prefix="mii-kills-"))
-    folder.chmod(0o755)
+def serve_and_kill(folder: Path, module: str, seconds: float, every: float) -> Seen:
     with Cluster(folder / "cluster") as cluster:
         os.environ.update(cluster.env)
         model, home = tiny_model(folder / "model"), folder / "home"
@@ -202,8 +194,23 @@ def main(
             str(model), deployment_name=NAME, home=home, cluster="slurm", tensor_parallel=2, replica_num=2,
             dtype="float32", startup_timeout=400, slurm={"tasks_per_node": 1},
         )  # fmt: skip
-        seen = asyncio.run(disturb(cluster, home, kill, seconds, every))
-        client.terminate_server()
+        seen = asyncio.run(disturb(cluster, home, module, seconds, every))
+        with contextlib.suppress(mii.MIIError):  # what the callers saw of it is reported
+            client.terminate_server()
+    return seen
+
+
+def main(
+    kill: Annotated[str, typer.Option(help="engine_process, balancer or rank")] = "engine_process",
+    seconds: float = 600,
+    every: Annotated[float, typer.Option(help="seconds between two kills")] = 20,
+    plot: Path = Path("build/kills.png"),
+) -> None:
+    """Serve, kill, and print what the callers have seen."""
+    with tempfile.TemporaryDirectory(prefix="mii-kills-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        seen = serve_and_kill(folder, kill, seconds, every)
     report(seen, kill)
     with contextlib.suppress(ImportError):
         draw_picture(seen, plot)

@@ -341,6 +341,8 @@ class AsyncMIIClient:
         except grpc.aio.AioRpcError as failure:
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise self._located(deadline.passed(), replica) from None
+            if wire.is_cancelled(failure):
+                raise self._located(RequestCancelledError(CLOSED), replica) from None
             error = self._failed(failure, connection, replica)
             if wire.is_lost(failure) or wire.is_interrupted(failure):
                 raise _BalancerLostError(error) from None
@@ -385,7 +387,7 @@ class AsyncMIIClient:
         except grpc.aio.AioRpcError as failure:
             if self._has_new_token(failure.code()):
                 return await self._call(method, request, follows)
-            if wire.is_interrupted(failure) and attempts > 1:
+            if wire.is_interrupted(failure) and not wire.is_cancelled(failure) and attempts > 1:
                 await asyncio.sleep(FOLLOW_SECONDS)
                 return await self._call(method, request, follows, attempts - 1)
             if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -47,7 +47,7 @@ LEAVE_DEADLINE_SECONDS = 10.0
 ENGINE_GRACE_SECONDS = 2.0
 CRASHES = 5
 """A process that dies so often in a row is not started again: the deployment has failed."""
-STEADY_SECONDS = 60.0
+STEADY_SECONDS = 10.0
 """A process that has lived so long does not count as one that crashes."""
 BALANCER_GRACE_SECONDS = 5.0
 

@@ -34,6 +34,8 @@ from mii_hpc.generation import (
 
 log = logging.getLogger(__name__)
 
+LOCALLY = "Locally cancelled by application!"
+"""What gRPC says of a call that was cancelled at this end."""
 MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
 MAX_WORDS = 600
@@ -286,8 +288,13 @@ def is_lost(failure: grpc.aio.AioRpcError) -> bool:
     return _named(failure) is None and _OF_GRPC.get(failure.code()) is errors.UnavailableError
 
 
+def is_cancelled(failure: grpc.aio.AioRpcError) -> bool:
+    """Whether a call was cancelled at this end: gRPC raises this, or asyncio.CancelledError, as it happens."""
+    return is_interrupted(failure) and failure.details() == LOCALLY
+
+
 def is_interrupted(failure: grpc.aio.AioRpcError) -> bool:
-    """Whether gRPC has cancelled a call of its own accord, as it does with good ones when others flood its server."""
+    """Whether gRPC has cancelled a call, at this end or of its own accord, as when others flood its server."""
     return _named(failure) is None and failure.code() is grpc.StatusCode.CANCELLED
 
 

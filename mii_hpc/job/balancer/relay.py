@@ -114,10 +114,7 @@ class Relay:
                                 yield passed
                     return
                 except grpc.aio.AioRpcError as failure:
-                    if wire.is_lost(failure):  # before the rank's supervisor could report the end of its engine
-                        self._on_broken(replica.index, replica.epoch, "its connection broke")
-                    elif not wire.is_interrupted(failure):
-                        raise self._error_of(failure, replica) from None
+                    self._check_lost(failure, replica)
                 except grpc.aio.UsageError:  # lost, and its connection closed, since it was chosen
                     request.is_proven = True
                 except asyncio.CancelledError:
@@ -199,9 +196,7 @@ class Relay:
                         replica = self._router.any()
                         return await replica.ask(method, payload, context.time_remaining())
                     except grpc.aio.AioRpcError as failure:
-                        if not wire.is_lost(failure):
-                            raise self._error_of(failure, replica) from None
-                        self._on_broken(replica.index, replica.epoch, "its connection broke")
+                        self._check_lost(failure, replica)
                     except grpc.aio.UsageError:
                         pass
                     except asyncio.CancelledError:
@@ -212,11 +207,15 @@ class Relay:
 
         return grpc.unary_unary_rpc_method_handler(ask)
 
-    def _error_of(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> MIIError:
-        error = wire.error_of(failure)
-        if isinstance(error, RequestTimeoutError):
-            error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
-        return self._located(error, replica)
+    def _check_lost(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> None:
+        """Raise the error of a call that failed for another reason than that its replica is lost."""
+        if wire.is_lost(failure):  # before the rank's supervisor could report the end of its engine
+            self._on_broken(replica.index, replica.epoch, "its connection broke")
+        elif not wire.is_interrupted(failure):  # which is what happens to the calls of a lost replica
+            error = wire.error_of(failure)
+            if isinstance(error, RequestTimeoutError):
+                error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
+            raise self._located(error, replica) from None
 
     def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
         return self._located(DeploymentStoppingError(self._says(f"{verb} ({self._ending.reason})")), replica)
