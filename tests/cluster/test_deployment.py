@@ -100,7 +100,8 @@ def engines(cluster, run_dir):
         for pid in cluster.job_processes(node):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
             if "mii_hpc.job.engine_process" in words and str(run_dir) in words:
-                found[node, json.loads(words[4])["rank"]] = pid
+                spec = words[words.index("mii_hpc.job.engine_process") + 2]
+                found[node, json.loads(spec)["rank"]] = pid
     return found
 
 
