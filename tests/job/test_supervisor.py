@@ -85,7 +85,7 @@ async def test_a_child_that_is_stopped_is_killed_and_told_of(tmp_path, monkeypat
 
 async def test_an_engine_that_makes_no_step_fails(deploy, impatient, monkeypatch):
     monkeypatch.setattr(engine_process, "STEP_SECONDS", 0.5)
-    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    deployment = await deploy(replica_num=1, echo_delay=0.01, migration_limit=0)
     engine = deployment.ranks[0].engine.engine
     asking = asyncio.create_task(deployment.client().generate("a", max_new_tokens=10**6))
     await until(lambda: engine.stats().running)
