@@ -133,7 +133,9 @@ async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice)
     answers += [answer for call in calls for answer in await call]
     for answer in answers:
         assert_repeated(answer)
-    assert [answer.migrations for answer in answers] == [0, 1, 0, 1, 0, 1, 0, 0, 1, 1]
+    migrations = [answer.migrations for answer in answers]
+    assert migrations[:4] == [0, 1, 0, 1]
+    assert sorted(migrations[4:]) == [0, 0, 0, 1, 1, 1]  # which call comes first is open
     assert {answer.replica for answer in answers} == {0}
     status = await client.status()
     assert [replica.migrations for replica in status.replicas] == [0, 4]
