@@ -173,7 +173,8 @@ def test_full_text_keeps_the_space_that_a_sentencepiece_tokenizer_drops_before_a
 
 
 POISON = [
-    ("x" * 1_000_000, {}, "tokens, the"),
+    ("x" * 1_000_000, {}, "the prompt has 1000000 bytes, and "),
+    ("\N{LATIN SMALL LETTER AE}" * 600, {}, "tokens, the"),
     (LONG * 20, {"max_new_tokens": 1}, f"the bound on prompt plus answer is {CONTEXT}"),
     ("\ud800 lone surrogate", {}, "cannot be tokenised"),
     ("a b c d", {"max_length": 2}, "max_length is 2"),
