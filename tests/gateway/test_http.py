@@ -126,7 +126,7 @@ def test_who_hangs_up_frees_the_request(start, stream):
         if stream:
             with http.stream("POST", "/v1/completions", json=body) as answer:
                 next(answer.iter_lines())
-                assert not deployment.is_idle()
+                eventually(lambda: not deployment.is_idle())
         else:
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/completions", json=body)
