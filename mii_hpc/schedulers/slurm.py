@@ -179,7 +179,7 @@ class SlurmJob(Job):
         command = [
             *("srun", f"--jobid={self.id}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={node}"),
             *("--mpi=none", "--cpu-bind=none", "--kill-on-bad-exit=0", *gpus),
-            *(sys.executable, "-m", "mii_hpc.job.rank", str(run.path), str(rank)),
+            *(sys.executable, *SAFE_PATH, "-m", "mii_hpc.job.rank", str(run.path), str(rank)),
         ]
         kept = ("SLURM_CONF", "SLURM_JOB_ID")
         around_us = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")

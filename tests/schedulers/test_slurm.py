@@ -17,6 +17,7 @@ from mii_hpc.schedulers import slurm as slurm_module
 from mii_hpc.schedulers.base import setup_script
 from mii_hpc.schedulers.slurm import Allocation, Slurm, SlurmJob, executor_parameters, own_allocation
 from tests.submitting import calls, submitted
+from tests.waiting import eventually
 
 GOLDEN = Path(__file__).with_name("golden")
 EVERYTHING = {
@@ -342,3 +343,14 @@ def test_a_job_that_slurm_counts_another_start_of_is_requeued(slurm, monkeypatch
     assert SlurmJob("1").incarnation == 2
     slurm(squeue="exit 1")
     assert not SlurmJob("1").is_requeued()
+
+
+def test_a_rank_that_is_started_again_imports_nothing_from_its_working_directory(slurm, echo_config):
+    folder = slurm()
+    config = echo_config()
+    run, _ = submitted(config)
+    SlurmJob("4711").start_rank(run, config, 2, "node3")
+    eventually(lambda: any(call.startswith("srun") for call in calls(folder)), what="srun is called")
+    (call,) = [call for call in calls(folder) if call.startswith("srun")]
+    assert call.endswith(f"{sys.executable} -P -m mii_hpc.job.rank {run.path} 2")
+    assert "--nodelist=node3" in call
