@@ -6,6 +6,7 @@ The engine, the wire, the clients and the pipeline all speak of these. Imports n
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeGuard
@@ -298,6 +299,11 @@ class Received:
             ResumedAnswer((), 0, True) if ended else ResumedAnswer(tuple(token_ids), characters)
             for token_ids, characters, ended in zip(self._token_ids, self._characters, self._ended, strict=True)
         )
+
+
+def new_seed() -> int:
+    """Return a seed for a request that has none: who goes on after an interruption must draw what would have come."""
+    return secrets.randbits(62)
 
 
 def joined(pieces: Iterable[Response]) -> list[Response]:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import itertools
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -46,6 +45,7 @@ from mii_hpc.generation import (
     as_prompt,
     as_prompts,
     joined,
+    new_seed,
 )
 from mii_hpc.rpc import transport, wire
 
@@ -68,7 +68,6 @@ RESUME_SECONDS = 120.0
 """How long a request waits for a balancer that was lost; its own timeout may be shorter."""
 FOLLOW_SECONDS = 0.3
 """How long between two looks for it."""
-SEED_BITS = 62
 
 Retry = Literal["resume"] | None
 """What becomes of a request whose balancer is lost: it goes on where that comes back, or it raises the error."""
@@ -286,7 +285,7 @@ class AsyncMIIClient:
         if retry not in ("resume", None):
             raise InvalidRequestError(f"retry={retry!r}: must be 'resume' or None")
         if retry and params.seed is None:  # what is drawn after an interruption must go on with what was drawn before
-            params = params.model_copy(update={"seed": secrets.randbits(SEED_BITS)})
+            params = params.model_copy(update={"seed": new_seed()})
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
         message.report = retry is not None
         received = Received(params.num_return_sequences)

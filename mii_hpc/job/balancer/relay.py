@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
@@ -23,14 +22,13 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import Received, Response, joined
+from mii_hpc.generation import Received, Response, joined, new_seed
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import BatchPosition, Context, Method
 
-SEED_BITS = 62
 SUSPECT_LOSSES = 2
 """A request is given up when so many replicas in a row were lost before they gave it a token: it may be the cause."""
 TRIAL_SECONDS = 1.0
@@ -252,7 +250,7 @@ class _Request:
         self._message = wire.parse_request(payload)
         params = wire.unpack_params(self._message)
         if params.seed is None:  # another replica is to go on with what this one draws
-            self._message.params.seed = secrets.randbits(SEED_BITS)
+            self._message.params.seed = new_seed()
         self._passes_pieces = params.stream or self._message.report
         self._message.report = True
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
