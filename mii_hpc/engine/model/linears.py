@@ -46,12 +46,12 @@ class Linear(nn.Module):
         self.weight, self.bias = weight, bias
         self._group = group
         self._shared = shared
-        self._inputs = inputs
+        self.inputs = inputs
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for rows [..., inputs]."""
-        if self._inputs is not None:
-            rows = rows[..., self._inputs]
+        if self.inputs is not None:
+            rows = rows[..., self.inputs]
         if self._group is None:
             return linear(rows, self.weight, self.bias)
         output: torch.Tensor = sum_over_ranks(linear(rows, self.weight), self._shared, self._group)

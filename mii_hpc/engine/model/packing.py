@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 
-from mii_hpc.engine.model.plan import RowLinear
+from mii_hpc.engine.model.linears import Linear
 from mii_hpc.engine.processor import packed_dtype
 from mii_hpc.heap import trim_heap
 
@@ -89,7 +89,7 @@ def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:
         return PackedLinear(weight.to(dtype), layer.bias)
     if kind is LinearAllreduce:
         return PackedLinear(weight.to(dtype), layer.bias, layer.mp_group)
-    if kind is RowLinear:
+    if kind is Linear:  # of the plan, whose sums are over all ranks
         return PackedLinear(weight.to(dtype), layer.bias, dist.group.WORLD, layer.inputs)
     if kind is LmHeadLinearAllreduce:
         first = sum(layer._partition_sizes[: layer.tp_index])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 
-from mii_hpc.engine.model.linears import sum_over_ranks
+from mii_hpc.engine.model.linears import Linear, sum_over_ranks
 from mii_hpc.errors import ConfigError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -44,21 +44,6 @@ def apply_plan(module: nn.Module, ranks: int, rank: int) -> dict[str, Cut]:
                 cuts[full] = cut or _cut(full, parameter.dim() - 1, ranks, rank)
                 part._parameters[leaf] = nn.Parameter(cuts[full](parameter.data), requires_grad=False)
     return cuts
-
-
-class RowLinear(nn.Module):
-    """A rank's share of a linear layer's inputs; the ranks' products are added up."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, inputs: slice | None) -> None:
-        """`inputs` are those of this rank where it is given all; else it is given its own."""
-        super().__init__()
-        self.weight, self.bias = weight, bias
-        self.inputs = inputs
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output for rows [..., inputs]."""
-        output = _sum(linear(rows if self.inputs is None else rows[..., self.inputs], self.weight))
-        return output if self.bias is None else output + self.bias
 
 
 class GatheredLinear(nn.Module):
@@ -105,7 +90,8 @@ def _replace(
     new: nn.Module
     if by_rows:
         size = weight.shape[1]
-        new = RowLinear(weight, bias, slice(rank * size, (rank + 1) * size) if style != "rowwise" else None)
+        inputs = slice(rank * size, (rank + 1) * size) if style != "rowwise" else None
+        new = Linear(weight, bias, _everyone(), inputs=inputs)
     elif style == "colwise_gather_output":
         new = GatheredLinear(weight, bias, ranks)
     else:
@@ -130,12 +116,13 @@ def _cut(name: str, dim: int, ranks: int, rank: int, pieces: int = 1) -> Cut:
 
 
 def _sum_of_experts(part: nn.Module, inputs: Any, output: Any) -> Any:
-    return _sum(output)
+    return sum_over_ranks(output.contiguous(), None, _everyone())
 
 
-def _sum(rows: torch.Tensor) -> torch.Tensor:
-    total: torch.Tensor = sum_over_ranks(rows.contiguous(), None, dist.group.WORLD.group_name)  # type: ignore[union-attr]
-    return total
+def _everyone() -> str:
+    """Return the name of the group of all ranks."""
+    assert dist.group.WORLD is not None
+    return str(dist.group.WORLD.group_name)
 
 
 def _style(plan: dict[str, str], name: str) -> str | None:
