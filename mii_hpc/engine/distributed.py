@@ -110,6 +110,13 @@ class Ranks:
         return all(self._store.get(f"shared_memory/{rank}") == b"1" for rank in range(spec.world_size))
 
 
+def all_agree(own: bool) -> bool:
+    """Return whether all ranks of the default group say yes; all are to call it at once."""
+    votes = torch.tensor(int(own))
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Send what libraries print within this context to standard error: the script's output is its own."""

@@ -109,16 +109,11 @@ class ModelRunner:
         if self._graphs and (logits := self._graphs.run(step)) is not None:
             return logits
         self._attention.prepare(step)
-        numbers: list[int] = []
-        positions: list[int] = []
-        last_rows: list[int] = []
+        numbers, positions, last_rows = step.packed()
         scored: list[int] = []
         drawn: list[int] = []
-        for part in step.slices:
-            numbers += part.token_ids
-            positions += range(part.start, part.start + len(part.token_ids))
-            last_rows.append(len(numbers) - 1)
-            first = len(numbers) - len(part.token_ids)
+        for part, last in zip(step.slices, last_rows, strict=True):
+            first = last + 1 - len(part.token_ids)
             scored += range(first, first + part.num_scores)
             if part.token_ids[-1] == DRAWN:
                 drawn.append(part.slot)

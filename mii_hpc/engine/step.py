@@ -64,6 +64,17 @@ class Step:
         """Whether each slice is the last token of its sequence."""
         return self.num_samples == len(self.slices) == sum(len(part.token_ids) for part in self.slices) > 0
 
+    def packed(self) -> tuple[list[int], list[int], list[int]]:
+        """Return the token ids of all slices in one row, their positions, and where in it each slice ends."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        for part in self.slices:
+            token_ids += part.token_ids
+            positions += range(part.start, part.start + len(part.token_ids))
+            last_rows.append(len(token_ids) - 1)
+        return token_ids, positions, last_rows
+
 
 class StepCodec:
     """Steps as integers, from the leader to the other ranks. Each end has one, which sees all steps in their order.

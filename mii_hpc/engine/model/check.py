@@ -26,6 +26,7 @@ from mii_hpc.engine.attention import create_backend
 from mii_hpc.engine.attention.cached import CachedForward, measure_cached
 from mii_hpc.engine.attention.interface import attach, measure_layers
 from mii_hpc.engine.blocks import LayerShape, PagedCache
+from mii_hpc.engine.distributed import all_agree
 from mii_hpc.engine.extensions import extensions_folder
 from mii_hpc.engine.memory import Budget, compute_with
 from mii_hpc.engine.model.linears import replace_linears
@@ -245,11 +246,7 @@ def _record(config: Any, ranks: int, device: torch.device, attention: str) -> Pa
 
 
 def _all_ranks(own: bool, ranks: int) -> bool:
-    if ranks == 1:
-        return own
-    votes = torch.tensor(int(own))
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
-    return bool(votes)
+    return own if ranks == 1 else all_agree(own)
 
 
 def _alike(module: nn.Module, ranks: int) -> bool:
@@ -345,13 +342,7 @@ def forward_of(
 
 def packed(step: Step, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the token ids [1, tokens] of a step, their positions, and the row of each slice's last token."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    last_rows: list[int] = []
-    for part in step.slices:
-        token_ids += part.token_ids
-        positions += range(part.start, part.start + len(part.token_ids))
-        last_rows.append(len(token_ids) - 1)
+    token_ids, positions, last_rows = step.packed()
     return (
         torch.tensor([token_ids], device=device),
         torch.tensor([positions], device=device),
