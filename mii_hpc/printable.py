@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
+from collections.abc import Iterable
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -19,6 +21,12 @@ def one_line(text: object, length: int = 300) -> str:
     """Return a text, such as another library's error, as part of a sentence: printable, in one line, not long."""
     words = printable(" ".join(str(text).split()))
     return words if len(words) <= length else f"{words[:length]}..."
+
+
+def listed(items: Iterable[object], count: int, most: int = 5) -> str:
+    """Return the first few of so many items, and how many more there are."""
+    few = ", ".join(map(str, itertools.islice(items, most)))
+    return f"{few} and {count - most} more" if count > most else few
 
 
 def shown(value: object, length: int = 80) -> str:

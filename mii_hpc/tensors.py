@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mii_hpc.errors import ConfigError
-from mii_hpc.printable import one_line
+from mii_hpc.printable import listed, one_line
 from mii_hpc.reading import read_bounded
 
 _QUANTISED_NAMES = re.compile(
@@ -30,8 +29,9 @@ INDEX_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: its dtype as safetensors names it, its shape, and its size in bytes."""
+    """A tensor in a file of the folder: its dtype as safetensors names it, its shape, and its size in bytes."""
 
+    file: str
     dtype: str
     shape: tuple[int, ...]
     size: int = 0
@@ -74,8 +74,7 @@ def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int) -> None:
     if isinstance(count, int) and numbers:
         absent = count - sum(number < count for number in numbers)
         if absent > 0:
-            missing = itertools.islice((number for number in range(count) if number not in numbers), 5)
-            shown = ", ".join(map(str, missing)) + (f" and {absent - 5} more" if absent > 5 else "")
+            shown = listed((number for number in range(count) if number not in numbers), absent)
             raise ConfigError(f"{where}: the checkpoint has no tensors of layer {shown}, of num_hidden_layers={count}")
 
 
@@ -121,7 +120,7 @@ def _header(path: Path) -> dict[str, Tensor]:
                 raise ValueError("it does not begin as such a file does")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        found = {name: _tensor(**entry) for name, entry in entries.items()}
+        found = {name: _tensor(path.name, **entry) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ConfigError(f"{path} is no safetensors file: {one_line(error)}") from None
     end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -132,7 +131,7 @@ def _header(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _tensor(dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
+def _tensor(file: str, dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
     begin, end = data_offsets
     numbers = (*shape, begin, end)
     written = re.fullmatch(r"[A-Z]+(\d{1,3})?(_[A-Z0-9]+)?", dtype)
@@ -143,7 +142,7 @@ def _tensor(dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
     bits = int(written[1] or 8)
     if math.prod(shape) * bits != 8 * (end - begin):
         raise ValueError(f"a tensor of {dtype} and the shape {shape} is said to have {end - begin} bytes")
-    return Tensor(dtype, tuple(shape), end - begin)
+    return Tensor(file, dtype, tuple(shape), end - begin)
 
 
 def _check_adapter(folder: Path, has_weights: bool) -> None:

@@ -20,7 +20,7 @@ from mii_hpc.config import MIIConfig, validate
 from mii_hpc.deployments import lookup
 from mii_hpc.deployments.files import tail
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, SharedHome
-from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import (
@@ -43,7 +43,9 @@ def client(name: str, home: Path | None) -> MIIClient:
 def ls(home: HomeFolder = None, as_json: AsJson = False) -> None:
     """List the deployments: your own, and those shared with you (MII_HPC_PATH)."""
     listed = [(each, entry) for each in homes(home) for entry in each.entries()]
-    states = [DeploymentState.ENDED if not _is_live(each, entry) else entry.state for each, entry in listed]
+    states = [
+        DeploymentState.ENDED if not schedulers.is_live(entry, each.is_own) else entry.state for each, entry in listed
+    ]
     data = [
         {**entry.model_dump(mode="json"), "state": state, "home": str(each.path)}
         for (each, entry), state in zip(listed, states, strict=True)
@@ -104,7 +106,7 @@ def wait(
     while (entry := _entry_of_run(found)).state not in (DeploymentState.READY, DeploymentState.DEGRADED):
         if time.monotonic() > asked + SCHEDULER_SECONDS:
             asked = time.monotonic()
-            if not _is_live(found.home, entry):
+            if not schedulers.is_live(entry, found.home.is_own):
                 raise _ended(found)
         if deadline is not None and time.monotonic() > deadline:
             raise DeploymentTimeoutError(
@@ -177,10 +179,6 @@ def homes(home: Path | None) -> list[Home]:
     return [own_home(home), *shared]
 
 
-def _is_live(home: Home, entry: Entry) -> bool:
-    return schedulers.is_live(entry) if home.is_own else heartbeat_is_fresh(entry)
-
-
 def _entry_of_run(found: Found) -> Entry:
     """Return the entry as it is now. Raises DeploymentFailedError when the run has the name no longer."""
     try:
@@ -219,7 +217,7 @@ def _run_of(name: str, home: Path | None) -> tuple[RunDir, Found | None]:
 
 def _is_running(found: Found) -> bool:
     try:
-        return _is_live(found.home, _entry_of_run(found))
+        return schedulers.is_live(_entry_of_run(found), found.home.is_own)
     except DeploymentFailedError:
         return False
 

@@ -20,7 +20,7 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.clients.status import DeploymentStatus, ReplicaStatus
 from mii_hpc.config import GenerateParamsConfig, MIIConfig, validate
 from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
-from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import (
     ConfigError,
@@ -544,8 +544,7 @@ class _Deadline:
 def check_live(found: Found) -> None:
     """Raise DeploymentNotFoundError when the job of a deployment that is in the registry no longer runs."""
     entry = found.entry
-    # A cluster may hide the jobs of other users.
-    if not (schedulers.is_live(entry) if found.home.is_own else heartbeat_is_fresh(entry)):
+    if not schedulers.is_live(entry, found.home.is_own):
         raise DeploymentNotFoundError(
             f"deployment '{entry.deployment_name}' has ended: its {entry.job} no longer runs",
             deployment_name=entry.deployment_name,

@@ -33,9 +33,12 @@ def job_of(entry: Entry) -> Job:
     return scheduler(entry.cluster).job(entry)
 
 
-def is_live(entry: Entry) -> bool:
-    """Whether the deployment of an entry still exists, by its job's state and its heartbeat."""
-    if not entry.job_id:  # claimed, and about to be submitted
+def is_live(entry: Entry, is_own: bool = True) -> bool:
+    """Whether the deployment of an entry still exists, by its job's state and its heartbeat.
+
+    Of one that is not one's own the heartbeat alone tells: a cluster may hide the jobs of other users.
+    """
+    if not is_own or not entry.job_id:  # or claimed, and about to be submitted
         return heartbeat_is_fresh(entry)
     state = job_of(entry).state()
     match state.phase:

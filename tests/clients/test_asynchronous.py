@@ -372,7 +372,7 @@ class Squeue:
         self.live, self.asked = live, 0
         monkeypatch.setattr(clients.schedulers, "is_live", self)
 
-    def __call__(self, _entry):
+    def __call__(self, _entry, _is_own=True):
         self.asked += 1
         return self.live
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
+from mii_hpc.printable import listed
+from mii_hpc.tensors import read_headers
 
 
 class Checkpoint:
@@ -28,13 +29,8 @@ class Checkpoint:
         self._made_by: dict[str, _Conversion] = {}
         # What a conversion has made besides what was asked for.
         self._made: dict[str, torch.Tensor] = {}
-        index = self._folder / "model.safetensors.index.json"
-        if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (self._folder / "model.safetensors").is_file():
-            with safe_open(self._folder / "model.safetensors", framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
+        self._files = {name: tensor.file for name, tensor in read_headers(self._folder).items()}
+        if not self._files:
             raise ConfigError(
                 f"{model.model_name_or_path} has no model.safetensors: tensor_parallel above 1 needs the "
                 f"checkpoint as safetensors"
@@ -115,7 +111,7 @@ def _folder(name: str) -> Path:
 def refuse_missing(model: ModelConfig, missing: list[str]) -> None:
     """Raise ConfigError, by name, if a checkpoint lacks any tensors."""
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        shown = listed(missing, len(missing))
         raise ConfigError(f"the checkpoint {model.model_name_or_path} lacks {shown}")
 
 
@@ -136,7 +132,7 @@ def refuse_left_over(model: ModelConfig, module: Any, left_over: list[str]) -> N
         and not any(re.search(pattern, name) for pattern in harmless)
     ]
     if found:
-        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        shown = listed(found, len(found))
         raise ConfigError(
             f"the checkpoint {model.model_name_or_path} has {shown}, which the architecture does not know"
         )
