@@ -28,6 +28,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.model import SHAPES, random_llama
+
 console = Console()
 CASES = [(1, 128), (16, 128), (64, 128), (256, 128), (1, 2048), (16, 2048)]
 """(sequences, tokens of each prompt)."""
@@ -36,9 +38,6 @@ FIRST = (64, 512)
 SHORT, LONG = 24, 152
 """New tokens of the two generations of a step."""
 WAY_SECONDS = 900
-SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
-"""Hidden size, intermediate size, layers, heads, key heads."""
-
 Generate = Callable[[list[list[int]], int], Any]
 """Generates so many tokens for each of the prompts, all at once."""
 Measurements = dict[str, Any]
@@ -54,7 +53,7 @@ def main(
     """Measure each way in a process of its own, and print the table."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mii-bench-") as scratch:
-        folder = random_model(Path(scratch) / model, model) if model in SHAPES else Path(model)
+        folder = random_llama(Path(scratch) / model, model, files=4) if model in SHAPES else Path(model)
         results: dict[str, Measurements] = {}
         for name in ways.split(",") if ways else available():
             console.print(f"[bold]{name}")
@@ -86,33 +85,6 @@ def available() -> list[str]:
     several = [ranks for ranks in (2, 4, 8) if ranks <= torch.cuda.device_count()]
     names = ["card", "engine:1", "deployment:1", *(f"deployment:{ranks}" for ranks in several), "generate", "padded"]
     return names + ["fastgen"] * (importlib.util.find_spec("dskernels") is not None)
-
-
-def random_model(folder: Path, size: str) -> Path:
-    """Make a Llama of random weights in bfloat16."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from benchmarks.model import _tokenizer
-
-    hidden, intermediate, layers, heads, key_heads = SHAPES[size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    module.save_pretrained(folder, max_shard_size="4GB")
-    _tokenizer().save_pretrained(folder)
-    return folder
 
 
 def prompts(count: int, length: int) -> list[list[int]]:

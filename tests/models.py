@@ -63,27 +63,30 @@ def replace_tokenizer_by_sentencepiece(folder: Path) -> None:
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
 
 
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,
+}
+"""What all tiny models have in common."""
+
+
 def tiny_config(architecture: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-    }
     particular: dict[str, dict[str, Any]] = {
         "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.3},
         "gpt_neox": {"intermediate_size": 128},
     }
     own = particular.get(architecture, {"intermediate_size": 128, "num_key_value_heads": 2})
-    return AutoConfig.for_model(architecture, **{**common, **own, **changes})
+    return AutoConfig.for_model(architecture, **{**COMMON, **own, **changes})
 
 
 def tiny_model(

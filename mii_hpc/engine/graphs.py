@@ -13,6 +13,7 @@ import torch
 from mii_hpc.engine.attention.base import AttentionBackend
 from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
 from mii_hpc.engine.step import Slice, Step
+from mii_hpc.engine.upload import staged
 
 _log = logging.getLogger(__name__)
 
@@ -193,13 +194,7 @@ class _Graph:
         own = numbers[ROWS * size :].reshape(size, self._width)
         own[:used] = tables[slots]
         own[used:] = NULL_BLOCK
-        upload(numbers, self._inputs)
-
-
-def upload(numbers: np.ndarray, target: torch.Tensor) -> None:
-    """Copy numbers to a tensor; on CUDA behind what its stream has to do, without waiting for it."""
-    host = torch.from_numpy(numbers)
-    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
+        self._inputs.copy_(staged(numbers, self._inputs.device), non_blocking=True)
 
 
 def sequence_buckets(largest: int) -> list[int]:

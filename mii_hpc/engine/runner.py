@@ -18,10 +18,11 @@ from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.compiled import CompiledLayers
 from mii_hpc.engine.devices import choose_device
 from mii_hpc.engine.distributed import Ranks
-from mii_hpc.engine.graphs import DecodeGraphs, upload
+from mii_hpc.engine.graphs import DecodeGraphs
 from mii_hpc.engine.memory import compute_with, plan_budget, threads
 from mii_hpc.engine.model.loading import load_model
 from mii_hpc.engine.step import DRAWN, Step, StepCodec
+from mii_hpc.engine.upload import upload
 from mii_hpc.heap import trim_heap
 
 _log = logging.getLogger(__name__)
@@ -120,8 +121,7 @@ class ModelRunner:
         places = [row for row, number in enumerate(numbers) if number == DRAWN] if drawn else []
         parts = (numbers, positions, [*last_rows, *scored], drawn, places)
         sizes = [len(part) for part in parts]
-        uploaded = torch.empty(sum(sizes), dtype=torch.int64, device=self._device)
-        upload(np.concatenate(parts, dtype=np.int64, casting="unsafe"), uploaded)
+        uploaded = upload(np.concatenate(parts, dtype=np.int64, casting="unsafe"), self._device)
         token_ids, packed_positions, rows, slots, targets = torch.split(uploaded, sizes)
         if drawn:
             token_ids[targets] = self.drawn[slots]

@@ -7,24 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VOCABULARY = 512
-CONTEXT = 256
+from tests import models
+from tests.models import CONTEXT, VOCABULARY
 
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": CONTEXT,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,
-}
+COMMON = {**models.COMMON, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": CONTEXT, "n_inner": 96}
 MLA = {

@@ -16,9 +16,12 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from mii_hpc.engine.upload import upload
 
 if TYPE_CHECKING:
     from mii_hpc.engine.attention.base import LayerAttention
@@ -83,11 +86,8 @@ class Batch:
             table = part.blocks[:width]
             numbers.extend(table)
             numbers.extend([0] * (width - len(table)))
-        host = torch.frombuffer(numbers, dtype=torch.int32)
-        if device.type == "cuda":
-            host = host.pin_memory()
         tokens, sequences = len(slots), len(lengths)
-        uploaded = host.to(device, non_blocking=True)
+        uploaded = upload(np.frombuffer(numbers, dtype=np.int32), device)
         rest = uploaded[tokens:]
         return cls(
             slots=uploaded[:tokens],

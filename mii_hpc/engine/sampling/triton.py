@@ -17,6 +17,7 @@ import triton.language as tl
 
 from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
 from mii_hpc.engine.step import Step
+from mii_hpc.engine.upload import upload
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # What a row's flags mean.
@@ -76,7 +77,7 @@ class TritonSampling:
         sampled = [(row, samplers[row]) for row, part in enumerate(step.slices) if part.sample]
         adding = [row for row, sampler in sampled if sampler.adds]
         scores = self._added(logits, adding, step, samplers) if adding else logits
-        results = self._launch(scores, _upload(numbers, logits.device))
+        results = self._launch(scores, upload(numbers, logits.device))
         self._count([step.slices[row].slot for row in adding if samplers[row].counts])
         # The kernel tells of the scores that it was given, and of no other token.
         told = [row for row, sampler in sampled if sampler.logprobs and (sampler.adds or sampler.top_logprobs)]
@@ -91,8 +92,8 @@ class TritonSampling:
         for row in rows:
             part, sampler = step.slices[row], samplers[row]
             if sampler.bias:
-                ids = _upload(np.array(list(sampler.bias), dtype=np.int64), logits.device)
-                scores[row, ids] += _upload(np.array(list(sampler.bias.values()), dtype=np.float32), logits.device)
+                ids = upload(np.array(list(sampler.bias), dtype=np.int64), logits.device)
+                scores[row, ids] += upload(np.array(list(sampler.bias.values()), dtype=np.float32), logits.device)
             if sampler.counts:
                 assert self._counts is not None, "counted since the slice that was fresh"
                 counts = self._counts[part.slot]
@@ -107,12 +108,12 @@ class TritonSampling:
         row = self._counts[slot]
         row.zero_()
         ids, counts = np.unique(np.array(answer, dtype=np.int64), return_counts=True)
-        row[_upload(ids, row.device)] = _upload(counts.astype(np.int16), row.device)
+        row[upload(ids, row.device)] = upload(counts.astype(np.int16), row.device)
 
     def _count(self, slots: Sequence[int]) -> None:
         """Count the tokens that were just drawn in some slots."""
         if self._counts is not None and slots:
-            rows = _upload(np.array(slots, dtype=np.int64), self._drawn.device)
+            rows = upload(np.array(slots, dtype=np.int64), self._drawn.device)
             self._counts[rows, self._drawn[rows]] += 1
 
     def _launch(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,7 @@ class TritonSampling:
             self._seen = torch.zeros(shape, dtype=torch.int8, device=self._drawn.device)
         row = self._seen[slot]
         row.zero_()
-        row[_upload(np.array(tokens, dtype=np.int64), row.device)] = 1
+        row[upload(np.array(tokens, dtype=np.int64), row.device)] = 1
 
 
 class _Drawing:
@@ -191,7 +192,7 @@ def _scores_of(
     logits: torch.Tensor, results: torch.Tensor, rows: Sequence[int], samplers: Sequence[Sampler]
 ) -> torch.Tensor:
     """Return, for some rows, the log probability of the token drawn, then the most likely tokens, then theirs."""
-    places = _upload(np.array(rows, dtype=np.int64), logits.device)
+    places = upload(np.array(rows, dtype=np.int64), logits.device)
     scores = logits[places].float()
     totals = scores.logsumexp(dim=-1, keepdim=True)
     own = scores.gather(-1, results[0][places].clamp(min=0).long()[:, None])
@@ -205,11 +206,6 @@ def _on_its_way(result: torch.Tensor) -> torch.Tensor:
         return result
     host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
     return host.copy_(result, non_blocking=True)
-
-
-def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 @triton.jit(do_not_specialize=["parameters", "ends", "rows", "results"])
