@@ -62,7 +62,7 @@ def cycle(home: Path) -> Left:
 
 
 def main(cycles: str = "200") -> int:
-    """Return 0 when nothing has grown since the first cycle."""
+    """Return 0 when nothing has grown since the first cycle, and no process and no entry is left."""
     with tempfile.TemporaryDirectory(prefix="mii-cycles-") as folder:
         home = Path(folder) / "home"
         first = last = cycle(home)
@@ -72,7 +72,8 @@ def main(cycles: str = "200") -> int:
                 print(number, last, flush=True)
     print("first", asdict(first))
     print("last ", asdict(last))
-    return int(any(value > asdict(first)[name] for name, value in asdict(last).items()))
+    grown = any(value > asdict(first)[name] for name, value in asdict(last).items())
+    return int(grown or bool(last.processes or last.registry))
 
 
 if __name__ == "__main__":

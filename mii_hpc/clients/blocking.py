@@ -66,12 +66,22 @@ class MIIClient:
         """Yield the pieces of one prompt's answer as they are made. Leaving the iteration cancels the request."""
         with self._working() as worker:
             pieces = worker.client.stream(prompt, timeout=timeout, **options)
+            turn = asyncio.Lock()  # what waits for a piece has ended, also by Ctrl-C, before the stream is closed
+
+            async def following(_: AsyncMIIClient) -> Response | None:
+                async with turn:
+                    return await anext(pieces, None)
+
+            async def ending(_: AsyncMIIClient) -> None:
+                async with turn:
+                    await pieces.aclose()
+
             try:
-                while (piece := worker.run(lambda _: anext(pieces, None))) is not None:
+                while (piece := worker.run(following)) is not None:
                     yield piece
             finally:
                 with contextlib.suppress(RequestCancelledError):  # closed meanwhile, and with it the stream
-                    worker.run(lambda _: pieces.aclose())
+                    worker.run(ending)
 
     def tokenize(self, prompt: Prompt | Sequence[int], *, plain: bool = False) -> Tokenization:
         """Return a prompt as the model sees it. See AsyncMIIClient.tokenize()."""
@@ -189,20 +199,28 @@ class _Worker:
 
     def run(self, call: Callable[[AsyncMIIClient], Coroutine[Any, Any, T]]) -> T:
         """Run a call in the loop and return its result. Raises RequestCancelledError when the worker is stopped."""
+        submitted: list[asyncio.Task[Any] | None] = []
 
         async def awaited() -> T:
+            submitted.append(asyncio.current_task())
             return await call(self.client)
 
-        with self._lock:  # what is submitted runs before stop() ends the loop, or is not submitted
-            if self._stopped:
-                raise RequestCancelledError(CLOSED)
-            future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+        async def abandoned() -> None:
+            for task in filter(None, submitted):
+                task.cancel()
+
         try:
+            with self._lock:  # what is submitted runs before stop() ends the loop, or is not submitted
+                if self._stopped:
+                    raise RequestCancelledError(CLOSED)
+                future = asyncio.run_coroutine_threadsafe(awaited(), self._loop)
             return future.result()
         except concurrent.futures.CancelledError:
             raise RequestCancelledError(CLOSED) from None
-        except BaseException:
-            future.cancel()  # Ctrl-C here ends the request there
+        except BaseException:  # Ctrl-C here ends the request there, also when it comes while the call is submitted
+            with self._lock:
+                if not self._stopped:
+                    asyncio.run_coroutine_threadsafe(abandoned(), self._loop)
             raise
 
     def stop(self) -> None:

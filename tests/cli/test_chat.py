@@ -1,11 +1,12 @@
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 
-from tests.waiting import eventually
+from tests.waiting import PATIENCE, eventually
 
 
 def test_a_conversation_grows_and_is_commanded(run, chat):
@@ -55,7 +56,12 @@ def test_ctrl_c_stops_an_answer_and_no_more(deploy_in_thread, monkeypatch):
 
 
 def read_until(terminal, pattern):
+    """Return what the terminal shows until then; fail, with that, where it ends or nothing comes."""
     seen = b""
     while not re.search(pattern, seen):
-        seen += os.read(terminal, 4096)
+        assert select.select([terminal], [], [], PATIENCE)[0], seen
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError as error:  # EIO: the other end is closed
+            raise AssertionError(seen) from error
     return seen

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import os
 import signal
@@ -159,6 +160,23 @@ def test_ctrl_c_ends_the_requests(deploy_in_thread):
     assert next_line(script.stdout) == "[still works ]\n"
     threaded.until(threaded.deployment.is_idle)
     script.communicate("\n", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["first", "second"])
+def test_ctrl_c_while_a_call_is_submitted_ends_the_request(sync_client, monkeypatch, call):
+    submit, submitted = asyncio.run_coroutine_threadsafe, []
+
+    def interrupted(coroutine, loop):
+        submitted.append(submit(coroutine, loop))
+        if len(submitted) == call:
+            raise KeyboardInterrupt
+        return submitted[-1]
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(sync_client.stream("a", **FOREVER))
+    sync_client.threaded.until(sync_client.threaded.deployment.is_idle)
+    assert str(sync_client("b")[0]) == "b "
 
 
 LOADED = """
