@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -33,7 +35,7 @@ from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.miniature import CONTEXT, miniature
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
-from mii_hpc.engine.model.sharding import SHARDINGS, repeat_heads, replicated, shard
+from mii_hpc.engine.model.sharding import SHARDINGS, load_shard, shard
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.errors import ConfigError
@@ -138,33 +140,45 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
         return None
     name = (config.architectures or [config.model_type])[0]
     reasons = []
-    for sharding in ("whole",) if ranks == 1 else _shardings(_seeded(small, model, device)):
-        for way, packed in itertools.product(WAYS, (True, False)):
-            module = _seeded(small, model, device)
-            failure = None
-            try:
-                module = _with_repeated_heads(module, small, model, ranks, device)
-                module, _ = shard(module, ranks, torch.float32, sharding)
-                if packed:
-                    pack_linears(module)
-                    replace_linears(module)
-            except Exception as error:  # noqa: BLE001 (DeepSpeed fails in many ways on what it does not know)
-                failure = f"{sharding} cannot shard it: {error}"
-            # What goes wrong on some ranks only would have the others wait for them.
-            if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
-                reasons.append(failure or f"{sharding} cannot shard it evenly")
-                break
-            reason = _reason(module, way, expected, device, vocabulary, context, attention, TOLERANCE)
-            if reason is None:
-                _log.info("%s is served right: %s, attention %s", name, sharding, way)
-                return Serving(sharding, way, packed)
-            reasons.append(reason)
+    with tempfile.TemporaryDirectory(prefix="mii-check-") as folder:
+        if ranks > 1:
+            # By each rank: save_pretrained() would write on one alone.
+            tensors = {name: tensor.clone() for name, tensor in _seeded(small, model, device).state_dict().items()}
+            save_file(tensors, Path(folder, "model.safetensors"))
+        stored = model.model_copy(update={"model_name_or_path": folder})
+        for sharding in ("whole",) if ranks == 1 else _shardings(_seeded(small, model, device)):
+            for way, packed in itertools.product(WAYS, (True, False)):
+                failure = None
+                try:
+                    module = _loaded(small, stored, ranks, sharding, device)
+                    if packed:
+                        pack_linears(module)
+                        replace_linears(module)
+                except Exception as error:  # noqa: BLE001 (DeepSpeed fails in many ways on what it does not know)
+                    failure = f"{sharding} cannot shard it: {error}"
+                # What goes wrong on some ranks only would have the others wait for them.
+                if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
+                    reasons.append(failure or f"{sharding} cannot shard it evenly")
+                    break
+                reason = _reason(module, way, expected, device, vocabulary, context, attention, TOLERANCE)
+                if reason is None:
+                    _log.info("%s is served right: %s, attention %s", name, sharding, way)
+                    return Serving(sharding, way, packed)
+                reasons.append(reason)
     if ranks > 1:
         raise ConfigError(
             f"tensor_parallel={ranks}: neither DeepSpeed nor transformers' plan shards {name} right; use "
             f"tensor_parallel=1 ({reasons[0]})"
         )
     raise ConfigError(f"{name} cannot be served: {reasons[0]}")
+
+
+def _loaded(small: Any, stored: ModelConfig, ranks: int, sharding: str, device: torch.device) -> nn.Module:
+    """Return this rank's shard of the small model. Several ranks read theirs from its files, as of a large one."""
+    if ranks == 1:
+        return shard(_seeded(small, stored, device), ranks, torch.float32, sharding)[0]
+    module = load_shard(stored, small, torch.float32, ranks, sharding, device, lambda sentence: None)
+    return module.eval().requires_grad_(False)
 
 
 def _shardings(module: Any) -> tuple[str, ...]:
@@ -212,21 +226,6 @@ def _seeded(config: Any, model: ModelConfig, device: torch.device) -> nn.Module:
             else:
                 parameter.add_(noise * 0.2)
     return module.eval().to(device)
-
-
-def _with_repeated_heads(
-    module: nn.Module, config: Any, model: ModelConfig, ranks: int, device: torch.device
-) -> nn.Module:
-    """Return a model with as many KV heads as ranks at least, as load_shard() makes one of a checkpoint."""
-    more = replicated(config, ranks)
-    if more is config:
-        return module
-    other = _seeded(more, model, device)
-    state = {name: parameter.shape for name, parameter in other.state_dict().items()}
-    other.load_state_dict(
-        {name: repeat_heads(tensor, state[name], config, ranks) for name, tensor in module.state_dict().items()}
-    )
-    return other
 
 
 def _record(config: Any, ranks: int, device: torch.device, attention: str) -> Path:
