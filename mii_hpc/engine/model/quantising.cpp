@@ -9,16 +9,19 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, GROUP = 32;
+constexpr int64_t GROUP = 32;
 // So many outputs share what is read of the rows; so many inputs of them, widened, stay in the nearest cache.
 constexpr int64_t OUTPUTS = 4, INPUTS = 1024;
+// As many sums as there are registers for.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, ROWS = 4;
+#else
+constexpr int64_t LANES = 8, ROWS = 2;
+#endif
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
-typedef int8_t Signed __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t Halves __attribute__((vector_size(GROUP / 2), aligned(1), may_alias));
 
 inline Lanes load(const float* numbers) { return *reinterpret_cast<const Lanes*>(numbers); }
-inline void store(float* numbers, Lanes lanes) { *reinterpret_cast<Lanes*>(numbers) = lanes; }
 
 inline float bfloat16(const uint16_t* bits) {
     const uint32_t wide = static_cast<uint32_t>(*bits) << 16;
@@ -34,11 +37,9 @@ struct Int8 {
     const float* scales;
     int64_t inputs;
 
-    void widen(int64_t output, int64_t first, int64_t size, float* wide) const {
+    void widen(int64_t output, int64_t first, int64_t size, float* __restrict wide) const {
         const int8_t* row = weights + output * inputs + first;
-        for (int64_t i = 0; i < size; i += LANES) {
-            store(wide + i, __builtin_convertvector(*reinterpret_cast<const Signed*>(row + i), Lanes));
-        }
+        for (int64_t i = 0; i < size; ++i) wide[i] = row[i];
     }
     float scale(int64_t output) const { return scales[output]; }
 };
@@ -49,11 +50,13 @@ struct Float8 {
     const float* scales;
     int64_t inputs;
 
-    void widen(int64_t output, int64_t first, int64_t size, float* wide) const {
+    void widen(int64_t output, int64_t first, int64_t size, float* __restrict wide) const {
         const uint8_t* row = weights + output * inputs + first;
-        for (int64_t i = 0; i < size; i += LANES) {
-            const Bits bits = __builtin_convertvector(*reinterpret_cast<const Bytes*>(row + i), Bits);
-            store(wide + i, (Lanes)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f);
+        for (int64_t i = 0; i < size; ++i) {
+            const uint32_t bits = (row[i] & 0x80u) << 24 | (row[i] & 0x7fu) << 20;
+            float number;
+            std::memcpy(&number, &bits, sizeof number);
+            wide[i] = number * 0x1p120f;
         }
     }
     float scale(int64_t output) const { return scales[output]; }
@@ -66,14 +69,20 @@ struct Int4 {
     const uint16_t* scales;
     int64_t inputs;
 
-    void widen(int64_t output, int64_t first, int64_t size, float* wide) const {
+    void widen(int64_t output, int64_t first, int64_t size, float* __restrict wide) const {
         const uint8_t* row = weights + (output * inputs + first) / 2;
         const uint16_t* scale = scales + (output * inputs + first) / GROUP * 2;
-        for (int64_t i = 0; i < size; i += GROUP, scale += 2) {
-            const Bytes bytes = *reinterpret_cast<const Bytes*>(row + i / 2);
-            const float step = bfloat16(scale), lowest = bfloat16(scale + 1);
-            store(wide + i, __builtin_convertvector(bytes & 15, Lanes) * step + lowest);
-            store(wide + i + LANES, __builtin_convertvector(bytes >> 4, Lanes) * step + lowest);
+        uint8_t steps[INPUTS];
+        for (int64_t i = 0; i < size; i += GROUP) {
+            const Halves halves = *reinterpret_cast<const Halves*>(row + i / 2);
+            *reinterpret_cast<Halves*>(steps + i) = halves & 15;
+            *reinterpret_cast<Halves*>(steps + i + GROUP / 2) = halves >> 4;
+        }
+        for (int64_t i = 0; i < size; ++i) wide[i] = steps[i];
+        for (int64_t i = 0; i < size; i += LANES) {
+            const float* group = wide + i;
+            const uint16_t* step = scale + i / GROUP * 2;
+            *reinterpret_cast<Lanes*>(wide + i) = load(group) * bfloat16(step) + bfloat16(step + 1);
         }
     }
     float scale(int64_t) const { return 1; }
@@ -85,19 +94,19 @@ inline float sum(Lanes lanes) {
     return total;
 }
 
-// Adds up the products of ROWS rows with OUTPUTS outputs, whose weights are INPUTS apart.
-template <int ROWS>
+// Adds up the products of COUNT rows with OUTPUTS outputs, whose weights are INPUTS apart.
+template <int64_t COUNT>
 inline void multiply(const float* rows, int64_t stride, const float* wide, int64_t size, float* sums) {
-    Lanes lanes[ROWS][OUTPUTS] = {};
+    Lanes lanes[COUNT][OUTPUTS] = {};
     for (int64_t i = 0; i < size; i += LANES) {
-        for (int row = 0; row < ROWS; ++row) {
+        Lanes weights[OUTPUTS];
+        for (int64_t output = 0; output < OUTPUTS; ++output) weights[output] = load(wide + output * INPUTS + i);
+        for (int64_t row = 0; row < COUNT; ++row) {
             const Lanes numbers = load(rows + row * stride + i);
-            for (int64_t output = 0; output < OUTPUTS; ++output) {
-                lanes[row][output] += numbers * load(wide + output * INPUTS + i);
-            }
+            for (int64_t output = 0; output < OUTPUTS; ++output) lanes[row][output] += numbers * weights[output];
         }
     }
-    for (int row = 0; row < ROWS; ++row) {
+    for (int64_t row = 0; row < COUNT; ++row) {
         for (int64_t output = 0; output < OUTPUTS; ++output) sums[row * OUTPUTS + output] += sum(lanes[row][output]);
     }
 }
@@ -116,8 +125,8 @@ void product(const Format& format, const float* rows, float* result, int64_t cou
                 const int64_t size = std::min(INPUTS, inputs - first);
                 for (int64_t i = 0; i < here; ++i) format.widen(begin + i, first, size, &wide[i * INPUTS]);
                 int64_t row = 0;
-                for (; row + 4 <= count; row += 4) {
-                    multiply<4>(rows + row * inputs + first, inputs, wide.data(), size, &sums[row * OUTPUTS]);
+                for (; row + ROWS <= count; row += ROWS) {
+                    multiply<ROWS>(rows + row * inputs + first, inputs, wide.data(), size, &sums[row * OUTPUTS]);
                 }
                 for (; row < count; ++row) {
                     multiply<1>(rows + row * inputs + first, inputs, wide.data(), size, &sums[row * OUTPUTS]);
