@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmii_hpc/_proto/mii_hpc.proto\x12\nmii_hpc.v1\"\xb6\x01\n\x0fGenerateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.mii_hpc.v1.GenerateParams\x12\x12\n\nprompt_ids\x18\n \x03(\x05\x12\x0c\n\x04\x63hat\x18\x0b \x01(\t\x12)\n\x06resume\x18\x14 \x03(\x0b\x32\x19.mii_hpc.v1.ResumedAnswer\x12\x0e\n\x06report\x18\x15 \x01(\x08\"E\n\rResumedAnswer\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x12\n\ncharacters\x18\x02 \x01(\x05\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\"Q\n\x0fTokenizeRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04\x63hat\x18\x03 \x01(\t\x12\r\n\x05plain\x18\x04 \x01(\x08\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\x0c\"\x11\n\x0f\x44\x65scribeRequest\"\'\n\x10\x44\x65scribeResponse\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\"\xa5\x08\n\x0eGenerateParams\x12\x17\n\nmax_length\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tdo_sample\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\t\x88\x01\x01\x12\x1d\n\x10return_full_text\x18\x0c \x01(\x08H\n\x88\x01\x01\x12!\n\x14num_return_sequences\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x08H\x0c\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x10 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x08H\x0e\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x12 \x01(\x01H\x0f\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x13 \x01(\x01H\x10\x88\x01\x01\x12=\n\nlogit_bias\x18\x14 \x03(\x0b\x32).mii_hpc.v1.GenerateParams.LogitBiasEntry\x12\x13\n\x06stream\x18\x0f \x01(\x08H\x11\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x1e \x03(\x05\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x1f \x01(\x08H\x12\x88\x01\x01\x12 \n\x13skip_special_tokens\x18  \x01(\x08H\x13\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_lengthB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x13\n\x11_return_full_textB\x17\n\x15_num_return_sequencesB\x0b\n\t_logprobsB\x0f\n\r_top_logprobsB\x12\n\x10_prompt_logprobsB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\t\n\x07_streamB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokens\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\xbc\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05index\x18\x04 \x01(\x05\x12\x15\n\rprompt_length\x18\x05 \x01(\x05\x12\x18\n\x10generated_length\x18\x06 \x01(\x05\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\x12-\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x17.mii_hpc.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\t \x03(\x02\x12\x34\n\x13prompt_top_logprobs\x18\n \x03(\x0b\x32\x17.mii_hpc.v1.TopLogprobs\x12\x0f\n\x07replica\x18\x14 \x01(\x05\x12\x12\n\nmigrations\x18\x15 \x01(\x05\"\r\n\x0bLoadRequest\"\xbc\x03\n\x0cLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\x05\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x03\x12\x16\n\x0eprefix_queries\x18\x07 \x01(\x03\x12\x13\n\x0bprefix_hits\x18\x08 \x01(\x03\x12\x38\n\x08\x66inished\x18\t \x03(\x0b\x32&.mii_hpc.v1.LoadResponse.FinishedEntry\x12\x32\n\x13time_to_first_token\x18\n \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x12\x32\n\x13inter_token_latency\x18\x0b \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x12.\n\x0frequest_latency\x18\x0c \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x1a/\n\rFinishedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"(\n\tHistogram\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x03\x12\x0b\n\x03sum\x18\x02 \x01(\x01\"\x0f\n\rStatusRequest\"u\n\x0eStatusResponse\x12\x17\n\x0f\x64\x65ployment_name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12+\n\x08replicas\x18\x04 \x03(\x0b\x32\x19.mii_hpc.v1.ReplicaStatus\"\xb9\x01\n\rReplicaStatus\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12\x0e\n\x06served\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12&\n\x04load\x18\x08 \x01(\x0b\x32\x18.mii_hpc.v1.LoadResponse\x12\x12\n\nmigrations\x18\x14 \x01(\x03\"\x12\n\x10TerminateRequest\"\x13\n\x11TerminateResponse\"+\n\x12RotateTokenRequest\x12\x15\n\rcancel_guests\x18\x01 \x01(\x08\"\x15\n\x13RotateTokenResponse\"\xb6\x01\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\'\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x17.mii_hpc.v1.EngineState\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x0b\n\x03log\x18\x08 \x01(\t\x12\x0f\n\x07leaving\x18\t \x01(\x08\"\x91\x01\n\tRankOrder\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.mii_hpc.v1.StartEngineH\x00\x12-\n\x0bstop_engine\x18\x02 \x01(\x0b\x32\x16.mii_hpc.v1.StopEngineH\x00\x12\"\n\x05leave\x18\x03 \x01(\x0b\x32\x11.mii_hpc.v1.LeaveH\x00\x42\x07\n\x05order\"3\n\x0bStartEngine\x12\r\n\x05\x65poch\x18\x01 \x01(\x05\x12\x15\n\rstore_address\x18\x02 \x01(\t\"\x0c\n\nStopEngine\"\x18\n\x05Leave\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\t*0\n\x0b\x45ngineState\x12\x08\n\x04\x44OWN\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x32\xdf\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.mii_hpc.v1.GenerateRequest\x1a\x19.mii_hpc.v1.GenerateChunk0\x01\x12\x45\n\x08Tokenize\x12\x1b.mii_hpc.v1.TokenizeRequest\x1a\x1c.mii_hpc.v1.TokenizeResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.mii_hpc.v1.DescribeRequest\x1a\x1c.mii_hpc.v1.DescribeResponse2C\n\x06\x45ngine\x12\x39\n\x04Load\x12\x17.mii_hpc.v1.LoadRequest\x1a\x18.mii_hpc.v1.LoadResponse2\xe7\x01\n\nDeployment\x12?\n\x06Status\x12\x19.mii_hpc.v1.StatusRequest\x1a\x1a.mii_hpc.v1.StatusResponse\x12H\n\tTerminate\x12\x1c.mii_hpc.v1.TerminateRequest\x1a\x1d.mii_hpc.v1.TerminateResponse\x12N\n\x0bRotateToken\x12\x1e.mii_hpc.v1.RotateTokenRequest\x1a\x1f.mii_hpc.v1.RotateTokenResponse2G\n\nMembership\x12\x39\n\x04Join\x12\x16.mii_hpc.v1.RankReport\x1a\x15.mii_hpc.v1.RankOrder(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmii_hpc/_proto/mii_hpc.proto\x12\nmii_hpc.v1\"\xb6\x01\n\x0fGenerateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12*\n\x06params\x18\x03 \x01(\x0b\x32\x1a.mii_hpc.v1.GenerateParams\x12\x12\n\nprompt_ids\x18\n \x03(\x05\x12\x0c\n\x04\x63hat\x18\x0b \x01(\t\x12)\n\x06resume\x18\x14 \x03(\x0b\x32\x19.mii_hpc.v1.ResumedAnswer\x12\x0e\n\x06report\x18\x15 \x01(\x08\"E\n\rResumedAnswer\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x12\n\ncharacters\x18\x02 \x01(\x05\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\"Q\n\x0fTokenizeRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04\x63hat\x18\x03 \x01(\t\x12\r\n\x05plain\x18\x04 \x01(\x08\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x03(\x0c\"\x11\n\x0f\x44\x65scribeRequest\"\'\n\x10\x44\x65scribeResponse\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\t\"\xa5\x08\n\x0eGenerateParams\x12\x17\n\nmax_length\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x16\n\tdo_sample\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\t\x88\x01\x01\x12\x1d\n\x10return_full_text\x18\x0c \x01(\x08H\n\x88\x01\x01\x12!\n\x14num_return_sequences\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\x08H\x0c\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x10 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\x08H\x0e\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x12 \x01(\x01H\x0f\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x13 \x01(\x01H\x10\x88\x01\x01\x12=\n\nlogit_bias\x18\x14 \x03(\x0b\x32).mii_hpc.v1.GenerateParams.LogitBiasEntry\x12\x13\n\x06stream\x18\x0f \x01(\x08H\x11\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x1e \x03(\x05\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x1f \x01(\x08H\x12\x88\x01\x01\x12 \n\x13skip_special_tokens\x18  \x01(\x08H\x13\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_lengthB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x13\n\x11_return_full_textB\x17\n\x15_num_return_sequencesB\x0b\n\t_logprobsB\x0f\n\r_top_logprobsB\x12\n\x10_prompt_logprobsB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\t\n\x07_streamB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokens\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"\xbc\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05index\x18\x04 \x01(\x05\x12\x15\n\rprompt_length\x18\x05 \x01(\x05\x12\x18\n\x10generated_length\x18\x06 \x01(\x05\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\x12-\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x17.mii_hpc.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\t \x03(\x02\x12\x34\n\x13prompt_top_logprobs\x18\n \x03(\x0b\x32\x17.mii_hpc.v1.TopLogprobs\x12\x0f\n\x07replica\x18\x14 \x01(\x05\x12\x12\n\nmigrations\x18\x15 \x01(\x05\"\r\n\x0bLoadRequest\"\xe7\x03\n\x0cLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\x05\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x03\x12\x16\n\x0eprefix_queries\x18\x07 \x01(\x03\x12\x13\n\x0bprefix_hits\x18\x08 \x01(\x03\x12\x38\n\x08\x66inished\x18\t \x03(\x0b\x32&.mii_hpc.v1.LoadResponse.FinishedEntry\x12\x32\n\x13time_to_first_token\x18\n \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x12\x32\n\x13inter_token_latency\x18\x0b \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x12.\n\x0frequest_latency\x18\x0c \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x12)\n\nqueue_time\x18\r \x01(\x0b\x32\x15.mii_hpc.v1.Histogram\x1a/\n\rFinishedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"(\n\tHistogram\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x03\x12\x0b\n\x03sum\x18\x02 \x01(\x01\"\x0f\n\rStatusRequest\"u\n\x0eStatusResponse\x12\x17\n\x0f\x64\x65ployment_name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12+\n\x08replicas\x18\x04 \x03(\x0b\x32\x19.mii_hpc.v1.ReplicaStatus\"\xd8\x01\n\rReplicaStatus\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x11\n\tin_flight\x18\x05 \x01(\x05\x12\x0e\n\x06served\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12&\n\x04load\x18\x08 \x01(\x0b\x32\x18.mii_hpc.v1.LoadResponse\x12\x12\n\nmigrations\x18\x14 \x01(\x03\x12\x0f\n\x07resumed\x18\x15 \x01(\x03\x12\x0c\n\x04lost\x18\x16 \x01(\x03\"\x12\n\x10TerminateRequest\"\x13\n\x11TerminateResponse\"+\n\x12RotateTokenRequest\x12\x15\n\rcancel_guests\x18\x01 \x01(\x08\"\x15\n\x13RotateTokenResponse\"\xb6\x01\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\'\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x17.mii_hpc.v1.EngineState\x12\r\n\x05\x65poch\x18\x04 \x01(\x05\x12\x15\n\rstore_address\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\x12\x0b\n\x03log\x18\x08 \x01(\t\x12\x0f\n\x07leaving\x18\t \x01(\x08\"\x91\x01\n\tRankOrder\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.mii_hpc.v1.StartEngineH\x00\x12-\n\x0bstop_engine\x18\x02 \x01(\x0b\x32\x16.mii_hpc.v1.StopEngineH\x00\x12\"\n\x05leave\x18\x03 \x01(\x0b\x32\x11.mii_hpc.v1.LeaveH\x00\x42\x07\n\x05order\"3\n\x0bStartEngine\x12\r\n\x05\x65poch\x18\x01 \x01(\x05\x12\x15\n\rstore_address\x18\x02 \x01(\t\"\x0c\n\nStopEngine\"\x18\n\x05Leave\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\t*0\n\x0b\x45ngineState\x12\x08\n\x04\x44OWN\x10\x00\x12\x0c\n\x08STARTING\x10\x01\x12\t\n\x05READY\x10\x02\x32\xdf\x01\n\tInference\x12\x44\n\x08Generate\x12\x1b.mii_hpc.v1.GenerateRequest\x1a\x19.mii_hpc.v1.GenerateChunk0\x01\x12\x45\n\x08Tokenize\x12\x1b.mii_hpc.v1.TokenizeRequest\x1a\x1c.mii_hpc.v1.TokenizeResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.mii_hpc.v1.DescribeRequest\x1a\x1c.mii_hpc.v1.DescribeResponse2C\n\x06\x45ngine\x12\x39\n\x04Load\x12\x17.mii_hpc.v1.LoadRequest\x1a\x18.mii_hpc.v1.LoadResponse2\xe7\x01\n\nDeployment\x12?\n\x06Status\x12\x19.mii_hpc.v1.StatusRequest\x1a\x1a.mii_hpc.v1.StatusResponse\x12H\n\tTerminate\x12\x1c.mii_hpc.v1.TerminateRequest\x1a\x1d.mii_hpc.v1.TerminateResponse\x12N\n\x0bRotateToken\x12\x1e.mii_hpc.v1.RotateTokenRequest\x1a\x1f.mii_hpc.v1.RotateTokenResponse2G\n\nMembership\x12\x39\n\x04Join\x12\x16.mii_hpc.v1.RankReport\x1a\x15.mii_hpc.v1.RankOrder(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_LOADRESPONSE_FINISHEDENTRY']._loaded_options = None
   _globals['_LOADRESPONSE_FINISHEDENTRY']._serialized_options = b'8\001'
-  _globals['_ENGINESTATE']._serialized_start=3310
-  _globals['_ENGINESTATE']._serialized_end=3358
+  _globals['_ENGINESTATE']._serialized_start=3384
+  _globals['_ENGINESTATE']._serialized_end=3432
   _globals['_GENERATEREQUEST']._serialized_start=45
   _globals['_GENERATEREQUEST']._serialized_end=227
   _globals['_RESUMEDANSWER']._serialized_start=229
@@ -60,41 +60,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADREQUEST']._serialized_start=1947
   _globals['_LOADREQUEST']._serialized_end=1960
   _globals['_LOADRESPONSE']._serialized_start=1963
-  _globals['_LOADRESPONSE']._serialized_end=2407
-  _globals['_LOADRESPONSE_FINISHEDENTRY']._serialized_start=2360
-  _globals['_LOADRESPONSE_FINISHEDENTRY']._serialized_end=2407
-  _globals['_HISTOGRAM']._serialized_start=2409
-  _globals['_HISTOGRAM']._serialized_end=2449
-  _globals['_STATUSREQUEST']._serialized_start=2451
-  _globals['_STATUSREQUEST']._serialized_end=2466
-  _globals['_STATUSRESPONSE']._serialized_start=2468
-  _globals['_STATUSRESPONSE']._serialized_end=2585
-  _globals['_REPLICASTATUS']._serialized_start=2588
-  _globals['_REPLICASTATUS']._serialized_end=2773
-  _globals['_TERMINATEREQUEST']._serialized_start=2775
-  _globals['_TERMINATEREQUEST']._serialized_end=2793
-  _globals['_TERMINATERESPONSE']._serialized_start=2795
-  _globals['_TERMINATERESPONSE']._serialized_end=2814
-  _globals['_ROTATETOKENREQUEST']._serialized_start=2816
-  _globals['_ROTATETOKENREQUEST']._serialized_end=2859
-  _globals['_ROTATETOKENRESPONSE']._serialized_start=2861
-  _globals['_ROTATETOKENRESPONSE']._serialized_end=2882
-  _globals['_RANKREPORT']._serialized_start=2885
-  _globals['_RANKREPORT']._serialized_end=3067
-  _globals['_RANKORDER']._serialized_start=3070
-  _globals['_RANKORDER']._serialized_end=3215
-  _globals['_STARTENGINE']._serialized_start=3217
-  _globals['_STARTENGINE']._serialized_end=3268
-  _globals['_STOPENGINE']._serialized_start=3270
-  _globals['_STOPENGINE']._serialized_end=3282
-  _globals['_LEAVE']._serialized_start=3284
-  _globals['_LEAVE']._serialized_end=3308
-  _globals['_INFERENCE']._serialized_start=3361
-  _globals['_INFERENCE']._serialized_end=3584
-  _globals['_ENGINE']._serialized_start=3586
-  _globals['_ENGINE']._serialized_end=3653
-  _globals['_DEPLOYMENT']._serialized_start=3656
-  _globals['_DEPLOYMENT']._serialized_end=3887
-  _globals['_MEMBERSHIP']._serialized_start=3889
-  _globals['_MEMBERSHIP']._serialized_end=3960
+  _globals['_LOADRESPONSE']._serialized_end=2450
+  _globals['_LOADRESPONSE_FINISHEDENTRY']._serialized_start=2403
+  _globals['_LOADRESPONSE_FINISHEDENTRY']._serialized_end=2450
+  _globals['_HISTOGRAM']._serialized_start=2452
+  _globals['_HISTOGRAM']._serialized_end=2492
+  _globals['_STATUSREQUEST']._serialized_start=2494
+  _globals['_STATUSREQUEST']._serialized_end=2509
+  _globals['_STATUSRESPONSE']._serialized_start=2511
+  _globals['_STATUSRESPONSE']._serialized_end=2628
+  _globals['_REPLICASTATUS']._serialized_start=2631
+  _globals['_REPLICASTATUS']._serialized_end=2847
+  _globals['_TERMINATEREQUEST']._serialized_start=2849
+  _globals['_TERMINATEREQUEST']._serialized_end=2867
+  _globals['_TERMINATERESPONSE']._serialized_start=2869
+  _globals['_TERMINATERESPONSE']._serialized_end=2888
+  _globals['_ROTATETOKENREQUEST']._serialized_start=2890
+  _globals['_ROTATETOKENREQUEST']._serialized_end=2933
+  _globals['_ROTATETOKENRESPONSE']._serialized_start=2935
+  _globals['_ROTATETOKENRESPONSE']._serialized_end=2956
+  _globals['_RANKREPORT']._serialized_start=2959
+  _globals['_RANKREPORT']._serialized_end=3141
+  _globals['_RANKORDER']._serialized_start=3144
+  _globals['_RANKORDER']._serialized_end=3289
+  _globals['_STARTENGINE']._serialized_start=3291
+  _globals['_STARTENGINE']._serialized_end=3342
+  _globals['_STOPENGINE']._serialized_start=3344
+  _globals['_STOPENGINE']._serialized_end=3356
+  _globals['_LEAVE']._serialized_start=3358
+  _globals['_LEAVE']._serialized_end=3382
+  _globals['_INFERENCE']._serialized_start=3435
+  _globals['_INFERENCE']._serialized_end=3658
+  _globals['_ENGINE']._serialized_start=3660
+  _globals['_ENGINE']._serialized_end=3727
+  _globals['_DEPLOYMENT']._serialized_start=3730
+  _globals['_DEPLOYMENT']._serialized_end=3961
+  _globals['_MEMBERSHIP']._serialized_start=3963
+  _globals['_MEMBERSHIP']._serialized_end=4034
 # @@protoc_insertion_point(module_scope)
