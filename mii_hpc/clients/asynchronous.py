@@ -93,7 +93,7 @@ class AsyncMIIClient:
         self._host = host
         self._home = home or OwnHome(mii_config.home)
         self._connection: transport.Connection | None = None
-        self._target = ("", b"")  # address and certificate that the connection is for
+        self._target = ("", b"", b"")  # address, certificate and identity that the connection is for
         self._metadata: tuple[tuple[str, str], ...] | None = None
         self._connecting: asyncio.Task[transport.Connection] | None = None
         self._failure: tuple[float, MIIError] = (-REMEMBERED_SECONDS, MIIError())
@@ -470,7 +470,7 @@ class AsyncMIIClient:
                 self._metadata = transport.authorization(found.credentials)
                 if not found.entry.address:
                     await asyncio.to_thread(check_live, found)
-                target = self._way_to(found.entry), found.credentials.certificate
+                target = self._way_to(found.entry), found.credentials.certificate, found.credentials.identity
                 if self._connection is None or target != self._target:
                     self._connection, self._target = transport.Connection(target[0], found.credentials), target
                 connection = self._connection

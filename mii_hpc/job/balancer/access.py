@@ -1,4 +1,4 @@
-"""Which token may call which method of the balancer."""
+"""Who may connect to the balancer, and which token may call which method."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ RANK_METHODS = frozenset({Method.JOIN})
 
 
 class Access:
-    """The tokens of one deployment: the owner's, the guests' where it is shared, and that of its own ranks."""
+    """The keys of one deployment: the owner's, the guests' where it is shared, and those of its own ranks.
+
+    Attributes:
+        certificates: those with which one may connect, all in one (PEM).
+    """
 
     def __init__(self, run: RunDir, config: MIIConfig) -> None:
         self._run = run
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
         self._rank = credentials.read_token(run.rank_token)
+        self._rank_certificate = credentials.load_server(run).certificate
+        owner, guest = (credentials.read_identity(path) for path in (run.owner_identity, run.guest_identity))
+        self.certificates = self._certificates(owner, guest)
         self._owner = credentials.read_token(run.owner_token)
         self._guest = credentials.read_token(run.guest_token)
 
@@ -39,12 +46,24 @@ class Access:
         return transport.same_token(token, self._guest)
 
     def rotate(self) -> None:
-        """Make new tokens for the owner and the guests, and write them to their files.
+        """Make new tokens and certificates for the owner and the guests, and write them to their files.
 
-        The old ones are refused from now on; calls that were admitted go on. Raises OSError when the files cannot be
-        written; all tokens stay what they were then.
+        The old ones are refused from now on; calls that were admitted go on, and so do connections. Raises OSError when
+        the files cannot be written; all stay what they were then.
         """
+        run = self._run
         owner, guest = credentials.new_token(), credentials.new_token()
-        shared = [self._share.new_token_file(guest)] if self._share else []
-        write_together(NewFile(self._run.owner_token, owner), NewFile(self._run.guest_token, guest), *shared)
+        owner_identity, guest_identity = credentials.new_identity(), credentials.new_identity()
+        write_together(
+            NewFile(run.owner_token, owner),
+            NewFile(run.owner_identity, owner_identity),
+            NewFile(run.guest_token, guest),
+            NewFile(run.guest_identity, guest_identity),
+            *(self._share.new_credentials(guest_identity, guest) if self._share else ()),
+        )
+        self.certificates = self._certificates(owner_identity.encode(), guest_identity.encode())
         self._owner, self._guest = owner, guest
+
+    def _certificates(self, owner: bytes, guest: bytes) -> bytes:
+        clients = (owner, guest) if self._share else (owner,)
+        return self._rank_certificate + b"".join(map(credentials.certificate_of, clients))
