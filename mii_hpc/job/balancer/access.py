@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
+
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.files import NewFile, write_together
@@ -15,6 +18,22 @@ OWNER_METHODS = GUEST_METHODS | {Method.TERMINATE, Method.ROTATE_TOKEN}
 RANK_METHODS = frozenset({Method.JOIN})
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """The token of a client, and its key with the certificate (PEM)."""
+
+    token: str
+    identity: str
+
+    @classmethod
+    def new(cls) -> _Keys:
+        return cls(credentials.new_token(), credentials.new_identity())
+
+    @property
+    def certificate(self) -> bytes:
+        return credentials.certificate_of(self.identity.encode())
+
+
 class Access:
     """The keys of one deployment: the owner's, the guests' where it is shared, and those of its own ranks.
 
@@ -25,25 +44,26 @@ class Access:
     def __init__(self, run: RunDir, config: MIIConfig) -> None:
         self._run = run
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
-        self._rank = credentials.read_token(run.rank_token)
-        self._rank_certificate = credentials.load_server(run).certificate
-        owner, guest = (credentials.read_identity(path) for path in (run.owner_identity, run.guest_identity))
-        self.certificates = self._certificates(owner, guest)
-        self._owner = credentials.read_token(run.owner_token)
-        self._guest = credentials.read_token(run.guest_token)
+        self._ranks = credentials.load_server(run).as_client
+        self._rotating = threading.Lock()
+        owner, guest = (
+            _Keys(credentials.read_token(token), credentials.read_identity(identity).decode())
+            for token, identity in ((run.owner_token, run.owner_identity), (run.guest_token, run.guest_identity))
+        )
+        self._admit((owner,), (guest,))
 
     def admits(self, method: str, token: str) -> bool:
-        """Whether a token may call a method. Takes the same time for every token."""
-        rank, owner, guest = (transport.same_token(token, own) for own in (self._rank, self._owner, self._guest))
+        """Whether a token may call a method. Takes the same time for every token that opens nothing."""
+        rank, owner = transport.same_token(token, self._ranks.token), _any_has(token, self._owners)
         return (
             (rank and method in RANK_METHODS)
             or (owner and method in OWNER_METHODS)
-            or (guest and bool(self._share) and method in GUEST_METHODS)
+            or (self.is_guest(token) and bool(self._share) and method in GUEST_METHODS)
         )
 
     def is_guest(self, token: str) -> bool:
         """Whether it is the guests' token."""
-        return transport.same_token(token, self._guest)
+        return _any_has(token, self._guests)
 
     def rotate(self) -> None:
         """Make new tokens and certificates for the owner and the guests, and write them to their files.
@@ -51,19 +71,28 @@ class Access:
         The old ones are refused from now on; calls that were admitted go on, and so do connections. Raises OSError when
         the files cannot be written; all stay what they were then.
         """
-        run = self._run
-        owner, guest = credentials.new_token(), credentials.new_token()
-        owner_identity, guest_identity = credentials.new_identity(), credentials.new_identity()
-        write_together(
-            NewFile(run.owner_token, owner),
-            NewFile(run.owner_identity, owner_identity),
-            NewFile(run.guest_token, guest),
-            NewFile(run.guest_identity, guest_identity),
-            *(self._share.new_credentials(guest_identity, guest) if self._share else ()),
-        )
-        self.certificates = self._certificates(owner_identity.encode(), guest_identity.encode())
-        self._owner, self._guest = owner, guest
+        with self._rotating:
+            run, before = self._run, (self._owners, self._guests)
+            owner, guest = _Keys.new(), _Keys.new()
+            self._admit((*self._owners, owner), (*self._guests, guest))  # whoever reads them at once is let in
+            try:
+                write_together(
+                    NewFile(run.owner_token, owner.token),
+                    NewFile(run.owner_identity, owner.identity),
+                    NewFile(run.guest_token, guest.token),
+                    NewFile(run.guest_identity, guest.identity),
+                    *(self._share.new_credentials(guest.identity, guest.token) if self._share else ()),
+                )
+            except BaseException:
+                self._admit(*before)
+                raise
+            self._admit((owner,), (guest,))
 
-    def _certificates(self, owner: bytes, guest: bytes) -> bytes:
-        clients = (owner, guest) if self._share else (owner,)
-        return self._rank_certificate + b"".join(map(credentials.certificate_of, clients))
+    def _admit(self, owners: tuple[_Keys, ...], guests: tuple[_Keys, ...]) -> None:
+        self._owners, self._guests = owners, guests
+        clients = (*owners, *guests) if self._share else owners
+        self.certificates = self._ranks.certificate + b"".join(keys.certificate for keys in clients)
+
+
+def _any_has(token: str, keys: tuple[_Keys, ...]) -> bool:
+    return any(transport.same_token(token, each.token) for each in keys)

@@ -170,3 +170,34 @@ async def test_a_rotation_may_end_what_guests_have_in_hand(deploy):
     await until(deployment.is_idle)
     assert all(rank.epochs == [1] for rank in deployment.ranks), "no replica was taken for lost"
     assert str((await guest.generate("x"))[0]) == "x ", "his client has read the new token and certificate"
+
+
+async def test_a_rotation_fails_no_call_of_a_busy_client(deploy):
+    """All of its calls are refused at once, and each reads the new token, also one whose fellow has read it before."""
+    deployment = await deploy()
+    client, answered = deployment.client(), 0
+    rotated = asyncio.Event()
+
+    async def ask():
+        nonlocal answered
+        while not rotated.is_set():
+            await client.generate("x")
+            answered += 1
+
+    async with asyncio.TaskGroup() as busy:
+        for _ in range(16):
+            busy.create_task(ask())
+        for turn in range(5):
+            await until(lambda turn=turn: answered > 20 * (turn + 1))
+            await deployment.client().rotate_token()
+        rotated.set()
+
+
+async def test_two_rotations_at_once_leave_the_tokens_that_are_in_the_files(deploy):
+    deployment = await deploy()
+    access, files = deployment.balancer.access, (deployment.run.owner_token, deployment.run.owner_identity)
+    for _ in range(5):
+        await asyncio.gather(*(asyncio.to_thread(access.rotate) for _ in range(4)))
+        token, identity = (path.read_text() for path in files)
+        assert access.admits(Method.STATUS, token)
+        assert credentials.certificate_of(identity.encode()) in access.certificates
