@@ -28,6 +28,7 @@ from mii_hpc.errors import (
     DeploymentNotFoundError,
     InvalidRequestError,
     MIIError,
+    QueueFullError,
     RegistryError,
     RequestCancelledError,
     RequestError,
@@ -309,6 +310,9 @@ class AsyncMIIClient:
                 lost_at = lost_at or time.monotonic()
                 if not retry or time.monotonic() > lost_at + RESUME_SECONDS:
                     raise lost.error from None
+            except QueueFullError:  # where all who lost the balancer come back at once
+                if lost_at is None or time.monotonic() > lost_at + RESUME_SECONDS:
+                    raise
             await self._follow(deadline, lost_at + RESUME_SECONDS)
             moved = latest + 1
             wire.set_resume(message, received.resume)

@@ -76,7 +76,7 @@ class ServerCredentials:
 
 def create(run: RunDir) -> ClientCredentials:
     """Make new credentials for a run, write them to its directory, and return the owner's."""
-    key, certificate = _self_signed(TLS_NAME, is_authority=True)
+    key, certificate = self_signed(TLS_NAME, is_authority=True)
     write_atomically(run.tls_key, key)
     write_atomically(run.tls_certificate, certificate)
     write_atomically(run.owner_identity, new_identity())
@@ -109,7 +109,7 @@ def create_for_gateway(run: RunDir, hosts: Iterable[str]) -> None:
     write_atomically(run.gateway_certificate, _pem(certificate))
 
 
-def _self_signed(common: str, is_authority: bool) -> tuple[str, str]:
+def self_signed(common: str, is_authority: bool) -> tuple[str, str]:
     """Return a new key, and its certificate for one name."""
     # Imported here, because only who submits a deployment needs it.
     from cryptography import x509
@@ -185,7 +185,7 @@ def new_token() -> str:
 
 def new_identity() -> str:
     """Return a new key with a certificate that clients show. Its name is its own, by which a server looks it up."""
-    return "".join(_self_signed(f"{TLS_NAME} client {secrets.token_hex(8)}", is_authority=False))
+    return "".join(self_signed(f"{TLS_NAME} client {secrets.token_hex(8)}", is_authority=False))
 
 
 def certificate_of(identity: bytes) -> bytes:
