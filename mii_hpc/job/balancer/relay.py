@@ -50,6 +50,8 @@ class Relay:
 
     Attributes:
         migrations: how many requests went on elsewhere because a replica was lost, by its index.
+        resumed: how many came because their balancer was lost or replaced, by the replica where they went on.
+        lost: how many were given up because a replica was lost, by its index.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Relay:
         self._tried = asyncio.Event()
         self._tried.set()
         self.migrations: collections.Counter[int] = collections.Counter()
+        self.resumed: collections.Counter[int] = collections.Counter()
+        self.lost: collections.Counter[int] = collections.Counter()
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Pass one request to the next replica and its answer back.
@@ -99,6 +103,7 @@ class Relay:
             request = _Request(payload)
         except InvalidRequestError as error:
             raise self._located(error, replica) from None
+        self.resumed[replica.index] += request.is_resumed
         await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
         if self._is_guest(transport.token_of(context.invocation_metadata())):
             self._of_guests.add(request)
@@ -143,9 +148,11 @@ class Relay:
             raise self._stopping("has ended", lost)
         request.move()
         if request.losses == SUSPECT_LOSSES:
-            raise self._lost(f"{what}, the second in a row before it gave a token: the request may be the reason", lost)
+            raise self._given_up(
+                f"{what}, the second in a row before it gave a token: the request may be the reason", lost
+            )
         if request.migrations > self._limit:
-            raise self._lost(f"{what}, and migration_limit={self._limit} lets it move no more", lost)
+            raise self._given_up(f"{what}, and migration_limit={self._limit} lets it move no more", lost)
         try:
             await self._live()
             if request.losses:
@@ -153,7 +160,9 @@ class Relay:
                 await self._live()
             replica = self._router.idlest()
         except UnavailableError:
-            raise self._lost(f"{what}, and no other could take it within hold_seconds={self._hold:g}", lost) from None
+            raise self._given_up(
+                f"{what}, and no other could take it within hold_seconds={self._hold:g}", lost
+            ) from None
         except DeploymentStoppingError as error:
             raise self._located(error, lost) from None
         self.migrations[lost.index] += 1
@@ -218,7 +227,9 @@ class Relay:
     def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
         return self._located(DeploymentStoppingError(self._says(f"{verb} ({self._ending.reason})")), replica)
 
-    def _lost(self, what: str, replica: ReplicaConnection) -> MIIError:
+    def _given_up(self, what: str, replica: ReplicaConnection) -> MIIError:
+        """Count a request as lost, and return the error that ends it."""
+        self.lost[replica.index] += 1
         return self._located(ReplicaLostError(self._says(what)), replica)
 
     def _located(self, error: MIIError, replica: ReplicaConnection | None = None) -> MIIError:
@@ -243,6 +254,7 @@ class _Request:
         tried: set once that is known, or it has ended.
         call: the latest of those to replicas.
         is_withdrawn: whether it may go on nowhere.
+        is_resumed: whether another balancer had it before.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -253,10 +265,12 @@ class _Request:
             self._message.params.seed = new_seed()
         self._passes_pieces = params.stream or self._message.report
         self._message.report = True
+        self._message.admitted = False  # whatever the caller says
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._pieces: list[Response] = []
         self.migrations = self.losses = 0
         self.is_proven = self.is_withdrawn = False
+        self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()
         self.call: grpc.aio.UnaryStreamCall[bytes, bytes] | None = None
 
@@ -296,6 +310,7 @@ class _Request:
         self.migrations += 1
         self.losses += not self.is_proven
         self.is_proven = False
+        self._message.admitted = True
         wire.set_resume(self._message, self._received.resume)
 
 

@@ -4,11 +4,13 @@ import grpc
 import grpc.aio
 import pytest
 
+from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.deployments import credentials
 from mii_hpc.engine.echo import EchoEngine
 from mii_hpc.errors import (
     DeploymentStoppingError,
     InvalidRequestError,
+    QueueFullError,
     ReplicaLostError,
     RequestError,
     RequestTimeoutError,
@@ -138,7 +140,7 @@ async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice)
     assert sorted(migrations[4:]) == [0, 0, 0, 1, 1, 1]  # which call comes first is open
     assert {answer.replica for answer in answers} == {0}
     status = await client.status()
-    assert [replica.migrations for replica in status.replicas] == [0, 4]
+    assert [(each.migrations, each.resumed, each.lost) for each in status.replicas] == [(0, 0, 0), (4, 0, 0)]
     await until(deployment.is_idle)
 
 
@@ -218,6 +220,7 @@ async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, mo
         assert_repeated((await call)[0])
     await until(lambda: deployment.balancer.membership.are_ready)
     assert sum(len(rank.epochs) - 1 for rank in deployment.ranks) == 2
+    assert sum(replica.lost for replica in (await client.status()).replicas) == 1
 
 
 async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(deploy, monkeypatch):
@@ -266,6 +269,22 @@ async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
     assert str(wire.error_of(failure.value)) == "the call has had no request within 0 s"
+
+
+async def test_what_a_client_says_goes_on_is_bounded_like_what_is_new(deploy):
+    """Only the balancer knows what was admitted before, where it moves a request from a replica that is lost."""
+    deployment = await deploy(replica_num=1, max_batch_size=1, queue_bound=1, echo_delay=0.01)
+    calls = []
+    for load in ((1, 0), (1, 1)):
+        calls.append(asyncio.create_task(deployment.client().generate("a", max_new_tokens=10**6)))
+        await until(lambda load=load: [(each.running, each.waiting) for each in deployment.stats()] == [load])
+    params = pb.GenerateParams(max_new_tokens=9)
+    message = pb.GenerateRequest(id="x", prompt="a", params=params, resume=[pb.ResumedAnswer()], admitted=True)
+    error = await Handler(deployment).error(message.SerializeToString())
+    assert (type(error), str(error)) == (QueueFullError, "1 requests are waiting; try again later")
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_an_idle_connection_is_closed_but_for_the_balancer_s_own(deploy, monkeypatch):
