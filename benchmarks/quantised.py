@@ -1,8 +1,8 @@
 """What weights of 8 and 4 bits cost and gain: `python benchmarks/quantised.py MODEL [--dtype bfloat16] [--rounds 5]`.
 
 Each mode has an engine in a process of its own. Perplexity is that of the prompts' own tokens, in English text of
-Python's documentation. A step is timed with so many sequences at once; all modes take turns, and a ratio is taken within
-a round.
+Python's documentation. A step is timed with so many sequences at once; all modes take turns, and a ratio is taken
+within a round.
 """
 
 from __future__ import annotations
