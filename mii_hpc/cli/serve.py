@@ -23,6 +23,13 @@ PANELS: dict[type[BaseModel], str] = {
     SlurmConfig: "Slurm",
 }
 FIELDS = [option for option in options_of(MIIConfig, PANELS) if option.name != "model_name_or_path"]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file with fields of MIIConfig; options overrule it.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Any field, by its path; the value may be JSON."),
+]
 
 
 @takes(FIELDS)
@@ -30,13 +37,8 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="A model's folder, or its name on the Hugging Face hub; may be in --config instead.")
     ] = "",
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file with fields of MIIConfig; options overrule it.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Any field, by its path; the value may be JSON."),
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, print the batch script and the configuration; submit nothing.")
     ] = False,
