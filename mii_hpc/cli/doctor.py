@@ -26,7 +26,7 @@ OPTIONS = [option for option in FIELDS if option.path[0] == "slurm" and option.n
 WALLTIME = "10"
 """Minutes that the job asks for where the options do not say it: a short job starts soon."""
 POLL_SECONDS = 2.0
-MEET_SECONDS = 60.0
+MEET_SECONDS = 120.0
 """How long the ranks may take to meet once all have begun."""
 
 

@@ -14,10 +14,11 @@ pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture
-def examine(cluster, monkeypatch, tmp_path_factory):
+def examine(cluster, home, monkeypatch):
     """What is found by a job alone: the status, and the findings by host and check."""
     monkeypatch.setattr(doctor, "check_all", lambda home, mpi: ())
     monkeypatch.setattr(doctor, "POLL_SECONDS", 0.1)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # which would be a fault where the cache is empty
 
     def examine(home, *options):
         ran = CliRunner().invoke(app, ["doctor", "--on-nodes", "--json", "--home", str(home), *options])
