@@ -129,7 +129,8 @@ def test_who_hangs_up_frees_the_request(start, stream):
     with face.http(timeout=httpx.Timeout(PATIENCE, read=None if stream else 0.5)) as http:
         if stream:
             with http.stream("POST", "/v1/completions", json=body) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # which, once forgotten, hangs up
+                next(lines)
                 eventually(lambda: not deployment.is_idle())
         else:
             with pytest.raises(httpx.ReadTimeout):
