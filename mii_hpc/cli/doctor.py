@@ -12,7 +12,7 @@ import typer
 
 from mii_hpc.cli.checks import Finding, check_all
 from mii_hpc.cli.options import nested, takes
-from mii_hpc.cli.output import FAILED, AsJson, HomeFolder, show, tell
+from mii_hpc.cli.output import FAILED, AsJson, HomeFolder, counted, show, tell
 from mii_hpc.cli.serve import FIELDS
 from mii_hpc.config import MIIConfig, resolve
 from mii_hpc.deployments.files import tail
@@ -93,7 +93,7 @@ def _examine(config: MIIConfig, timeout: float) -> Iterator[Finding]:
             "choose with --partition, --account, --qos, --time and --extra",
         )
         return
-    tell(f"job {job.id} examines {placement.nodes} node(s)")
+    tell(f"job {job.id} examines {counted(placement.nodes, 'node')}")
     try:
         state, reports = _reports(run, job, placement.world_size, timeout)
     finally:
@@ -136,7 +136,7 @@ def _silence(run: RunDir, job: Job, state: JobState, missing: int, timeout: floa
         f"put {run.path.parent.parent} and this Python where all nodes see them, or give --home and --python; "
         f"logs: {run.submitit}"
     )
-    return Finding("job", "bad", f"{missing} rank(s) of job {job.id} have not reported{said}", remedy, host="")
+    return Finding("job", "bad", f"job {job.id}: no report from {counted(missing, 'rank')}{said}", remedy, host="")
 
 
 def _meeting(reports: list[Report], mpi: str) -> Finding:

@@ -51,7 +51,7 @@ def test_an_mpi_plugin_that_does_not_fit(examine, home):
 
 
 def test_a_home_that_the_nodes_do_not_see(examine, own_memory):
-    assert "2 rank(s) of job" in examine(own_memory)["", "job"]["found"]
+    assert "no report from 2 ranks" in examine(own_memory)["", "job"]["found"]
 
 
 @pytest.fixture
