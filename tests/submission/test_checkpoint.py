@@ -163,7 +163,7 @@ FP8 = quantised(quant_method="fp8")
         (FP8, {"model.experts.gate_up_proj": ("F8_E4M3", [2, 4, 4])}, "it has model.experts.gate_up_proj as F8_E4M3"),
         (quantised(quant_method="awq"), PLAIN, "quant_method='awq': the checkpoint's weights are"),
         (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "quant_method='compressed-t"),
-        (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two numbers"),
+        (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two"),
         ({}, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
         ({}, {**PLAIN, "model.layers.0.mlp.SCB": ("F32", [4])}, "it has model.layers.0.mlp.SCB"),
         ({}, {WEIGHT: ("F8_E4M3", [4, 4])}, f"it has {WEIGHT} as F8_E4M3"),
