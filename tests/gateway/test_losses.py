@@ -89,6 +89,7 @@ async def test_six_clients_do_not_notice(start, held, losses):
     assert answer.choices[0].text == "still there "
     with face.http() as http:
         assert http.get("/health").status_code == 200
+    await until(lambda: [each.state for each in deployment.balancer.membership.replicas] == ["ready", "ready"])
 
 
 async def lose(deployment, what):
