@@ -21,11 +21,12 @@ from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.engine.model.check import Serving, check_loaded, choose_serving, measure
 from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.packing import pack_linears
+from mii_hpc.engine.model.quantising import QuantisedLinear
 from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import load_shard, shard
 from mii_hpc.engine.model.weights import refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
-from mii_hpc.tensors import check_tensors
+from mii_hpc.tensors import Quantisation, check_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -79,21 +80,29 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     serving = choose_serving(config, model, spec.world_size, device)
     if serving is not None:
         progress(f"a small model of this architecture is served right ({serving.sharding}, {serving.way})")
-    if spec.world_size == 1:
+    mode = model.quantization_mode
+    quantisation = Quantisation.of(config.to_dict())
+    if quantisation is not None:
+        progress(f"the checkpoint's weights, quantised by {quantisation.method}, are held in {mode or str(dtype)}")
+    if spec.world_size == 1 and mode is None and quantisation is None and model.adapter is None:
         module = _load_alone(model, config, dtype, device, progress)
     elif serving is None:
-        raise ConfigError(f"tensor_parallel={spec.world_size}: {name} cannot be tried before it loads")
+        raise ConfigError(
+            f"{name} cannot be tried before it loads, as tensor_parallel above 1, quantised weights and an adapter need"
+        )
     else:
         module = load_shard(model, config, dtype, spec.world_size, serving.sharding, device, progress)
     module.eval().requires_grad_(False)
     if serving is not None and serving.packed:
         pack_linears(module)
         replace_linears(module, on_one_host=spec.replica_local_size == spec.world_size > 1)
+    if mode is not None:
+        _tell_quantised(module, mode, progress)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     if serving is None:
         serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
     layers = measure(module, serving.way, device, context)
-    progress(f"loaded: {weights / 2**30:.2f} GiB of weights on rank {spec.rank}")
+    progress(f"loaded: {weights / 2**30:.3f} GiB of weights on rank {spec.rank}")
     return LoadedModel(
         module=module,
         layers=layers,
@@ -104,6 +113,15 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         serving=serving,
         rope=PerSequenceRope.of(module, context) if serving.way == "paged" else None,
     )
+
+
+def _tell_quantised(module: nn.Module, mode: str, progress: Progress) -> None:
+    """Say how much of a module is quantised. Raises ConfigError if it is nothing."""
+    parts = [part for part in module.modules() if isinstance(part, QuantisedLinear)]
+    if not parts:
+        raise ConfigError(f"quantization_mode='{mode}': the model has no linear layers that can be quantised")
+    held = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    progress(f"{len(parts)} linear layers hold {mode}, {held / 2**30:.2f} GiB; embeddings, head and all else are plain")
 
 
 def _load_config(model: ModelConfig) -> Any:
