@@ -37,6 +37,7 @@ from mii_hpc.engine.model.sharding import SHARDINGS, repeat_heads, replicated, s
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.errors import ConfigError
+from mii_hpc.generation import OWNER, Caller
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class _Sequence:
     registered: int = 0
     slot: int | None = None
     scores: bool = False
+    caller: Caller = (OWNER, "")
 
 
 @dataclass(frozen=True)
