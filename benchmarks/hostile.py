@@ -134,7 +134,7 @@ async def fuzz(
                 metadata=transport.authorization(keys), timeout=timeout
             )
             async with asyncio.timeout(30 * timeout):
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
                     for _ in range(rng.choice((0, 1, 1, 1, 1, 1, 1, 2))):
                         await call.write(fuzzed(rng))
                     await call.done_writing()
