@@ -120,3 +120,44 @@ def tiny_model(
 def checkpoint_files(folder: Path) -> list[str]:
     index = Path(folder) / "model.safetensors.index.json"
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+QUANTISATIONS: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [48, 40]},  # the last blocks are smaller
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+"""What config.json says of each of the ways in which quantise_checkpoint() quantises."""
+
+
+def quantise_checkpoint(folder: Path, kind: str, to: Path) -> None:
+    """Save a model of tiny_model() again, its linear layers in 8 bits; leave in its folder what they stand for."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    tensors = load_file(folder / "model.safetensors")
+    quantised: dict[str, torch.Tensor] = {}
+    for name, weight in tensors.items():
+        if not ("layers." in name and name.endswith("proj.weight")) and ".experts." not in name:
+            quantised[name] = weight
+            continue
+        stem = name.removesuffix("weight")
+        if kind == "bitsandbytes":
+            most = weight.abs().amax(1)
+            whole = (weight * 127 / most[:, None]).round().to(torch.int8)
+            quantised |= {name: whole, f"{stem}SCB": most, f"{stem}weight_format": torch.zeros((), dtype=torch.uint8)}
+            tensors[name] = whole * most[:, None] / 127
+            continue
+        rows, columns = QUANTISATIONS[kind].get("weight_block_size", [1, weight.shape[1]])
+        scales = torch.rand(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)) * 0.01 + 0.01
+        wide = scales.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        small = (weight / wide).to(torch.float8_e4m3fn)
+        quantised |= {name: small, stem + ("weight_scale_inv" if kind == "fp8" else "weight_scale"): scales}
+        tensors[name] = small.float() * wide
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(quantised, to / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTISATIONS[kind]}))

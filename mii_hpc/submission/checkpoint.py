@@ -12,7 +12,7 @@ from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import one_line
 from mii_hpc.reading import read_bounded
-from mii_hpc.tensors import check_tensors
+from mii_hpc.tensors import Quantisation, check_tensors
 
 CONFIG_BYTES = 8 * 2**20
 """No config.json is longer."""
@@ -52,6 +52,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
     architecture = Architecture.read(described.get)
     architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)
+    Quantisation.of(described)
     if folder.is_dir():
         check_tensors(folder, described, model.tensor_parallel)
     if architecture.context is not None and model.max_length is not None and model.max_length > architecture.context:

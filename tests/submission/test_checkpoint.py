@@ -141,16 +141,32 @@ def write_tensors(path, **tensors):
 
 
 PLAIN = {"model.layers.0.mlp.weight": ("BF16", [4, 4]), "model.layers.1.mlp.weight": ("BF16", [4, 4])}
+WEIGHT, SCALE = "model.layers.0.mlp.weight", "model.layers.0.mlp.weight_scale_inv"
+
+
+def quantised(**about):
+    return {"quantization_config": about}
+
+
+FP8 = quantised(quant_method="fp8")
 
 
 @pytest.mark.parametrize(
     ("config", "tensors", "sentence"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantised (quant_method 'fp8'), and only plain"),
-        ({"quantization_config": {"quant_method": "awq"}}, PLAIN, "quantised (quant_method 'awq')"),
-        ({}, {**PLAIN, "model.layers.0.mlp.weight_scale_inv": ("F32", [1, 1])}, "it has model.layers.0.mlp.weight_s"),
+        (FP8, {}, "quantised weights are read from safetensors files, and here are none"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4])}, f"the checkpoint lacks {SCALE}: {WEIGHT} is F8_E4M3"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", [2, 3])}, f"{SCALE} as F32 [2, 3], which are no scales of"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("U8", [1, 1])}, f"{SCALE} as U8 [1, 1], which are no scales of"),
+        (FP8, {WEIGHT: ("I8", [4, 4]), SCALE: ("F32", [1, 1])}, f"a way that is not read: it has {WEIGHT} as I8"),
+        (FP8, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
+        (FP8, {"model.experts.gate_up_proj": ("F8_E4M3", [2, 4, 4])}, "it has model.experts.gate_up_proj as F8_E4M3"),
+        (quantised(quant_method="awq"), PLAIN, "quant_method='awq': the checkpoint's weights are"),
+        (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "quant_method='compressed-t"),
+        (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two"),
+        ({}, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
         ({}, {**PLAIN, "model.layers.0.mlp.SCB": ("F32", [4])}, "it has model.layers.0.mlp.SCB"),
-        ({}, {"model.layers.0.mlp.weight": ("F8_E4M3", [4, 4])}, "it has model.layers.0.mlp.weight as F8_E4M3"),
+        ({}, {WEIGHT: ("F8_E4M3", [4, 4])}, f"it has {WEIGHT} as F8_E4M3"),
         ({"num_hidden_layers": 4}, PLAIN, "no tensors of layer 2, 3, of num_hidden_layers=4"),
     ],
 )  # fmt: skip
@@ -162,6 +178,14 @@ def test_what_the_headers_tell_is_refused_before_the_queue(model, config, tensor
         with pytest.raises(ConfigError) as refusal:
             checked(folder, tensor_parallel=ranks)
         assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [[], [1], [4], [4, 1], [1, 1], [2, 2]])
+def test_quantised_weights_are_accepted_with_their_scales(model, shape):
+    folder = model({**LLAMA, **FP8})
+    tensors = {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", shape), "model.layers.0.mlp.input_scale": ("F32", [1])}
+    write_tensors(folder / "model.safetensors", **tensors)
+    assert checked(folder, tensor_parallel=2)
 
 
 def test_what_cannot_be_sharded_is_refused_before_the_queue(model):

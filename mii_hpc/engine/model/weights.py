@@ -16,24 +16,29 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import listed
-from mii_hpc.tensors import read_headers
+from mii_hpc.tensors import Quantisation, find_scales, is_of_activations, read_headers
 
 
 class Checkpoint:
     """The tensors of a checkpoint in safetensors files, read one at a time."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, quantisation: Quantisation | None = None) -> None:
         self._folder = _folder(model.model_name_or_path)
+        self._quantisation = quantisation
         self._config: Any = None
         self._conversions: dict[str, _Conversion] = {}
         self._made_by: dict[str, _Conversion] = {}
         # What a conversion has made besides what was asked for.
         self._made: dict[str, torch.Tensor] = {}
-        self._files = {name: tensor.file for name, tensor in read_headers(self._folder).items()}
+        tensors = read_headers(self._folder)
+        self._all_files = {name: tensor.file for name, tensor in tensors.items()}
+        self._scales = find_scales(tensors, quantisation)
+        beside = {*self._scales.values(), *(name for name in tensors if quantisation and is_of_activations(name))}
+        self._files = {name: file for name, file in self._all_files.items() if name not in beside}
         if not self._files:
             raise ConfigError(
-                f"{model.model_name_or_path} has no model.safetensors: tensor_parallel above 1 needs the "
-                f"checkpoint as safetensors"
+                f"{model.model_name_or_path} has no model.safetensors, which tensor_parallel above 1, "
+                "quantization_mode and adapter need"
             )
 
     def names(self, module: Any) -> dict[str, str]:
@@ -68,13 +73,25 @@ class Checkpoint:
         return found
 
     def read(self, stored: str, device: torch.device) -> torch.Tensor:
-        """Return the tensor that names() calls so; on a GPU it comes there without a copy on the host."""
+        """Return the tensor that names() calls so; on a GPU it comes there without a copy on the host.
+
+        One that is quantised is returned in float32.
+        """
         if stored in self._made_by:
             if stored not in self._made:
                 self._made |= self._convert(self._made_by[stored], device)
             return self._made.pop(stored)
+        tensor = self._tensor(stored, device)
+        if stored not in self._scales:
+            return tensor
+        scales = self._tensor(self._scales[stored], device).float()
+        if self._scales[stored].endswith(".SCB"):  # the largest weight of each output
+            scales = scales / 127
+        return dequantised(tensor, scales, self._quantisation.block if self._quantisation else None)
+
+    def _tensor(self, stored: str, device: torch.device) -> torch.Tensor:
         # Opened anew each time, so that no page of the file stays mapped.
-        with safe_open(self._folder / self._files[stored], framework="pt", device=str(device)) as file:
+        with safe_open(self._folder / self._all_files[stored], framework="pt", device=str(device)) as file:
             tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
 
@@ -84,6 +101,22 @@ class Checkpoint:
             converter.add_tensor(conversion.name, stored, pattern, self.read(stored, device))
         made = converter.convert(conversion.name, config=self._config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def dequantised(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+    """Return a weight [outputs, inputs] times its scales, in float32.
+
+    There is one for all of it, one for each output, or one for each `block` of rows and columns; the last blocks may be
+    smaller. Without a `block` they are of one size.
+    """
+    if scales.dim() < 2:
+        return weight.float() * scales.view(-1, 1)
+    rows, columns = block or (weight.shape[0] // scales.shape[0], weight.shape[1] // scales.shape[1])
+    if scales.shape[0] > 1:
+        scales = scales.repeat_interleave(1 if len(scales) == len(weight) else rows, 0)[: len(weight)]
+    if scales.shape[1] > 1:
+        scales = scales.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    return weight.float() * scales
 
 
 @dataclass

@@ -3,10 +3,13 @@ import pytest
 pytest.importorskip("torch")
 
 from mii_hpc.errors import ConfigError
-from tests.engine.collect import make
-from tests.models import tiny_model
+from tests.engine.collect import make, running, submit
+from tests.engine.pair import Replica
+from tests.engine.reference import PROMPTS, Reference
+from tests.models import QUANTISATIONS, quantise_checkpoint, tiny_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused_by_name(tmp_path):
@@ -39,3 +42,38 @@ def test_a_tensor_that_its_layer_does_not_know_is_refused_by_name(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"has model\.layers\.1\.mlp\.up_proj\.bias, which the architecture does not"):
         make(model_name_or_path=str(folder)).load(lambda sentence: None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "changes"),
+    [*((kind, "llama", {}) for kind in QUANTISATIONS), ("fp8", "mixtral", {"num_local_experts": 4})],
+)
+def test_a_quantised_checkpoint_is_served_as_what_it_stands_for(tmp_path, kind, architecture, changes):
+    plain = tiny_model(tmp_path / "plain", architecture, **changes)
+    quantise_checkpoint(plain, kind, tmp_path / "quantised")
+    reference = Reference(plain)
+    with running(make(model_name_or_path=str(tmp_path / "quantised"))) as engine:
+        for prompt in PROMPTS:
+            assert submit(engine, prompt, **GREEDY).wait().token_ids() == reference.greedy(prompt, max_new_tokens=8)
+
+
+def test_two_ranks_share_a_quantised_checkpoint(tmp_path):
+    plain = tiny_model(tmp_path / "plain")
+    quantise_checkpoint(plain, "fp8", tmp_path / "quantised")
+    reference = Reference(plain)
+    with Replica(model_name_or_path=str(tmp_path / "quantised")) as replica:
+        assert replica.ready() is None
+        answers = replica.answers([(prompt, GREEDY) for prompt in PROMPTS])
+    for prompt, (_, token_ids, _) in zip(PROMPTS, answers, strict=True):
+        assert token_ids == reference.greedy(prompt, max_new_tokens=8)
+
+
+def test_a_dropped_scale_is_refused_by_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    quantise_checkpoint(tiny_model(tmp_path / "plain"), "fp8", tmp_path / "quantised")
+    weights = load_file(tmp_path / "quantised" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    save_file(weights, tmp_path / "quantised" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight_scale_inv"):
+        make(model_name_or_path=str(tmp_path / "quantised")).load(lambda sentence: None)
