@@ -164,7 +164,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         whole = folder / "model.safetensors"
-        return _header(whole) if whole.exists() else {}
+        return read_header(whole) if whole.exists() else {}
     try:
         files: dict[str, str] = json.loads(read_bounded(index, INDEX_BYTES))["weight_map"]
         names = sorted(set(files.values()))
@@ -176,14 +176,14 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"{index} names {name}, which is not there: the checkpoint is incomplete")
-        headers[name] = _header(folder / name)
+        headers[name] = read_header(folder / name)
     for name, file in files.items():
         if name not in headers[file]:
             raise ConfigError(f"{folder / file} lacks {one_line(name)}, which {index.name} says it has")
     return {name: headers[file][name] for name, file in files.items()}
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """Return what a safetensors file has. The format: 8 bytes of length, that much JSON, then the tensors.
 
     It is believed only where its tensors fit into the file as they say.
@@ -224,19 +224,8 @@ def _tensor(file: str, dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
 
 
 def _check_adapter(folder: Path, has_weights: bool) -> None:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return
-    try:
-        base = json.loads(read_bounded(file)).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        base = None
-    of = f" of '{one_line(base)}'" if base else ""
-    if has_weights:
+    if has_weights and (folder / "adapter_config.json").is_file():
         raise ConfigError(
-            f"model_name_or_path='{folder}': beside the weights lies an adapter{of}, which would not be used; merge it "
-            "into them, or take adapter_config.json away"
+            f"model_name_or_path='{folder}': beside the weights lies an adapter, which would not be used; move it to a "
+            "folder of its own and name that with `adapter`, or take adapter_config.json away"
         )
-    raise ConfigError(
-        f"model_name_or_path='{folder}': it has an adapter{of} alone; merge it into its base model, and serve that"
-    )

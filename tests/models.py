@@ -161,3 +161,34 @@ def quantise_checkpoint(folder: Path, kind: str, to: Path) -> None:
     save_file(quantised, to / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((to / "config.json").read_text())
     (to / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTISATIONS[kind]}))
+
+
+def save_adapter(base: Path, folder: Path, targets: tuple[str, ...] = ("q_proj", "down_proj"), **changes: Any) -> Path:
+    """Save a random LoRA of rank 4 for a model of tiny_model(), as peft does; return its folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(7)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module.endswith(targets):
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(4, weight.shape[1]) * 0.2
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(weight.shape[0], 4) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": f"org/{base.name}", **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merge_adapter(base: Path, adapter: Path, scale: float) -> None:
+    """Add an adapter of save_adapter() to the weights of its base."""
+    from safetensors.torch import load_file, save_file
+
+    weights, low = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name, a in low.items():
+        if ".lora_A." in name:
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weights[f"{module}.weight"] += scale * low[name.replace("lora_A", "lora_B")] @ a
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})

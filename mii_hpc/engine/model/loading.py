@@ -84,11 +84,11 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     quantisation = Quantisation.of(config.to_dict())
     if quantisation is not None:
         progress(f"the checkpoint's weights, quantised by {quantisation.method}, are held in {mode or str(dtype)}")
-    if spec.world_size == 1 and mode is None and quantisation is None:
+    if spec.world_size == 1 and mode is None and quantisation is None and model.adapter is None:
         module = _load_alone(model, config, dtype, device, progress)
     elif serving is None:
         raise ConfigError(
-            f"{name} cannot be tried before it loads, as tensor_parallel above 1 and quantised weights need"
+            f"{name} cannot be tried before it loads, as tensor_parallel above 1, quantised weights and an adapter need"
         )
     else:
         module = load_shard(model, config, dtype, spec.world_size, serving.sharding, device, progress)

@@ -127,6 +127,7 @@ def load_shard(
             part._parameters.clear()  # the list holds on to it
         if done % max(1, len(modules) // 10) == 0:
             progress(f"{done} of {len(modules)} layers loaded")
+    checkpoint.refuse_unmerged()
     return module
 
 

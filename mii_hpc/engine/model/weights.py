@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from mii_hpc.adapter import WEIGHTS, read_adapter
 from mii_hpc.config import ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import listed
@@ -40,6 +41,9 @@ class Checkpoint:
                 f"{model.model_name_or_path} has no model.safetensors, which tensor_parallel above 1, "
                 "quantization_mode and adapter need"
             )
+        self._adapter = Path(model.adapter) if model.adapter is not None else Path()
+        self._added = {} if model.adapter is None else read_adapter(self._adapter, tensors)
+        self._merged: set[str] = set()
 
     def names(self, module: Any) -> dict[str, str]:
         """Return under which name the file has each parameter of a module, or the one that it is tied to.
@@ -75,25 +79,30 @@ class Checkpoint:
     def read(self, stored: str, device: torch.device) -> torch.Tensor:
         """Return the tensor that names() calls so; on a GPU it comes there without a copy on the host.
 
-        One that is quantised is returned in float32.
+        One that is quantised, or that an adapter is merged into, is returned in float32.
         """
         if stored in self._made_by:
             if stored not in self._made:
                 self._made |= self._convert(self._made_by[stored], device)
             return self._made.pop(stored)
-        tensor = self._tensor(stored, device)
-        if stored not in self._scales:
-            return tensor
-        scales = self._tensor(self._scales[stored], device).float()
-        if self._scales[stored].endswith(".SCB"):  # the largest weight of each output
-            scales = scales / 127
-        return dequantised(tensor, scales, self._quantisation.block if self._quantisation else None)
-
-    def _tensor(self, stored: str, device: torch.device) -> torch.Tensor:
-        # Opened anew each time, so that no page of the file stays mapped.
-        with safe_open(self._folder / self._all_files[stored], framework="pt", device=str(device)) as file:
-            tensor: torch.Tensor = file.get_tensor(stored)
+        tensor = _tensor(self._folder / self._all_files[stored], stored, device)
+        if (beside := self._scales.get(stored)) is not None:
+            scales = _tensor(self._folder / self._all_files[beside], beside, device).float()
+            if beside.endswith(".SCB"):  # the largest weight of each output
+                scales = scales / 127
+            tensor = dequantised(tensor, scales, self._quantisation.block if self._quantisation else None)
+        if (low := self._added.get(stored)) is not None:
+            a, b = (_tensor(self._adapter / WEIGHTS, name, device).float() for name in (low.a, low.b))
+            added = low.scale * (b @ a)
+            tensor = tensor.float() + (added.T if low.transposed else added)
+            self._merged.add(stored)
         return tensor
+
+    def refuse_unmerged(self) -> None:
+        """Raise ConfigError, by name, if an adapter changes a weight that has not been read."""
+        if unread := sorted(self._added.keys() - self._merged):
+            shown = listed(unread, len(unread))
+            raise ConfigError(f"adapter='{self._adapter}': it changes {shown}, which the architecture does not read")
 
     def _convert(self, conversion: _Conversion, device: torch.device) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(conversion.converter)
@@ -101,6 +110,13 @@ class Checkpoint:
             converter.add_tensor(conversion.name, stored, pattern, self.read(stored, device))
         made = converter.convert(conversion.name, config=self._config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _tensor(file: Path, stored: str, device: torch.device) -> torch.Tensor:
+    # Opened anew each time, so that no page of the file stays mapped.
+    with safe_open(file, framework="pt", device=str(device)) as opened:
+        tensor: torch.Tensor = opened.get_tensor(stored)
+    return tensor
 
 
 def dequantised(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
