@@ -5,7 +5,7 @@
 # make test    everything: style, types, and all tests
 # make test-real  a real model of 270M weights, which is downloaded, against transformers' own generate
 # make docs    the documentation, with a reference made from the code
-# make families   every family of models, as tiny ones, against transformers' own generate
+# make families   every family of models, as tiny ones, and up to eight ranks, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
 TORCH ?= torch==2.13.0
@@ -57,7 +57,7 @@ test: setup lint
 	$(BIN)/python -m pytest
 
 families: setup
-	$(BIN)/python -m pytest tests/engine/test_families.py --families
+	$(BIN)/python -m pytest tests/engine/test_families.py tests/engine/test_tensor_parallel.py --families
 
 test-real: setup
 	$(BIN)/python -m tests.real $(VENV)/real-model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, TypeGuard
@@ -195,13 +196,32 @@ class Histogram:
     sum: float = 0.0
 
 
+class Observed:
+    """Observes values, of which a histogram with these upper bounds can be had at any time."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float, count: int = 1) -> None:
+        """Observe a value so many times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    @property
+    def histogram(self) -> Histogram:
+        """What was observed."""
+        return Histogram(tuple(self._counts), self._sum)
+
+
 @dataclass(frozen=True)
 class Load:
     """The load of an engine. `running` and `waiting` are requests; blocks are those of the KV cache.
 
     What it has done so far: tokens of the prompts that it has answered, and of the answers; tokens that it has looked
     for, and found, in what the KV cache holds of others' prompts; answers by their finish reason; and latencies in
-    seconds, those of tokens for requests that stream.
+    seconds, those of tokens for requests that stream; `queue_time` is from a request's arrival to its first step.
     """
 
     running: int = 0
@@ -216,6 +236,7 @@ class Load:
     time_to_first_token: Histogram = Histogram()
     inter_token_latency: Histogram = Histogram()
     request_latency: Histogram = Histogram()
+    queue_time: Histogram = Histogram()
 
 
 Prompts = Prompt | Sequence[int] | Iterable[str | Sequence[int] | Chat]

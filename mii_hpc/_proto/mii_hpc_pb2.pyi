@@ -218,7 +218,7 @@ class LoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class LoadResponse(_message.Message):
-    __slots__ = ("running", "waiting", "free_blocks", "total_blocks", "generated_tokens", "prompt_tokens", "prefix_queries", "prefix_hits", "finished", "time_to_first_token", "inter_token_latency", "request_latency")
+    __slots__ = ("running", "waiting", "free_blocks", "total_blocks", "generated_tokens", "prompt_tokens", "prefix_queries", "prefix_hits", "finished", "time_to_first_token", "inter_token_latency", "request_latency", "queue_time")
     class FinishedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +238,7 @@ class LoadResponse(_message.Message):
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     INTER_TOKEN_LATENCY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_LATENCY_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TIME_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     free_blocks: int
@@ -250,7 +251,8 @@ class LoadResponse(_message.Message):
     time_to_first_token: Histogram
     inter_token_latency: Histogram
     request_latency: Histogram
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., time_to_first_token: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_latency: _Optional[_Union[Histogram, _Mapping]] = ..., request_latency: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    queue_time: Histogram
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., time_to_first_token: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_latency: _Optional[_Union[Histogram, _Mapping]] = ..., request_latency: _Optional[_Union[Histogram, _Mapping]] = ..., queue_time: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("counts", "sum")
@@ -277,7 +279,7 @@ class StatusResponse(_message.Message):
     def __init__(self, deployment_name: _Optional[str] = ..., state: _Optional[str] = ..., job_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load", "migrations")
+    __slots__ = ("index", "state", "host", "epoch", "in_flight", "served", "detail", "load", "migrations", "resumed", "lost")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +289,8 @@ class ReplicaStatus(_message.Message):
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     index: int
     state: str
     host: str
@@ -296,7 +300,9 @@ class ReplicaStatus(_message.Message):
     detail: str
     load: LoadResponse
     migrations: int
-    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ..., migrations: _Optional[int] = ...) -> None: ...
+    resumed: int
+    lost: int
+    def __init__(self, index: _Optional[int] = ..., state: _Optional[str] = ..., host: _Optional[str] = ..., epoch: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., detail: _Optional[str] = ..., load: _Optional[_Union[LoadResponse, _Mapping]] = ..., migrations: _Optional[int] = ..., resumed: _Optional[int] = ..., lost: _Optional[int] = ...) -> None: ...
 
 class TerminateRequest(_message.Message):
     __slots__ = ()

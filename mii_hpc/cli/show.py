@@ -88,9 +88,11 @@ def replica_table(answer: DeploymentStatus) -> Any:
         load = each.load
         used = f"{1 - load.free_blocks / load.total_blocks:.0%}" if load and load.total_blocks else None
         counts = (load.running, load.waiting, load.generated_tokens) if load else (None, None, None)
-        rows.append((each.index, each.state, each.host, each.epoch, each.served, *counts, used, each.detail))
-    headers = ("replica", "state", "host", "epoch", "served", "running", "waiting", "tokens", "cache", "detail")
-    return table(headers, rows)
+        moved = each.migrations + each.resumed
+        told = (each.index, each.state, each.host, each.epoch, each.served, *counts, used, moved, each.lost)
+        rows.append((*told, each.detail))
+    counted = ("served", "running", "waiting", "tokens", "cache", "moved", "lost")
+    return table(("replica", "state", "host", "epoch", *counted, "detail"), rows)
 
 
 def wait(

@@ -29,6 +29,8 @@ COLUMNS = {
     "first_token_p95": "first p95",
     "cache": "cache",
     "prefix_hits": "hits",
+    "moved": "moved",
+    "lost": "lost",
     "epoch": "epoch",
 }
 
@@ -65,6 +67,7 @@ def top(
 def _row(replica: ReplicaStatus, before: Load | None, seconds: float) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {"replica": replica.index, "state": replica.state, "host": replica.host, "epoch": replica.epoch}
+    row |= {"moved": replica.migrations + replica.resumed, "lost": replica.lost}
     if (load := replica.load) is None:
         return row
     row |= {"running": load.running, "waiting": load.waiting}

@@ -602,6 +602,8 @@ def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
                 detail=replica.detail,
                 load=wire.unpack_load(replica.load) if replica.HasField("load") else None,
                 migrations=replica.migrations,
+                resumed=replica.resumed,
+                lost=replica.lost,
             )
             for replica in answer.replicas
         ),

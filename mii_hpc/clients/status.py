@@ -20,6 +20,8 @@ class ReplicaStatus:
         detail: what it is doing, or why it is not ready.
         load: that of its engine; None when it is not ready, or did not answer at once.
         migrations: requests that went on elsewhere because it was lost, since the balancer started.
+        resumed: requests that went on at it because a balancer was lost or replaced, since this one started.
+        lost: requests that were given up when it was lost, since the balancer started.
     """
 
     index: int
@@ -31,6 +33,8 @@ class ReplicaStatus:
     detail: str
     load: Load | None = None
     migrations: int = 0
+    resumed: int = 0
+    lost: int = 0
 
 
 @dataclass(frozen=True)

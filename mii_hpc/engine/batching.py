@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
-from mii_hpc.generation import Deliver, GenerationRequest, Load, ResumedAnswer, size_of
+from mii_hpc.generation import LATENCY_BOUNDS, Deliver, GenerationRequest, Load, Observed, ResumedAnswer, size_of
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class BatchingEngine:
         self._unstarted = 0
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
+        self._queue_time = Observed(LATENCY_BOUNDS)
         self._generated = 0
         self._steps = 0
         self._closed = False
@@ -145,6 +147,7 @@ class BatchingEngine:
                 generated_tokens=self._generated,
                 prefix_queries=self._scheduler.prefix_queries,
                 prefix_hits=self._scheduler.prefix_hits,
+                queue_time=self._queue_time.histogram,
             )
 
     def close(self) -> None:
@@ -179,7 +182,6 @@ class BatchingEngine:
         choices = begun.draw.wait()
         with self._changed:
             self._steps += 1
-            self._generated += begun.step.num_samples
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
                 sequence.unknown -= part.sample
                 if choice and choice.token_id is None:
@@ -210,6 +212,7 @@ class BatchingEngine:
         for sequence in sequences:
             if not sequence.request.started:
                 sequence.request.started = True
+                self._queue_time.add(time.monotonic() - sequence.request.arrived)
                 self._unstarted -= 1
                 self._unstarted_bytes -= sequence.request.size
         return step, sequences
@@ -232,6 +235,7 @@ class BatchingEngine:
             self._fail(entry, RequestError(f"the answer cannot be decoded: {error}"))
             return
         sequence.tokens.append(choice.token_id)
+        self._generated += 1
         if sequence.answer.ended:
             self._scheduler.remove([sequence])
             entry.unfinished -= 1
@@ -321,6 +325,7 @@ class _Request:
     sequences: Sequence[_Sequence] = ()
     unfinished: int = 0
     started: bool = False
+    arrived: float = field(default_factory=time.monotonic)
     size: int = field(init=False)
     """Of its prompt: characters, or bytes of token ids."""
 

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.constants import GenerationFinishReason
@@ -15,11 +15,13 @@ from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import InvalidRequestError, QueueFullError
 from mii_hpc.generation import (
+    LATENCY_BOUNDS,
     Chat,
     Deliver,
     Description,
     GenerationRequest,
     Load,
+    Observed,
     Prompt,
     Response,
     ResumedAnswer,
@@ -48,6 +50,7 @@ class EchoEngine:
         self._changed = threading.Condition()
         self._waiting: deque[_Echo] = deque()
         self._running: dict[str, _Echo] = {}
+        self._queue_time = Observed(LATENCY_BOUNDS)
         self._generated = 0
         self.steps = 0
         self._closed = False
@@ -67,6 +70,7 @@ class EchoEngine:
                 while self._waiting and len(self._running) < self._max_running:
                     echo = self._waiting.popleft()
                     self._running[echo.request.id] = echo
+                    self._queue_time.add(time.monotonic() - echo.arrived)
                 running = list(self._running.values())
                 self.steps += 1
             self._step(running)
@@ -104,7 +108,12 @@ class EchoEngine:
     def stats(self) -> Load:
         """Return the load; there are no blocks."""
         with self._changed:
-            return Load(running=len(self._running), waiting=len(self._waiting), generated_tokens=self._generated)
+            return Load(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                generated_tokens=self._generated,
+                queue_time=self._queue_time.histogram,
+            )
 
     def close(self) -> None:
         """Make `run` return. Unfinished requests are dropped."""
@@ -168,6 +177,7 @@ class _Echo:
 
     request: GenerationRequest
     deliver: Deliver
+    arrived: float = field(default_factory=time.monotonic)
     due: float = 0.0
     tokens: tuple[int, ...] = ()
     answers: tuple[Answer, ...] = ()

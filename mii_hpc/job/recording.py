@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import replace
 
-from mii_hpc.generation import LATENCY_BOUNDS, TOKEN_BOUNDS, Histogram, Load, Response
+from mii_hpc.generation import LATENCY_BOUNDS, TOKEN_BOUNDS, Load, Observed, Response
 
 
 class Recorder:
@@ -16,9 +15,9 @@ class Recorder:
     def __init__(self) -> None:
         self._prompt_tokens = 0
         self._finished: Counter[str] = Counter()
-        self._first_token = _Observed(LATENCY_BOUNDS)
-        self._between_tokens = _Observed(TOKEN_BOUNDS)
-        self._whole = _Observed(LATENCY_BOUNDS)
+        self._first_token = Observed(LATENCY_BOUNDS)
+        self._between_tokens = Observed(TOKEN_BOUNDS)
+        self._whole = Observed(LATENCY_BOUNDS)
 
     def request(self) -> Recording:
         """Return what records a request that arrives now."""
@@ -66,20 +65,3 @@ class Recording:
             self._recorder.began(piece, now - self._arrived)
         if piece.ended:
             self._recorder.ended(piece, now - self._arrived, now - self._first[piece.index])
-
-
-class _Observed:
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float, count: int = 1) -> None:
-        """Observe a value so many times."""
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    @property
-    def histogram(self) -> Histogram:
-        """What was observed."""
-        return Histogram(tuple(self._counts), self._sum)

@@ -40,6 +40,8 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
 MAX_WORDS = 600
 """An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
+TRIAL = "trial"
+"""The id of a balancer's own request, to a replica that has loaded: nobody's, and so not among what is counted."""
 ERROR_KEY = "mii-error"
 """Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""
 

@@ -507,6 +507,9 @@ async def test_requests_go_on_at_another_balancer(deploy, monkeypatch):
     for answer in answers:
         assert_repeated(answer, 100)
     assert [answer.migrations for answer in answers] == [1] * 5
+    status = await client.status()
+    assert sum(each.resumed for each in status.replicas) >= 5
+    assert [(each.migrations, each.lost) for each in status.replicas] == [(0, 0)] * 2
     assert str((await late)[0]) == "late "
     assert (await tokenising).text == "to be "
     assert [rank.epochs for rank in deployment.ranks] == [[1], [1]]

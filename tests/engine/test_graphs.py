@@ -1,4 +1,7 @@
 import logging
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +14,7 @@ from mii_hpc.engine.step import Slice, Step  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
+from tests.waiting import PATIENCE  # noqa: E402
 
 pytestmark = pytest.mark.engine
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
@@ -165,6 +169,39 @@ def test_a_capture_that_fails_is_told_once_and_no_request_notices(tmp_path, capl
     assert [record.message for record in caplog.records if "CUDA graphs" in record.message] == [
         "decode steps run without CUDA graphs, several times slower: operation not permitted when stream is capturing"
     ]
+
+
+def test_eight_ranks_have_graphs_together_or_none(caplog):
+    """Each rank a thread, on a device that only seems to capture; one cannot capture for four sequences."""
+    ranks = 8
+    met = threading.Barrier(ranks, timeout=PATIENCE)
+    votes = [True] * ranks
+
+    def sizes(rank, fails):
+        class Rank(Emulated):
+            def _record(self, compute):
+                if rank == 5 and len(self._graphs) == fails:
+                    raise RuntimeError("out of memory")
+                return compute
+
+        def agree(own):
+            votes[rank] = own
+            met.wait()
+            all_can = all(votes)
+            met.wait()  # before anybody votes again
+            return all_can
+
+        cache = types.SimpleNamespace(page_size=16, scratch_slot=0, device=torch.device("cpu"))
+        graphs = Rank(None, None, cache, torch.zeros(17), 64, agree)
+        graphs.capture(lambda sentence: None)
+        return graphs.sizes
+
+    with ThreadPoolExecutor(ranks) as threads, caplog.at_level(logging.WARNING, "mii_hpc"):
+        assert list(threads.map(sizes, range(ranks), [-1] * ranks)) == [[1, 2, 4, 8, 16]] * ranks
+        assert not caplog.records
+        assert list(threads.map(sizes, range(ranks), [2] * ranks)) == [[]] * ranks
+    reasons = sorted(record.args[0] for record in caplog.records)
+    assert reasons == ["another rank of the replica cannot capture them"] * 7 + ["out of memory"]
 
 
 def test_there_are_graphs_where_cuda_is(tmp_path, use):

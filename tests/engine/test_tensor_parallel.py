@@ -38,6 +38,19 @@ def test_greedy_answers_are_generates_own(tmp_path, architecture, changes):
     assert [process.exitcode for process in replica.processes] == [0, 0]
 
 
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_more_ranks_give_the_same_greedy_answers(request, tmp_path, ranks):
+    """As on one host of four or eight GPUs; two heads of keys and values, which several ranks then share."""
+    if ranks == 8 and not request.config.getoption("--families"):
+        pytest.skip("eight ranks start for a minute on two cores: with --families")
+    folder = str(tiny_model(tmp_path, num_attention_heads=8, num_key_value_heads=2))
+    reference = Reference(folder)
+    with Replica(ranks, model_name_or_path=folder, inference_engine_config=SMALL) as replica:
+        assert replica.ready() is None
+        answers = replica.answers([(p, {"do_sample": False, "max_new_tokens": 30}) for p in PROMPTS])
+    assert [token_ids for _, token_ids, _ in answers] == [reference.greedy(p, max_new_tokens=30) for p in PROMPTS]
+
+
 def test_64_option_sets_in_one_batch(tmp_path):
     folder = tiny_model(tmp_path, files=4)
     assert len(checkpoint_files(folder)) > 1

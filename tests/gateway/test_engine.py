@@ -3,6 +3,7 @@
 import pytest
 
 from tests.engine.reference import Reference
+from tests.gateway.test_metrics import values
 from tests.models import CONTEXT, tiny_model
 
 pytestmark = pytest.mark.engine
@@ -64,6 +65,20 @@ def test_it_answers_as_transformers_does(face, api, reference):
         same = api.completions.create(model="chat", prompt=seen["tokens"], temperature=0, max_tokens=8)
         assert chat.choices[0].message.content == same.choices[0].text
         assert chat.usage.prompt_tokens == seen["count"]
+
+        before = values(http.get("/metrics").text)
+        for count in (3, 5):
+            api.completions.create(model="chat", prompt=token_ids, temperature=0, max_tokens=count)
+        after = values(http.get("/metrics").text)
+        labels = (("engine", "0"), ("model_name", "chat"))
+        for name, grown in (
+            ("vllm:prompt_tokens_total", 2 * len(token_ids)),
+            ("vllm:generation_tokens_total", 3 + 5),
+            ("vllm:prefix_cache_queries_total", 2 * (len(token_ids) - 1)),
+            ("vllm:request_queue_time_seconds_count", 2),
+            ("vllm:e2e_request_latency_seconds_count", 2),
+        ):
+            assert after[name, *labels] - before[name, *labels] == grown, name
 
         seeded = [
             api.completions.create(model="chat", prompt="x", seed=seed, n=2, max_tokens=8).choices for seed in (1, 1, 2)

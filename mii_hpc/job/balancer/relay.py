@@ -53,6 +53,8 @@ class Relay:
 
     Attributes:
         migrations: how many requests went on elsewhere because a replica was lost, by its index.
+        resumed: how many came because their balancer was lost or replaced, by the replica where they went on.
+        lost: how many were given up because a replica was lost, by its index.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Relay:
         self._tried = asyncio.Event()
         self._tried.set()
         self.migrations: collections.Counter[int] = collections.Counter()
+        self.resumed: collections.Counter[int] = collections.Counter()
+        self.lost: collections.Counter[int] = collections.Counter()
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Pass the requests of one caller on, each to the next replica, and the answers back."""
@@ -114,6 +118,7 @@ class Relay:
             request = _Request(asked)
         except InvalidRequestError as error:
             raise self._located(error, replica) from None
+        self.resumed[replica.index] += request.is_resumed
         try:
             while True:
                 try:
@@ -143,9 +148,11 @@ class Relay:
             raise self._stopping("has ended", lost)
         request.move()
         if request.losses == SUSPECT_LOSSES:
-            raise self._lost(f"{what}, the second in a row before it gave a token: the request may be the reason", lost)
+            raise self._given_up(
+                f"{what}, the second in a row before it gave a token: the request may be the reason", lost
+            )
         if request.migrations > self._limit:
-            raise self._lost(f"{what}, and migration_limit={self._limit} lets it move no more", lost)
+            raise self._given_up(f"{what}, and migration_limit={self._limit} lets it move no more", lost)
         try:
             await self._live()
             if request.losses:
@@ -153,7 +160,9 @@ class Relay:
                 await self._live()
             replica = self._router.idlest()
         except UnavailableError:
-            raise self._lost(f"{what}, and no other could take it within hold_seconds={self._hold:g}", lost) from None
+            raise self._given_up(
+                f"{what}, and no other could take it within hold_seconds={self._hold:g}", lost
+            ) from None
         except DeploymentStoppingError as error:
             raise self._located(error, lost) from None
         self.migrations[lost.index] += 1
@@ -219,7 +228,9 @@ class Relay:
     def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
         return self._located(DeploymentStoppingError(self._says(f"{verb} ({self._ending.reason})")), replica)
 
-    def _lost(self, what: str, replica: ReplicaConnection) -> MIIError:
+    def _given_up(self, what: str, replica: ReplicaConnection) -> MIIError:
+        """Count a request as lost, and return the error that ends it."""
+        self.lost[replica.index] += 1
         return self._located(ReplicaLostError(self._says(what)), replica)
 
     def _located(self, error: MIIError, replica: ReplicaConnection | None = None) -> MIIError:
@@ -242,6 +253,7 @@ class _Request:
         losses: how many replicas in a row were lost before they gave it a token.
         is_proven: whether the replica that has it has given it a token.
         tried: set once that is known, or it has ended.
+        is_resumed: whether another balancer had it before.
     """
 
     def __init__(self, asked: ServedRequest) -> None:
@@ -255,6 +267,7 @@ class _Request:
         self._served_by = b""
         self.migrations = self.losses = 0
         self.is_proven = False
+        self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()
 
     def payload_for(self, replica: int) -> bytes:

@@ -60,6 +60,8 @@ class DeploymentService(pb_grpc.DeploymentServicer):
                     detail=replica.detail,
                     load=loads.get(replica.index),
                     migrations=self._relay.migrations[replica.index],
+                    resumed=self._relay.resumed[replica.index],
+                    lost=self._relay.lost[replica.index],
                 )
                 for replica in self._membership.replicas
             ],

@@ -138,7 +138,7 @@ async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice)
     assert sorted(migrations[4:]) == [0, 0, 0, 1, 1, 1]  # which call comes first is open
     assert {answer.replica for answer in answers} == {0}
     status = await client.status()
-    assert [replica.migrations for replica in status.replicas] == [0, 4]
+    assert [(each.migrations, each.resumed, each.lost) for each in status.replicas] == [(0, 0, 0), (4, 0, 0)]
     await until(deployment.is_idle)
 
 
@@ -218,6 +218,7 @@ async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, mo
         assert_repeated((await call)[0])
     await until(lambda: deployment.balancer.membership.are_ready)
     assert sum(len(rank.epochs) - 1 for rank in deployment.ranks) == 2
+    assert sum(replica.lost for replica in (await client.status()).replicas) == 1
 
 
 async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(deploy, monkeypatch):
