@@ -9,7 +9,6 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
@@ -301,8 +300,8 @@ class AsyncMIIClient:
                     async for piece in pieces:
                         received.take(piece)
                         lost_at = None
-                        latest = moved + piece.migrations
-                        yield replace(piece, migrations=latest)
+                        latest = piece.migrations = moved + piece.migrations
+                        yield piece
                 return
             except _TokenReplacedError:
                 continue

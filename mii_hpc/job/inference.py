@@ -66,7 +66,7 @@ class InferenceService(pb_grpc.EngineServicer):
         The request is decoded here, so that a bad one fails alone and with our own error.
         """
         request = wire.unpack_request(wire.parse_request(asked.payload))
-        recording = (Recorder() if request.id == wire.TRIAL else self._recorder).request()
+        recording = self._recorder.request(request.params.stream)
         # Callers choose their ids without knowing of each other; the engine needs them unique.
         request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
         answering = _Answering(asked, request, recording, self._report_later)

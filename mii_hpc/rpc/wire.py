@@ -40,8 +40,6 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
 MAX_WORDS = 600
 """An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
-TRIAL = "trial"
-"""The id of a balancer's own request, to a replica that has loaded: nobody's, and so not among what is counted."""
 ERROR_KEY = "mii-error"
 """Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""
 
@@ -188,24 +186,26 @@ def unpack_description(message: pb.DescribeResponse) -> Description:
 
 
 def pack_response(piece: Response) -> bytes:
-    """Return the message for a piece of an answer. Raises InvalidRequestError when it is too long."""
+    """Return the message for a piece of an answer, as its engine made it. Raises InvalidRequestError when it is too long."""
     message = pb.GenerateChunk(
-        text=[piece.generated_text],
+        text=(piece.generated_text,),
         token_ids=piece.token_ids,
         logprobs=piece.logprobs,
         index=piece.index,
         prompt_length=piece.prompt_length,
         generated_length=piece.generated_length,
-        finish_reason=piece.finish_reason if piece.ended else "",
-        replica=piece.replica,
-        migrations=piece.migrations,
-        top_logprobs=_pack_top(piece.top_logprobs),
         prompt_logprobs=piece.prompt_logprobs,
-        prompt_top_logprobs=_pack_top(piece.prompt_top_logprobs),
-    ).SerializeToString()
-    if len(message) > MAX_MESSAGE_BYTES:
-        raise InvalidRequestError(f"a piece of the answer has {len(message)} bytes; {MAX_MESSAGE_BYTES} are allowed")
-    return message
+    )
+    # One is made for every token: what is seldom there costs nothing.
+    if piece.ended:
+        message.finish_reason = piece.finish_reason
+    if piece.top_logprobs or piece.prompt_top_logprobs:
+        message.top_logprobs.extend(_pack_top(piece.top_logprobs))
+        message.prompt_top_logprobs.extend(_pack_top(piece.prompt_top_logprobs))
+    chunk = message.SerializeToString()
+    if len(chunk) > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(f"a piece of the answer has {len(chunk)} bytes; {MAX_MESSAGE_BYTES} are allowed")
+    return chunk
 
 
 def pack_server(replica: int, migrations: int) -> bytes:

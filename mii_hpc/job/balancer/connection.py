@@ -46,7 +46,7 @@ class ReplicaConnection:
         """
         connection = cls(replica.index, replica.epoch, replica.host, transport.open_channel(address, keys), keys)
         params = GenerateParamsConfig(max_new_tokens=2, do_sample=False, ignore_eos=True)
-        trial = wire.pack_request(GenerationRequest(wire.TRIAL, "Hello", params)).SerializeToString()
+        trial = wire.pack_request(GenerationRequest("trial", "Hello", params)).SerializeToString()
         try:
             async with asyncio.timeout(TRIAL_SECONDS):
                 await connection._channel.channel_ready()
