@@ -97,8 +97,7 @@ class RequestStream:
             if self._open.pop(number, None) is not None:
                 self._outbox.cancel(number)
                 ended.cancel()
-            if not self._open and self._idle_seconds is not None:
-                self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
+            self._rest()
 
     def close(self) -> None:
         """End the stream, and the requests that are still open, here and at the server."""
@@ -129,6 +128,13 @@ class RequestStream:
         if piece.ends:
             del self._open[piece.number]
             _resolve(ended, wire.unpack_failure(piece.failure) if piece.HasField("failure") else None)
+
+    def _rest(self) -> None:
+        """Close the stream in a while, unless there is another request by then."""
+        if self._idle is not None:
+            self._idle.cancel()
+        if not self._open and not self.has_ended and self._idle_seconds is not None:
+            self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
 
     def _end(self, lost: LostError) -> None:
         self.has_ended = True

@@ -186,7 +186,7 @@ def unpack_description(message: pb.DescribeResponse) -> Description:
 
 
 def pack_response(piece: Response) -> bytes:
-    """Return the message for a piece of an answer, as its engine made it. Raises InvalidRequestError when it is too long."""
+    """Return the message for a piece of an answer, as an engine made it. Raises InvalidRequestError when it is long."""
     message = pb.GenerateChunk(
         text=(piece.generated_text,),
         token_ids=piece.token_ids,

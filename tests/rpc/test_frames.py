@@ -205,11 +205,17 @@ async def test_the_end_of_a_stream_ends_every_request_of_it(side):
 async def test_an_idle_stream_is_closed_by_its_caller():
     server = Server()
     stream = server.stream(idle_seconds=0.05)
-    (caller,) = await asked(server, stream, b"a")
+    first, second = await asked(server, stream, b"a", b"b")
     server.end(b"a")
-    await caller.ended
+    server.end(b"b")
+    for caller in (first, second):
+        await caller.ended
+    for caller in (first, second):
+        caller.leave()
+    third = Caller(stream, b"c")
+    await asyncio.sleep(0.2)
     assert not stream.has_ended
-    caller.leave()
+    third.leave()
     await until(lambda: stream.has_ended)
     with pytest.raises(LostError), stream.request(b"late", print):
         pass
