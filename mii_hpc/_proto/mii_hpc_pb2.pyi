@@ -63,20 +63,22 @@ class Failure(_message.Message):
     def __init__(self, message: _Optional[str] = ..., named: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "admitted")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: str
     params: GenerateParams
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     chat: str
     resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ...) -> None: ...
+    admitted: bool
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., admitted: _Optional[bool] = ...) -> None: ...
 
 class ResumedAnswer(_message.Message):
     __slots__ = ("token_ids", "characters", "ended")

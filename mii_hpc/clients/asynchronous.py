@@ -28,6 +28,7 @@ from mii_hpc.errors import (
     DeploymentNotFoundError,
     InvalidRequestError,
     MIIError,
+    QueueFullError,
     RegistryError,
     RequestCancelledError,
     RequestError,
@@ -94,7 +95,7 @@ class AsyncMIIClient:
         self._host = host
         self._home = home or OwnHome(mii_config.home)
         self._connection: transport.Connection | None = None
-        self._target = ("", b"")  # address and certificate that the connection is for
+        self._target = ("", b"", b"")  # address, certificate and identity that the connection is for
         self._metadata: Metadata | None = None
         self._stream: RequestStream | None = None
         self._connecting: asyncio.Task[transport.Connection] | None = None
@@ -311,6 +312,9 @@ class AsyncMIIClient:
                 lost_at = lost_at or time.monotonic()
                 if not retry or time.monotonic() > lost_at + RESUME_SECONDS:
                     raise lost.error from None
+            except QueueFullError:  # where all who lost the balancer come back at once
+                if lost_at is None or time.monotonic() > lost_at + RESUME_SECONDS:
+                    raise
             await self._follow(deadline, lost_at + RESUME_SECONDS)
             moved = latest + 1
             wire.set_resume(message, received.resume)
@@ -497,7 +501,7 @@ class AsyncMIIClient:
                 self._metadata = transport.authorization(found.credentials)
                 if not found.entry.address:
                     await asyncio.to_thread(check_live, found)
-                target = self._way_to(found.entry), found.credentials.certificate
+                target = self._way_to(found.entry), found.credentials.certificate, found.credentials.identity
                 if self._connection is None or target != self._target:
                     self._connection, self._target = transport.Connection(target[0], found.credentials), target
                 connection = self._connection

@@ -131,7 +131,7 @@ class RunDir:
 
     @property
     def credentials(self) -> Path:
-        """Key, certificate and token."""
+        """Keys, certificates and tokens."""
         return self.path / "credentials"
 
     @property
@@ -143,6 +143,16 @@ class RunDir:
     def tls_certificate(self) -> Path:
         """The certificate that clients pin."""
         return self.credentials / "tls.crt"
+
+    @property
+    def owner_identity(self) -> Path:
+        """The key and certificate that the owner's clients show."""
+        return self.credentials / "owner.pem"
+
+    @property
+    def guest_identity(self) -> Path:
+        """The key and certificate that the clients of the group show."""
+        return self.credentials / "guest.pem"
 
     @property
     def owner_token(self) -> Path:

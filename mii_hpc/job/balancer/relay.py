@@ -263,6 +263,7 @@ class _Request:
         params = wire.unpack_params(self._message)
         if params.seed is None:  # another replica is to go on with what this one draws
             self._message.params.seed = new_seed()
+        self._message.admitted = False  # whatever the caller says
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._served_by = b""
         self.migrations = self.losses = 0
@@ -294,4 +295,5 @@ class _Request:
         self.migrations += 1
         self.losses += not self.is_proven
         self.is_proven = False
+        self._message.admitted = True
         wire.set_resume(self._message, self._received.resume)
