@@ -304,6 +304,7 @@ class _Outbox(ABC):
         """Yield frames as there is something to send, and room, until it is closed and empty."""
         while not self._is_closed:
             await self._filled.wait()
+            await asyncio.sleep(0)  # so that what follows at once travels along, such as the end behind a last piece
             self._filled.clear()
             for frame in self._taken():
                 yield frame.SerializeToString()

@@ -54,9 +54,9 @@ class ReplicaConnection:
                     await ended
         except BaseException as failure:
             await connection.close()
-            if isinstance(failure, LostError):
-                raise UnavailableError(f"the connection to {address} broke: {failure}") from failure
-            if isinstance(failure, TimeoutError):
+            if isinstance(failure, LostError) and failure.failure is not None:
+                raise wire.error_of(failure.failure) from failure
+            if isinstance(failure, LostError | TimeoutError):
                 raise UnavailableError(f"no answer from {address} within {TRIAL_SECONDS:.0f} s") from failure
             raise
         return connection
