@@ -32,6 +32,7 @@ from mii_hpc.config import MIIConfig, resolve
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.job import engine_process
@@ -94,7 +95,7 @@ class Deployment:
         self.processes = {"client": psutil.Process()}
         addresses = self._start("engine", run_engines, run, replicas)
         address = self._start("balancer", run_balancer, run, addresses)
-        Registry(home).publish(entry.model_copy(update={"state": "ready", "address": address, "host": "localhost"}))
+        Registry(home).publish(entry.model_copy(update={"state": DeploymentState.READY, "address": address}))
 
     def _start(self, name: str, target: Callable[..., None], *args: object) -> Any:
         mine, its = multiprocessing.Pipe()
