@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -36,6 +37,23 @@ class Failure:
     host: str
     message: str
     log: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank that examines its node has found.
+
+    Attributes:
+        host: the node.
+        address: its address, as other nodes reach it.
+        findings: what `mii-hpc doctor --json` printed there.
+        met: "yes" once the ranks have met over MPI, or why they have not; empty before that.
+    """
+
+    host: str
+    address: str
+    findings: str
+    met: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,6 +254,14 @@ class RunDir:
         with contextlib.suppress(FileNotFoundError):
             return list(json.loads(self.members.read_text()))
         return []
+
+    def write_report(self, report: Report) -> None:
+        """Write what this process has found, in place of what it wrote before."""
+        write_atomically(self.logs / f"report-{report.host}-{os.getpid()}.json", json.dumps(asdict(report)))
+
+    def read_reports(self) -> list[Report]:
+        """Return what was found, by host."""
+        return [Report(**json.loads(read_text(path))) for path in sorted(self.logs.glob("report-*.json"))]
 
     def rank_process(self, rank: int) -> Path:
         """The id of a rank's supervisor process, and its host."""
