@@ -63,7 +63,7 @@ class Failure(_message.Message):
     def __init__(self, message: _Optional[str] = ..., named: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "admitted")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "admitted", "caller")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: str
     params: GenerateParams
@@ -78,7 +79,8 @@ class GenerateRequest(_message.Message):
     chat: str
     resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
     admitted: bool
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., admitted: _Optional[bool] = ...) -> None: ...
+    caller: str
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., admitted: _Optional[bool] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class ResumedAnswer(_message.Message):
     __slots__ = ("token_ids", "characters", "ended")

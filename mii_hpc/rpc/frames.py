@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 
@@ -158,7 +159,7 @@ class ServedRequest:
 
     def __init__(self, message: pb.NumberedRequest, server: _Server) -> None:
         self.payload, self.position = message.request, message.position
-        self.timeout = message.timeout or None
+        self.timeout = message.timeout if 0 < message.timeout < math.inf else None
         self._number, self._server = message.number, server
 
     def send(self, index: int, chunk: bytes) -> None:

@@ -38,6 +38,8 @@ LOCALLY = "Locally cancelled by application!"
 """What gRPC says of a call that was cancelled at this end."""
 MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
+MAX_POSITION = 100
+"""A BatchPosition has no more characters."""
 MAX_WORDS = 600
 """An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
 ERROR_KEY = "mii-error"
@@ -80,6 +82,8 @@ class BatchPosition:
     @classmethod
     def parse(cls, text: str) -> BatchPosition | None:
         """Return the position that a text names, or None when it names none."""
+        if len(text) > MAX_POSITION:
+            return None
         batch, *numbers = text.split("/")
         if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
             return None
@@ -126,7 +130,10 @@ def parse_request(payload: bytes) -> pb.GenerateRequest:
 def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
     """Return the request in a message. Raises InvalidRequestError when an option is out of its range."""
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
-    return GenerationRequest(message.id, prompt, unpack_params(message), get_resume(message), message.admitted)
+    role, _, address = message.caller.partition(" ")
+    return GenerationRequest(
+        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role, address)
+    )
 
 
 def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:

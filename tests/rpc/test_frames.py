@@ -259,6 +259,13 @@ async def test_a_stream_without_a_request_is_ended():
     assert error == "the call has had no request within 0 s"
 
 
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_is_no_timeout_is_none(timeout):
+    """Not a number would put the event loop's timers out of order."""
+    assert frames.ServedRequest(pb.NumberedRequest(timeout=timeout), None).timeout is None
+    assert frames.ServedRequest(pb.NumberedRequest(timeout=2.5), None).timeout == 2.5
+
+
 async def test_above_its_limit_requests_are_refused():
     pieces, _, _ = await served(requests(1, 2, 3), b"\xff", bounds={"limit": 2})
     assert [piece.number for piece in pieces] == [3]

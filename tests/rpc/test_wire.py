@@ -134,7 +134,7 @@ def test_pieces_behind_each_other_are_their_join():
     assert asdict(both) == asdict(replace(expected, replica=7, migrations=2))
 
 
-@pytest.mark.parametrize("text", ["", "a", "a/1", "a/1/2/3", "a/-1/2", "a/x/2", "a/2/2", "a/²/3"])
+@pytest.mark.parametrize("text", ["", "a", "a/1", "a/1/2/3", "a/-1/2", "a/x/2", "a/2/2", "a/²/3", "a" * 97 + "/1/2"])
 def test_what_names_no_position_counts_like_any_request(text):
     assert wire.BatchPosition.parse(text) is None
     assert wire.BatchPosition.parse(str(wire.BatchPosition("a", 1, 2))) == wire.BatchPosition("a", 1, 2)

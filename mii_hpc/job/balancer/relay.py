@@ -22,7 +22,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import Received, new_seed
+from mii_hpc.generation import GUEST, OWNER, Received, new_seed
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.lifetime import Ending
@@ -79,25 +79,26 @@ class Relay:
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Pass the requests of one caller on, each to the next replica, and the answers back."""
-        token = transport.token_of(context.invocation_metadata())
+        token, address = transport.token_of(context.invocation_metadata()), context.peer()
 
         async def answer(asked: ServedRequest) -> None:
-            await self._answer(asked, token)
+            await self._answer(asked, token, address)
 
         serving = frames.serve(requests, answer, idle_seconds=IDLE_SECONDS, limit=MAX_REQUESTS)
         async with wire.answering(context), contextlib.aclosing(serving) as answers:
             async for frame in answers:
                 yield frame
 
-    async def _answer(self, asked: ServedRequest, token: str) -> None:
+    async def _answer(self, asked: ServedRequest, token: str, address: str) -> None:
         """See to one request, as long as its caller waits."""
         if not self._access.admits(Method.GENERATE, token):  # no more: the stream is older than the tokens
             raise AuthenticationError("the token is missing, wrong, or not good for this call")
-        if self._access.is_guest(token):
+        is_guest = self._access.is_guest(token)
+        if is_guest:
             self._of_guests.add(asked)
         try:
             async with asyncio.timeout(asked.timeout) as scope:
-                await self._relay(asked)
+                await self._relay(asked, f"{GUEST if is_guest else OWNER} {address}")
         except TimeoutError as error:
             if isinstance(error, MIIError) or not scope.expired():
                 raise
@@ -105,8 +106,8 @@ class Relay:
         finally:
             self._of_guests.discard(asked)
 
-    async def _relay(self, asked: ServedRequest) -> None:
-        """Pass a request to the next replica, and on from there while replicas are lost."""
+    async def _relay(self, asked: ServedRequest, caller: str) -> None:
+        """Pass a caller's request to the next replica, and on from there while replicas are lost."""
         if self._ending.has_begun:
             raise self._stopping("is ending")
         try:
@@ -115,7 +116,7 @@ class Relay:
         except MIIError as error:
             raise self._located(error) from None
         try:
-            request = _Request(asked)
+            request = _Request(asked, caller)
         except InvalidRequestError as error:
             raise self._located(error, replica) from None
         self.resumed[replica.index] += request.is_resumed
@@ -256,14 +257,15 @@ class _Request:
         is_resumed: whether another balancer had it before.
     """
 
-    def __init__(self, asked: ServedRequest) -> None:
+    def __init__(self, asked: ServedRequest, caller: str) -> None:
         """Take a request as it comes. Raises InvalidRequestError when it is none."""
         self._asked = asked
         self._message = wire.parse_request(asked.payload)
         params = wire.unpack_params(self._message)
         if params.seed is None:  # another replica is to go on with what this one draws
             self._message.params.seed = new_seed()
-        self._message.admitted = False  # whatever the caller says
+        # Whatever the caller says.
+        self._message.admitted, self._message.caller = False, caller
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._served_by = b""
         self.migrations = self.losses = 0
