@@ -20,6 +20,7 @@ from mii_hpc.config import GenerateParamsConfig, validate
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
 from mii_hpc.generation import (
+    OWNER,
     Chat,
     Description,
     GenerationRequest,
@@ -114,13 +115,18 @@ def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
     params = pb.GenerateParams(**request.params.model_dump(exclude_defaults=True))
     message = pb.GenerateRequest(id=request.id, prompt=text, prompt_ids=token_ids, chat=chat, params=params)
     set_resume(message, request.resume)
-    _check_size(message.ByteSize())
+    check_size(message.ByteSize())
     return message
 
 
+def check_size(size: int) -> None:
+    """Raise InvalidRequestError when a caller's request of so many bytes is too long."""
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(f"prompt: the request has {size} bytes; {MAX_MESSAGE_BYTES} are allowed")
+
+
 def parse_request(payload: bytes) -> pb.GenerateRequest:
-    """Return the message in some bytes. Raises InvalidRequestError when they are no such message, or too many."""
-    _check_size(len(payload))
+    """Return the message in some bytes. Raises InvalidRequestError when they are no such message."""
     try:
         return pb.GenerateRequest.FromString(payload)
     except DecodeError as error:
@@ -132,7 +138,7 @@ def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
     role, _, address = message.caller.partition(" ")
     return GenerationRequest(
-        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role, address)
+        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role or OWNER, address)
     )
 
 
@@ -344,11 +350,6 @@ def _unpack_prompt(text: str, token_ids: Sequence[int], chat: str) -> Prompt:
         except (ValueError, TypeError) as error:
             raise InvalidRequestError(f"the request's conversation is not a Chat: {error}") from None
     return tuple(token_ids) or text
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_MESSAGE_BYTES:
-        raise InvalidRequestError(f"prompt: the request has {size} bytes; {MAX_MESSAGE_BYTES} are allowed")
 
 
 def _check_unicode(name: str, text: str) -> None:

@@ -260,6 +260,7 @@ class _Request:
     def __init__(self, asked: ServedRequest, caller: str) -> None:
         """Take a request as it comes. Raises InvalidRequestError when it is none."""
         self._asked = asked
+        wire.check_size(len(asked.payload))
         self._message = wire.parse_request(asked.payload)
         params = wire.unpack_params(self._message)
         if params.seed is None:  # another replica is to go on with what this one draws
