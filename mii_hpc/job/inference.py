@@ -66,7 +66,7 @@ class InferenceService(pb_grpc.EngineServicer):
         The request is decoded here, so that a bad one fails alone and with our own error.
         """
         request = wire.unpack_request(wire.parse_request(asked.payload))
-        recording = self._recorder.request(request.params.stream)
+        recording = self._recorder.request()
         # Callers choose their ids without knowing of each other; the engine needs them unique.
         request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
         answering = _Answering(asked, request, recording, self._report_later)
@@ -143,7 +143,8 @@ class _Answering:
             error.__cause__ = item
             self.ended.set_exception(error)
         else:
-            self._recording.piece(item)
+            if self._is_stream or item.ended:
+                self._recording.piece(item)
             self._unfinished -= item.ended
             self._held.append(item)
             if self._is_stream or item.ended or item.index not in self._begun:

@@ -19,9 +19,9 @@ class Recorder:
         self._between_tokens = Observed(TOKEN_BOUNDS)
         self._whole = Observed(LATENCY_BOUNDS)
 
-    def request(self, is_stream: bool) -> Recording:
+    def request(self) -> Recording:
         """Return what records a request that arrives now."""
-        return Recording(self, is_stream)
+        return Recording(self)
 
     def added_to(self, load: Load) -> Load:
         """Return an engine's load with what was counted and timed."""
@@ -34,26 +34,26 @@ class Recorder:
             request_latency=self._whole.histogram,
         )
 
-    def began(self, piece: Response, seconds: float, is_stream: bool) -> None:
+    def began(self, piece: Response, seconds: float) -> None:
         """Count an answer's first piece."""
         if piece.index == 0:
             self._prompt_tokens += piece.prompt_length
-        if is_stream:
+        if not piece.ended:  # else it is the whole answer, and does not tell when its first token was made
             self._first_token.add(seconds)
 
-    def ended(self, piece: Response, seconds: float, since_first: float, is_stream: bool) -> None:
+    def ended(self, piece: Response, seconds: float, since_first: float) -> None:
         """Count an answer that is complete."""
         self._finished[piece.finish_reason.value] += 1
         self._whole.add(seconds)
-        if is_stream and piece.generated_length > 1:
+        if since_first and piece.generated_length > 1:
             self._between_tokens.add(since_first / (piece.generated_length - 1), piece.generated_length - 1)
 
 
 class Recording:
     """Records one request."""
 
-    def __init__(self, recorder: Recorder, is_stream: bool) -> None:
-        self._recorder, self._is_stream = recorder, is_stream
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._arrived = time.monotonic()
         self._first: dict[int, float] = {}
 
@@ -62,6 +62,6 @@ class Recording:
         now = time.monotonic()
         if piece.index not in self._first:
             self._first[piece.index] = now
-            self._recorder.began(piece, now - self._arrived, self._is_stream)
+            self._recorder.began(piece, now - self._arrived)
         if piece.ended:
-            self._recorder.ended(piece, now - self._arrived, now - self._first[piece.index], self._is_stream)
+            self._recorder.ended(piece, now - self._arrived, now - self._first[piece.index])
