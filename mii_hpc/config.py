@@ -284,6 +284,10 @@ class EngineConfig(_Model):
     """Requests that may wait; more are refused with QueueFullError."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
+    step_timeout: float = Field(120.0, gt=0)
+    """Seconds after which a replica that has requests in hand and makes no step is formed anew. One step may be long:
+    a large prefill on CPUs, or the first of a shape, for which kernels are compiled. Processes that are stopped, and
+    ranks that are lost, are noticed within 10 seconds all the same."""
     attention: Literal["auto", "gather", "cpu", "triton"] = "auto"
     """How tokens attend to the KV cache. "auto" is the fastest that works; "gather" works everywhere; "cpu" is a kernel
     for CPUs, compiled at first use; "triton" are kernels for GPUs."""

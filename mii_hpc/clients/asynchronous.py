@@ -8,7 +8,7 @@ import copy
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
@@ -171,20 +171,23 @@ class AsyncMIIClient:
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas.
 
-        Raises DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not answer.
+        Of one that does not answer the state alone is known. Raises DeploymentNotFoundError when there is no such
+        deployment.
         """
         found = await asyncio.to_thread(self._find)
-        entry = found.entry
         try:
-            if not entry.address:
-                await asyncio.to_thread(check_live, found)
-                return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-            return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
+            if found.entry.address:
+                answer = await self._call(lambda way: way.deployment.Status, pb.StatusRequest())
+                return _status(found.entry, DeploymentState(answer.state), answer.replicas)
+            await asyncio.to_thread(check_live, found)
+            return _status(found.entry, found.entry.state)
         except DeploymentNotFoundError:
-            entry = self._find().entry
-            return DeploymentStatus(
-                entry.deployment_name, DeploymentState.ENDED, entry.job_id, entry.host, entry.started, entry.ends, ()
-            )
+            return _status(self._find().entry, DeploymentState.ENDED)
+        except UnavailableError:
+            found = await asyncio.to_thread(self._find)
+            if not await asyncio.to_thread(schedulers.is_live, found.entry, found.home.is_own):
+                return _status(found.entry, DeploymentState.ENDED)
+            return _status(found.entry, DeploymentState.UNRESPONSIVE if found.entry.address else found.entry.state)
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -551,11 +554,11 @@ def check_live(found: Found) -> None:
         )
 
 
-def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
+def _status(entry: Entry, state: DeploymentState, replicas: Iterable[pb.ReplicaStatus] = ()) -> DeploymentStatus:
     return DeploymentStatus(
-        deployment_name=answer.deployment_name,
-        state=DeploymentState(answer.state),
-        job_id=answer.job_id,
+        deployment_name=entry.deployment_name,
+        state=state,
+        job_id=entry.job_id,
         host=entry.host,
         started=entry.started,
         ends=entry.ends,
@@ -573,6 +576,6 @@ def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
                 resumed=replica.resumed,
                 lost=replica.lost,
             )
-            for replica in answer.replicas
+            for replica in replicas
         ),
     )

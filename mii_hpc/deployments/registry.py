@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 CLAIM_TURNS = 200
 """How often to try to replace a stale entry that others replace, too."""
 HEARTBEAT_SECONDS = 5.0
+SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
+"""A heartbeat older than this means that the balancer is down, or cannot write."""
 TEXT_LENGTH = 4096
 NOT_FOR_GUESTS = Path(os.devnull) / "not-for-guests"
 STALE_SECONDS = 60.0
@@ -244,6 +246,6 @@ class Registry:
         return Entry.parse(text, path)
 
 
-def heartbeat_is_fresh(entry: Entry) -> bool:
-    """Whether the deployment has written its heartbeat within STALE_SECONDS."""
-    return time.time() - entry.heartbeat < STALE_SECONDS
+def heartbeat_is_fresh(entry: Entry, seconds: float = STALE_SECONDS) -> bool:
+    """Whether the deployment has written its heartbeat within so many seconds."""
+    return time.time() - entry.heartbeat < seconds

@@ -187,8 +187,10 @@ class Membership:
         """Yield a rank's orders, and one without content as a sign of life, until one of the tasks has ended."""
         while not any(end.done() for end in ends):
             getting = asyncio.create_task(member.orders.get())
-            await asyncio.wait({getting, *ends}, timeout=liveness.BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            getting.cancel()  # nothing is lost: an order that has arrived is the task's result already
+            try:
+                await asyncio.wait({getting, *ends}, timeout=liveness.BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                getting.cancel()  # nothing is lost: an order that has arrived is the task's result already
             yield getting.result() if getting.done() else pb.RankOrder()
 
     async def _read(self, member: Member, reports: AsyncIterator[pb.RankReport]) -> None:
