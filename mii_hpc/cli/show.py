@@ -79,6 +79,8 @@ def status(
     heading = f"{answer.deployment_name}: {answer.state}, job {answer.job_id}"
     heading += f", on {answer.host}" if answer.host else ""
     heading += f", {duration(answer.ends - time.time())} left" if answer.ends else ""
+    heading += f", then job {answer.successor}" if answer.successor else ""
+    heading += f", up for {duration(answer.until - time.time())} more" if answer.until else ""
     if as_json or not answer.replicas:
         return show(as_json, dataclasses.asdict(answer), heading)
     show(False, None, heading)

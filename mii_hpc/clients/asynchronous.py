@@ -26,6 +26,7 @@ from mii_hpc.errors import (
     ConfigError,
     DeploymentError,
     DeploymentNotFoundError,
+    DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
     RegistryError,
@@ -174,7 +175,7 @@ class AsyncMIIClient:
         Of one that does not answer the state alone is known. Raises DeploymentNotFoundError when there is no such
         deployment.
         """
-        found = await asyncio.to_thread(self._find)
+        found = await self._found_anew()
         try:
             if found.entry.address:
                 answer = await self._call(lambda way: way.deployment.Status, pb.StatusRequest())
@@ -195,8 +196,7 @@ class AsyncMIIClient:
         Requests that run get a few seconds to finish. A job that still waits in the queue is cancelled. Raises
         DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not end.
         """
-        found = self._find()
-        job = schedulers.job_of(found.entry)
+        found = await self._found_anew()
         if found.entry.address or not found.home.is_own:
             try:
                 # The balancer refuses it unless the deployment is ours.
@@ -204,9 +204,9 @@ class AsyncMIIClient:
             except (UnavailableError, DeploymentNotFoundError):
                 if not found.home.is_own:
                     raise
-                await asyncio.to_thread(job.cancel)  # the balancer does not answer; the scheduler may
+                await asyncio.to_thread(_cancel, found.entry)  # the balancer does not answer; the scheduler may
         else:
-            await asyncio.to_thread(job.cancel)
+            await asyncio.to_thread(_cancel, found.entry)
         deadline, asked = time.monotonic() + TERMINATE_SECONDS, 0.0
         while (entry := await asyncio.to_thread(self._entry_of_run, found)) is not None:
             if found.home.is_own and time.monotonic() > asked + SCHEDULER_SECONDS:
@@ -227,6 +227,7 @@ class AsyncMIIClient:
         `cancel_guests` ends the requests that guests have in hand, with RequestCancelledError.
         """
         message = pb.RotateTokenRequest(cancel_guests=cancel_guests)
+        await self._found_anew()
         try:
             await self._call(lambda way: way.deployment.RotateToken, message)
         finally:
@@ -346,7 +347,7 @@ class AsyncMIIClient:
             if wire.is_cancelled(failure):
                 raise self._located(RequestCancelledError(CLOSED), replica) from None
             error = self._failed(failure, connection, replica)
-            if wire.is_lost(failure) or wire.is_interrupted(failure):
+            if wire.is_lost(failure) or wire.is_interrupted(failure) or self._has_moved(error, connection):
                 raise _BalancerLostError(error) from None
             raise error from None
         except asyncio.CancelledError:
@@ -429,6 +430,14 @@ class AsyncMIIClient:
             return self._unavailable("has ended")
         return self._located(wire.error_of(failure), replica)
 
+    def _has_moved(self, error: MIIError, connection: transport.Connection) -> bool:
+        """Whether the name is, or will be, another job's; the next call looks it up again then."""
+        if not isinstance(error, DeploymentStoppingError) or not error.comes_back:
+            return False
+        if self._connection is connection:  # it is not closed, because other calls still run on it
+            self._connection = None
+        return True
+
     def _located(self, error: MIIError, replica: int | None = None) -> MIIError:
         """Return an error with the deployment and the replica that it is about, where the server has not said them."""
         if isinstance(error, DeploymentError | RequestError):
@@ -489,6 +498,13 @@ class AsyncMIIClient:
             if stale is not None:
                 await stale.channel.close()
             raise
+
+    async def _found_anew(self) -> Found:
+        """Return the deployment as it is now; a connection to a job that has given the name away is not used again."""
+        found = await asyncio.to_thread(self._find)
+        if found.entry.address and self._target != (self._way_to(found.entry), found.credentials.certificate):
+            self._connection = None
+        return found
 
     def _find(self) -> Found:
         return self._home.get(self.mii_config.deployment_name)
@@ -554,6 +570,13 @@ def check_live(found: Found) -> None:
         )
 
 
+def _cancel(entry: Entry) -> None:
+    """Ask the scheduler to end a deployment's job, and first the one that is to follow."""
+    if entry.successor:
+        schedulers.job_of(entry.model_copy(update={"job_id": entry.successor})).cancel()
+    schedulers.job_of(entry).cancel()
+
+
 def _status(entry: Entry, state: DeploymentState, replicas: Iterable[pb.ReplicaStatus] = ()) -> DeploymentStatus:
     return DeploymentStatus(
         deployment_name=entry.deployment_name,
@@ -562,6 +585,8 @@ def _status(entry: Entry, state: DeploymentState, replicas: Iterable[pb.ReplicaS
         host=entry.host,
         started=entry.started,
         ends=entry.ends,
+        until=entry.until,
+        successor=entry.successor,
         replicas=tuple(
             ReplicaStatus(
                 index=replica.index,

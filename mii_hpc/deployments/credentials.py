@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mii_hpc.deployments.files import check_private, write_atomically
+from mii_hpc.deployments.files import NewFile, check_private, write_atomically, write_together
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import RegistryError
 
@@ -160,6 +160,15 @@ def _pem(item: ec.EllipticCurvePrivateKey | x509.Certificate) -> str:
 def new_token() -> str:
     """Return a random token of 256 bits."""
     return secrets.token_urlsafe(32)
+
+
+def hand_tokens(run: RunDir, successor: RunDir) -> None:
+    """Give a run's successor the tokens that its clients have now."""
+    write_together(*(NewFile(new, read_token(old)) for old, new in zip(_tokens(run), _tokens(successor), strict=True)))
+
+
+def _tokens(run: RunDir) -> tuple[Path, ...]:
+    return run.owner_token, run.guest_token
 
 
 def load_owner(run: RunDir) -> ClientCredentials:

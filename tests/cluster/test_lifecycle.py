@@ -25,8 +25,12 @@ def ended(cluster):
 @pytest.fixture
 def serve(cluster, home, ended):
     """Serve replicas, each on a node of its own."""
-    given = {"home": home, "slurm": {"tasks_per_node": 1}, "startup_timeout": 120, **ECHO}
-    return lambda name, replica_num=2: mii.serve(deployment_name=name, replica_num=replica_num, **given)
+
+    def submit(name, replica_num=2, **slurm):
+        given = {"home": home, "slurm": {"tasks_per_node": 1, **slurm}, "startup_timeout": 120, **ECHO}
+        return mii.serve(deployment_name=name, replica_num=replica_num, **given)
+
+    return submit
 
 
 def state_of(home, name):
@@ -80,10 +84,12 @@ def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, op
 
 
 def test_a_requeued_job_is_found_again(cluster, home, serve):
-    client = serve("requeued")
+    """By hand, and by a job of a partition that preempts its own."""
+    client = serve("requeued", partition="low")
     job_id = Registry(home).get("requeued").job_id
-    for incarnation in (1, 2):
-        subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=30)
+    preempt = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    for incarnation, requeue in enumerate((["scontrol", "requeue", job_id], preempt), 1):
+        subprocess.run(requeue, check=True, timeout=30)
 
         def is_pending():
             return [job.state for job in cluster.squeue() if str(job.id) == job_id] == ["PENDING"]

@@ -348,8 +348,16 @@ def test_a_job_that_slurm_counts_another_start_of_is_requeued(slurm, monkeypatch
 def test_a_rank_that_is_started_again_imports_nothing_from_its_working_directory(slurm, echo_config):
     config = echo_config()
     run, _ = submitted(config)
-    SlurmJob("4711").start_rank(run, config, 2, "node3")
+    assert SlurmJob("4711").start_rank(run, config, 2, "node3")
     eventually(lambda: [call for call in calls(slurm) if call.startswith("srun --jobid")], what="srun is called")
     (call,) = [call for call in calls(slurm) if call.startswith("srun --jobid")]
     assert call.endswith(f"{sys.executable} -P -m mii_hpc.job.rank {run.path} 2")
     assert "--nodelist=node3" in call
+
+
+def test_no_rank_is_started_on_a_node_that_the_job_has_lost(slurm, echo_config):
+    config = echo_config()
+    run, _ = submitted(config)
+    slurm(squeue="true")
+    assert not SlurmJob("4711").start_rank(run, config, 2, "node3")
+    assert calls(slurm)[-1] == "squeue --noheader --jobs=4711 --nodelist=node3 --format=%i"

@@ -22,8 +22,12 @@ class Access:
         self._run = run
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
         self._rank = credentials.read_token(run.rank_token)
-        self._owner = credentials.read_token(run.owner_token)
-        self._guest = credentials.read_token(run.guest_token)
+        self.read()
+
+    def read(self) -> None:
+        """Read the clients' tokens, which the run that had the name before may have rotated."""
+        self._owner = credentials.read_token(self._run.owner_token)
+        self._guest = credentials.read_token(self._run.guest_token)
 
     def admits(self, method: str, token: str) -> bool:
         """Whether a token may call a method. Takes the same time for every token."""

@@ -24,7 +24,7 @@ from mii_hpc.errors import (
 )
 from mii_hpc.generation import Received, Response, joined, new_seed
 from mii_hpc.job.balancer.connection import ReplicaConnection
-from mii_hpc.job.balancer.lifetime import Ending
+from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import BatchPosition, Context, Method
@@ -86,7 +86,7 @@ class Relay:
 
     async def _relayed(self, requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes]:
         if self._ending.has_begun:
-            raise self._stopping("is ending")
+            raise await self._stopping("is ending")
         try:
             await self._live()
             replica = self._router.next(_position(context))
@@ -145,7 +145,7 @@ class Relay:
         """Return the replica where a request goes on. Raises the error that ends it if there is none."""
         what = f"lost replica {lost.index} on {lost.host} with the request in flight"
         if self._ending.has_begun:
-            raise self._stopping("has ended", lost)
+            raise await self._stopping("has ended", lost)
         request.move()
         if request.losses == SUSPECT_LOSSES:
             raise self._given_up(
@@ -190,7 +190,7 @@ class Relay:
             for task in waiting:
                 task.cancel()
         if self._ending.has_begun:
-            raise self._stopping("has ended")
+            raise await self._stopping("has ended")
 
     def passing(self, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return a handler that passes calls of a method to any replica, and the answers back."""
@@ -224,8 +224,10 @@ class Relay:
                 error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
             raise self._located(error, replica) from None
 
-    def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
-        return self._located(DeploymentStoppingError(self._says(f"{verb} ({self._ending.reason})")), replica)
+    async def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
+        await self._ending.settled()
+        words = self._says(f"{verb} ({self._ending.reason})")
+        return self._located(DeploymentStoppingError(words, comes_back=self._ending.comes_back), replica)
 
     def _given_up(self, what: str, replica: ReplicaConnection) -> MIIError:
         """Count a request as lost, and return the error that ends it."""
