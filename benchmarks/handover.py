@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,9 +43,8 @@ async def watch(home: Path, seen: Seen, seconds: float) -> list[str]:
                 seen.kills.append(seen.now())
             last = found
             then = f", then job {entry.successor}" if entry and entry.successor else ""
-            changes.append(
-                f"{seen.now():.0f} s: " + (f"job {entry.job_id}, {entry.state}{then}" if entry else "nothing")
-            )
+            words = f"job {entry.job_id}, {entry.state}{then}" if entry else "nothing"
+            changes.append(f"{seen.now():.0f} s: {words}")
         await asyncio.sleep(0.1)
     return changes
 
@@ -55,8 +54,9 @@ async def disturb(home: Path, seconds: float) -> tuple[Seen, list[str]]:
         requests = await expect(client)
         seen = Seen()
         calls = [call(client, requests, seen, seconds, number) for number in range(CALLERS)]
-        changes, *_ = await asyncio.gather(watch(home, seen, seconds), *calls)
-    return seen, changes
+        watching = asyncio.create_task(watch(home, seen, seconds))
+        await asyncio.gather(*calls)
+    return seen, await watching
 
 
 def serve_on(folder: Path, engine: str, seconds: float, walltime: int, handover: float) -> tuple[Seen, list[str]]:
@@ -64,12 +64,12 @@ def serve_on(folder: Path, engine: str, seconds: float, walltime: int, handover:
         os.environ.update(cluster.env)
         home = folder / "home"
         uptime = int(seconds / 60) + MARGIN_MINUTES
-        given = {"inference_engine_config": {"engine": engine, "echo_delay": 0.02}}
-        shape = {"replica_num": 2, "tensor_parallel": 2, "dtype": "float32"}
+        shape: dict[str, Any] = {"replica_num": 2, "tensor_parallel": 2, "dtype": "float32"}
+        shape["inference_engine_config"] = {"engine": engine, "echo_delay": 0.02}
         model = str(tiny_model(folder / "model")) if engine != "echo" else ""
         client = mii.serve(
             model, deployment_name=NAME, home=home, cluster="slurm", startup_timeout=400, uptime=f"{uptime}",
-            handover=handover, slurm={"tasks_per_node": 2, "time": f"{walltime}"}, **shape, **given,
+            handover=handover, slurm={"tasks_per_node": 2, "time": f"{walltime}"}, **shape,
         )  # fmt: skip
         try:
             return asyncio.run(disturb(home, seconds))
