@@ -162,13 +162,14 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def hand_tokens(run: RunDir, successor: RunDir) -> None:
-    """Give a run's successor the tokens that its clients have now."""
-    write_together(*(NewFile(new, read_token(old)) for old, new in zip(_tokens(run), _tokens(successor), strict=True)))
-
-
-def _tokens(run: RunDir) -> tuple[Path, ...]:
-    return run.owner_token, run.guest_token
+def hand_tokens(run: RunDir, successor: RunDir) -> bool:
+    """Give a run's successor the tokens that its clients have now. Returns whether it had others."""
+    pairs = ((run.owner_token, successor.owner_token), (run.guest_token, successor.guest_token))
+    tokens = {new: read_token(old) for old, new in pairs}
+    if all(read_token(new) == token for new, token in tokens.items()):
+        return False
+    write_together(*(NewFile(new, token) for new, token in tokens.items()))
+    return True
 
 
 def load_owner(run: RunDir) -> ClientCredentials:

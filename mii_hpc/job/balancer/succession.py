@@ -204,10 +204,12 @@ class Succession:
             ending.fail(Failure(-1, host, message, ""))
 
     def _look(self) -> None:
-        """See whether the next job is ready."""
+        """See whether the next job is ready, and tell it of tokens that were rotated, which it reads before it is given
+        the name.
+        """
         successor = self._run.read_successor()
         entry = successor.read_entry() if successor else None
-        if entry is None:
+        if successor is None or entry is None or credentials.hand_tokens(self._run, successor):
             return
         self.next = entry
         is_ready = entry.state in (DeploymentState.READY, DeploymentState.DEGRADED)
