@@ -238,13 +238,20 @@ def obey(make: Callable[[], AbstractContextManager[Way]], commands: Connection) 
 @contextmanager
 def running_engine(model: str, options: dict[str, Any]) -> Iterator[Way]:
     """(a): straight into an engine."""
-    config = ModelConfig.model_validate({"model_name_or_path": model, "inference_engine_config": options})
+    with loaded_engine(model_name_or_path=model, inference_engine_config=options) as engine:
+        yield partial(through_engine, engine)
+
+
+@contextmanager
+def loaded_engine(progress: Callable[[str], None] = lambda _: None, **fields: Any) -> Iterator[Engine]:
+    """Run an engine on a thread of its own; `fields` are those of ModelConfig."""
+    config = ModelConfig(**fields)
     engine = create_engine(EngineSpec.alone(config))
     loaded: Future[None] = Future()
 
     def work() -> None:
         try:
-            engine.load(lambda _: None)
+            engine.load(progress)
         except Exception as error:
             loaded.set_exception(error)
             raise
@@ -255,7 +262,7 @@ def running_engine(model: str, options: dict[str, Any]) -> Iterator[Way]:
     thread.start()
     loaded.result()
     try:
-        yield partial(through_engine, engine)
+        yield engine
     finally:
         engine.close()
         thread.join()

@@ -3,6 +3,9 @@
 `python benchmarks/transport.py` prints, for 1 and 16 streams at once, the messages per second of each way and their
 ratio. Source, proxy and client are processes of their own in both; the source sends ready-made pieces of an answer,
 as a replica does when it makes one token per message, only faster than any engine.
+
+Then it prints how long a new connection takes, with one small call: to a server that asks its clients for a
+certificate, and to one that does not.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,12 +30,14 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import resolve
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Context, Method
 from mii_hpc.submission import submit as submission
 
+REQUEST = pb.GenerateRequest(params=pb.GenerateParams(stream=True)).SerializeToString()
 PIECE = pb.GenerateChunk(text="word ", token_ids=[1234], generated_length=1).SerializeToString()
 
 
@@ -101,7 +107,7 @@ async def messages_per_second(run: RunDir, ours: bool, address: str, streams: in
     generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(Method.GENERATE)
 
     async def read() -> int:
-        return len([piece async for piece in generate(b"", metadata=metadata)])
+        return len([piece async for piece in generate(REQUEST, metadata=metadata)])
 
     async with channel:
         await channel.channel_ready()
@@ -111,6 +117,39 @@ async def messages_per_second(run: RunDir, ours: bool, address: str, streams: in
     if counts != [messages] * streams:
         raise RuntimeError(f"messages were lost: {counts}")
     return sum(counts) / seconds
+
+
+def run_doors(run: RunDir, asks: bool, told: Connection) -> None:
+    """Serve a small method; a server that `asks` is one as ours, the other has TLS and no more."""
+
+    async def serve() -> None:
+        keys = credentials.load_server(run)
+        server = transport.create_server(lambda _method, _token: True)
+        transport.add_inference(server, {Method.GENERATE: source(1)})
+        if asks:
+            access = Access(run, run.load_config())
+            port = transport.listen(server, "127.0.0.1:0", keys, lambda: access.certificates)
+        else:
+            doors = grpc.ssl_server_credentials([(keys.key, keys.certificate)])
+            port = server.add_secure_port("127.0.0.1:0", doors)
+        await server.start()
+        told.send(f"127.0.0.1:{port}")
+        await server.wait_for_termination()
+
+    asyncio.run(serve())
+
+
+async def connection_seconds(run: RunDir, asks: bool, address: str, connections: int = 50) -> float:
+    """Return how long a new connection with one call takes."""
+    keys = credentials.load_owner(run)
+    keys = keys if asks else replace(keys, identity=b"")
+    began = time.perf_counter()
+    for _ in range(connections):
+        async with transport.open_channel(address, keys) as channel:
+            generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(Method.GENERATE)
+            async for _ in generate(REQUEST):
+                pass
+    return (time.perf_counter() - began) / connections
 
 
 def started(target: Callable[..., None], *args: object) -> str:
@@ -147,7 +186,17 @@ def main() -> None:
             table.add_row(
                 str(streams), f"{statistics.median(bare):.0f}", f"{statistics.median(own):.0f}", f"{ratio:.2f}"
             )
+        doors = {asks: started(run_doors, run, asks) for asks in (False, True)}
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(given.rounds + 1):
+            for asks, address in doors.items():
+                seconds[asks].append(asyncio.run(connection_seconds(run, asks, address)))
+        plain, mutual = (statistics.median(seconds[asks][1:]) * 1e3 for asks in (False, True))
     Console().print(table)
+    Console().print(
+        f"a new connection: TLS alone {plain:.2f} ms, with the client's certificate {mutual:.2f} ms, "
+        f"ratio {mutual / plain:.2f}"
+    )
 
 
 if __name__ == "__main__":

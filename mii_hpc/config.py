@@ -48,7 +48,6 @@ MOST_SENTENCES = 10
 SUPERSEDED_MODEL_FIELDS: dict[str, str] = {
     "device_map": "Slurm places the ranks; use slurm.gpus_per_node and slurm.tasks_per_node",
     "profile_model_time": "the engine logs its own step times",
-    "quantization_mode": "weights are served in `dtype`",
     "replica_configs": "Slurm places the replicas; use slurm.tasks_per_node and slurm.nodelist",
     "sync_debug": "set log level DEBUG instead",
     "torch_dist_port": "every replica takes a free port",
@@ -70,7 +69,6 @@ SILENT: dict[str, Any] = {
     "hostfile": "/job/hostfile",
     "instance_type": "Standard_NC12s_v3",
     "profile_model_time": False,
-    "quantization_mode": None,
     "replica_configs": [],
     "restful_api_host": "localhost",
     "restful_processes": 32,
@@ -92,7 +90,7 @@ SUPERSEDED_ENGINE_FIELDS: dict[str, str] = {
     "max_tracked_sequences": "`queue_bound` bounds the requests that wait",
     "memory_config": "`memory_fraction` or `num_blocks` sizes the KV cache",
     "offload": "the KV cache stays on the device",
-    "quantization": "weights are served in `dtype`",
+    "quantization": "`quantization_mode` of the model's configuration quantises its weights",
 }
 
 
@@ -336,6 +334,9 @@ class ModelConfig(_Model):
     """Bound on prompt plus answer, in tokens, of all requests, and the default of each; None: the model's context."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)] = "auto"
     """"auto" takes the checkpoint's; on a processor without instructions for that, float32, and says so."""
+    quantization_mode: Literal["int8", "int4", "fp8"] | None = None
+    """Hold the weights of linear layers in 8 or 4 bits, made of a plain checkpoint as it loads; rows and sums stay in
+    `dtype`. None holds all weights in `dtype`."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """"auto" is CUDA where it is, else CPU."""
     inference_engine_config: EngineConfig = EngineConfig()

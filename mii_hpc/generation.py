@@ -73,7 +73,8 @@ class GenerationRequest:
 
     With `resume`, one for each of its answers, the request goes on where it was interrupted, perhaps elsewhere: as if
     the engine had generated those tokens itself. What was delivered before is not delivered again. With the same seed
-    the whole is what it would have been without the interruption.
+    the whole is what it would have been without the interruption. `admitted` is one that another replica of the
+    deployment had in hand: it is refused by no full queue, and waits behind none.
 
     Raises InvalidRequestError for the full text of a prompt that is none, and for a `resume` that does not fit.
     """
@@ -82,6 +83,7 @@ class GenerationRequest:
     prompt: Prompt
     params: GenerateParamsConfig
     resume: tuple[ResumedAnswer, ...] = ()
+    admitted: bool = False
 
     def __post_init__(self) -> None:
         """Check what concerns prompt, options and resumption together."""

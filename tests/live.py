@@ -14,6 +14,7 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import MIIConfig, resolve
 from mii_hpc.deployments import credentials
+from mii_hpc.deployments.lookup import SharedHome
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine import create_engine
@@ -150,6 +151,7 @@ class Deployment:
         chat_template: str | None = None,
         migration_limit: int = 3,
         hold_seconds: float = PATIENCE,
+        share: str | None = None,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -161,6 +163,7 @@ class Deployment:
             chat_template=chat_template,
             migration_limit=migration_limit,
             hold_seconds=hold_seconds,
+            share=share,
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",
@@ -221,6 +224,11 @@ class Deployment:
     def client(self) -> AsyncMIIClient:
         """Return a new client, which is closed with the deployment."""
         self._clients.append(AsyncMIIClient(self.config))
+        return self._clients[-1]
+
+    def guest(self) -> AsyncMIIClient:
+        """Return a new client as one of the group has it, with which this deployment is shared."""
+        self._clients.append(AsyncMIIClient(self.config, home=SharedHome(self.config.home)))
         return self._clients[-1]
 
     def stats(self) -> list[Load]:

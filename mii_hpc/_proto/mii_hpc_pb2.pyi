@@ -17,7 +17,7 @@ STARTING: EngineState
 READY: EngineState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report", "admitted")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: str
     params: GenerateParams
@@ -32,7 +33,8 @@ class GenerateRequest(_message.Message):
     chat: str
     resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
     report: bool
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ...) -> None: ...
+    admitted: bool
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ..., admitted: _Optional[bool] = ...) -> None: ...
 
 class ResumedAnswer(_message.Message):
     __slots__ = ("token_ids", "characters", "ended")

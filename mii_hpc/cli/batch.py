@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mii_hpc import api, schedulers
 from mii_hpc.cli.options import takes
 from mii_hpc.cli.output import FAILED, AsJson, show
-from mii_hpc.cli.serve import FIELDS, configuration
+from mii_hpc.cli.serve import FIELDS, Assignments, ConfigFile, configuration
 from mii_hpc.cli.show import homes
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import MIIConfig
@@ -33,15 +33,9 @@ def batch(
     source: Annotated[Path, typer.Option("--input", "-i", help="Requests as OpenAI's batches have them, a line each.")],
     answers: Annotated[Path, typer.Option("--output", "-o", help="The answers, a line each, as they come.")],
     name: Annotated[str, typer.Argument(help="A running deployment's name, or its model's.")] = "",
-    model: Annotated[
-        str, typer.Option(help="Instead of NAME: serve this model, run the batch, end; with the options of serve.")
-    ] = "",
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Instead of NAME: serve what this YAML file says.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Any field of what to serve, by its path.")
-    ] = None,
+    model: Annotated[str, typer.Option(help="Instead of NAME: a model to serve until the batch is done.")] = "",
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     errors: Annotated[
         Path | None, typer.Option(help="Where errors go, a line each; default: OUTPUT with .errors before its suffix.")
     ] = None,
@@ -51,6 +45,7 @@ def batch(
 ) -> None:
     """Run a file of requests, in any order. Run again after whatever stop, it does only what is not done yet.
 
+    Instead of NAME, --model or --config, with the options of serve, say what to serve until the batch is done.
     Exit status 4 when a request has failed; its error is in a file of its own, and counts as done.
     """
     if bool(name) == bool(model or config):

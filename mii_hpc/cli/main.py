@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from mii_hpc import __version__
 from mii_hpc.cli.ask import generate
 from mii_hpc.cli.batch import batch
 from mii_hpc.cli.chat import chat
@@ -24,8 +27,16 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mii-hpc {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """Persistent deployments of language models on Slurm clusters.
 
     Exit status: 0 done, 2 bad input, 3 not found, 4 failed.

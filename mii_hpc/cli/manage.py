@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mii_hpc.cli.output import AsJson, HomeFolder, Name, show
+from mii_hpc.cli.output import AsJson, HomeFolder, Name, counted, show
 from mii_hpc.cli.show import client, own_home
 from mii_hpc.deployments.lookup import runs_in_use
 from mii_hpc.deployments.rundir import RunDir
@@ -33,4 +33,4 @@ def prune(
         run.remove()
     said = "would be removed" if dry_run else "removed"
     data = {"removed": [] if dry_run else [str(run.path) for run in ended], "ended": [str(run.path) for run in ended]}
-    show(as_json, data, "\n".join([*(str(run.path) for run in ended), f"{len(ended)} run directories {said}"]))
+    show(as_json, data, "\n".join([*(str(run.path) for run in ended), f"{counted(len(ended), 'run')} {said}"]))

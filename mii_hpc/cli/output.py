@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 import warnings
@@ -37,6 +38,8 @@ class Commands(TyperGroup):
         """Run the command."""
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # one line, as everything that is said
+            if logging.lastResort is not None:
+                logging.lastResort.setFormatter(logging.Formatter("mii-hpc: %(message)s"))
             try:
                 return super().invoke(ctx)
             except MIIError as error:
@@ -82,6 +85,11 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     for row in rows:
         made.add_row(*("-" if cell is None or cell == "" else printable(str(cell)) for cell in row))
     return made
+
+
+def counted(number: int, noun: str) -> str:
+    """Return so many things, such as "1 rank" or "2 ranks"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def duration(seconds: float | None) -> str:

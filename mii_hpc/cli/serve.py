@@ -10,10 +10,11 @@ from pydantic import BaseModel
 
 from mii_hpc import api, schedulers
 from mii_hpc.cli.options import assignment, merged, nested, options_of, put, takes
-from mii_hpc.cli.output import AsJson, show
+from mii_hpc.cli.output import AsJson, counted, show
 from mii_hpc.config import EngineConfig, MIIConfig, ModelConfig, SlurmConfig, read, resolve
 from mii_hpc.deployments.lookup import OwnHome
 from mii_hpc.deployments.rundir import RunDir
+from mii_hpc.printable import printable
 from mii_hpc.submission import submit as submission
 
 PANELS: dict[type[BaseModel], str] = {
@@ -23,6 +24,13 @@ PANELS: dict[type[BaseModel], str] = {
     SlurmConfig: "Slurm",
 }
 FIELDS = [option for option in options_of(MIIConfig, PANELS) if option.name != "model_name_or_path"]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file with fields of MIIConfig; options overrule it.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Any field, by its path; the value may be JSON."),
+]
 
 
 @takes(FIELDS)
@@ -30,13 +38,8 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="A model's folder, or its name on the Hugging Face hub; may be in --config instead.")
     ] = "",
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file with fields of MIIConfig; options overrule it.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=VALUE", help="Any field, by its path; the value may be JSON."),
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, print the batch script and the configuration; submit nothing.")
     ] = False,
@@ -72,7 +75,8 @@ def _show_plan(config: MIIConfig, as_json: bool) -> None:
     run = RunDir(checked.home / "runs" / f"{checked.deployment_name}-RUN")
     script = schedulers.scheduler(checked.cluster).script(run, checked, placement)
     chosen = checked.model_dump(mode="json", by_alias=False)
-    shape = f"{placement.world_size} ranks: {placement.nodes} nodes with {placement.tasks_per_node} ranks each"
+    each = f"{counted(placement.nodes, 'node')} with {counted(placement.tasks_per_node, 'rank')} each"
+    shape = f"{counted(placement.world_size, 'rank')}: {each}"
     text = "\n".join([script.rstrip(), "", f"# {shape}", *(f"# {line}" for line in _lines(chosen))])
     data = {"script": script, "config": chosen, "nodes": placement.nodes, "tasks_per_node": placement.tasks_per_node}
     show(as_json, data, text)
@@ -82,7 +86,7 @@ def _lines(values: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
     for name, value in values.items():
         nested_lines = _lines(value, f"{prefix}{name}.") if isinstance(value, dict) else []
-        lines += nested_lines or [f"{prefix}{name} = {value}"]
+        lines += nested_lines or [f"{prefix}{name} = {printable(str(value))}"]
     return lines
 
 

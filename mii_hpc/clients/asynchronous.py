@@ -29,6 +29,7 @@ from mii_hpc.errors import (
     DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
+    QueueFullError,
     RegistryError,
     RequestCancelledError,
     RequestError,
@@ -73,6 +74,9 @@ FOLLOW_SECONDS = 0.3
 Retry = Literal["resume"] | None
 """What becomes of a request whose balancer is lost: it goes on where that comes back, or it raises the error."""
 
+Metadata = tuple[tuple[str, str], ...] | None
+"""What shows a token; None where it is to be read anew."""
+
 CLOSED = "the client was closed before the answer was complete"
 
 Request = TypeVar("Request")
@@ -94,8 +98,8 @@ class AsyncMIIClient:
         self._host = host
         self._home = home or OwnHome(mii_config.home)
         self._connection: transport.Connection | None = None
-        self._target = ("", b"")  # address and certificate that the connection is for
-        self._metadata: tuple[tuple[str, str], ...] | None = None
+        self._target = ("", b"", b"")  # address, certificate and identity that the connection is for
+        self._metadata: Metadata = None
         self._connecting: asyncio.Task[transport.Connection] | None = None
         self._failure: tuple[float, MIIError] = (-REMEMBERED_SECONDS, MIIError())
         """When a connection has last failed, and why."""
@@ -310,6 +314,9 @@ class AsyncMIIClient:
                 lost_at = lost_at or time.monotonic()
                 if not retry or time.monotonic() > lost_at + RESUME_SECONDS:
                     raise lost.error from None
+            except QueueFullError:  # where all who lost the balancer come back at once
+                if lost_at is None or time.monotonic() > lost_at + RESUME_SECONDS:
+                    raise
             await self._follow(deadline, lost_at + RESUME_SECONDS)
             moved = latest + 1
             wire.set_resume(message, received.resume)
@@ -324,18 +331,19 @@ class AsyncMIIClient:
         """Send a request and yield what comes of it. Raises _BalancerLostError when connection or call breaks."""
         placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
 
-        async def begin() -> tuple[transport.Connection, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
+        async def begin() -> tuple[transport.Connection, Metadata, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
             async with self._by(deadline):
                 connection = await self._connected()
-            metadata = (*(self._metadata or ()), *placed)
-            return connection, connection.inference.Generate(message, timeout=deadline.left, metadata=metadata)
+            shown = self._metadata
+            metadata = (*(shown or ()), *placed)
+            return connection, shown, connection.inference.Generate(message, timeout=deadline.left, metadata=metadata)
 
-        connection, call = await begin()
+        connection, shown, call = await begin()
         replica: int | None = None
         try:
             served_by = dict(await call.initial_metadata())
-            if wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code()):
-                connection, call = await begin()
+            while wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code(), shown):
+                connection, shown, call = await begin()
                 served_by = dict(await call.initial_metadata())
             if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
                 replica = int(served_by[wire.REPLICA_KEY])
@@ -385,10 +393,11 @@ class AsyncMIIClient:
     ) -> Answer:
         """Call the balancer; one that `follows` is made again, once, where a balancer that was lost comes back."""
         connection = await self._connected()
+        shown = self._metadata
         try:
-            return await method(connection)(request, timeout=ANSWER_SECONDS, metadata=self._metadata)
+            return await method(connection)(request, timeout=ANSWER_SECONDS, metadata=shown)
         except grpc.aio.AioRpcError as failure:
-            if self._has_new_token(failure.code()):
+            if self._has_new_token(failure.code(), shown):
                 return await self._call(method, request, follows)
             if wire.is_interrupted(failure) and not wire.is_cancelled(failure) and attempts > 1:
                 await asyncio.sleep(FOLLOW_SECONDS)
@@ -405,12 +414,12 @@ class AsyncMIIClient:
         await self._follow(_Deadline(None), time.monotonic() + ANSWER_SECONDS)
         return await self._call(method, request)
 
-    def _has_new_token(self, code: grpc.StatusCode) -> bool:
-        """Whether a call was refused for a token that was rotated; the next one shows the new one."""
+    def _has_new_token(self, code: grpc.StatusCode, shown: Metadata) -> bool:
+        """Whether a call was refused for showing a token that was rotated; the next one shows the new one."""
         if code is not grpc.StatusCode.UNAUTHENTICATED:
             return False
         with contextlib.suppress(RegistryError, DeploymentNotFoundError):
-            shown, self._metadata = self._metadata, transport.authorization(self._find().credentials)
+            self._metadata = transport.authorization(self._find().credentials)
             return self._metadata != shown
         return False
 
@@ -482,7 +491,7 @@ class AsyncMIIClient:
                 self._metadata = transport.authorization(found.credentials)
                 if not found.entry.address:
                     await asyncio.to_thread(check_live, found)
-                target = self._way_to(found.entry), found.credentials.certificate
+                target = self._way_to(found.entry), found.credentials.certificate, found.credentials.identity
                 if self._connection is None or target != self._target:
                     self._connection, self._target = transport.Connection(target[0], found.credentials), target
                 connection = self._connection
@@ -502,7 +511,7 @@ class AsyncMIIClient:
     async def _found_anew(self) -> Found:
         """Return the deployment as it is now; a connection to a job that has given the name away is not used again."""
         found = await asyncio.to_thread(self._find)
-        if found.entry.address and self._target != (self._way_to(found.entry), found.credentials.certificate):
+        if found.entry.address and self._target[0] != self._way_to(found.entry):
             self._connection = None
         return found
 

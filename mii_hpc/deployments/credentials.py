@@ -1,8 +1,9 @@
-"""The secrets of one deployment: TLS key and certificate, and its tokens.
+"""The secrets of one deployment: TLS keys and certificates, and its tokens.
 
 They are files of mode 0600 in the run directory and nowhere else: not in argv, environment, pickles or logs.
 Three tokens allow different methods: the owner's all methods of a client; the guests' those that a Unix group may
-call where the deployment is shared; the ranks' those between the processes of the job.
+call where the deployment is shared; the ranks' those between the processes of the job. Each of the three shows a
+certificate of its own besides, without which no connection comes about; the ranks' is the deployment's.
 """
 
 from __future__ import annotations
@@ -31,12 +32,26 @@ TLS_NAME = "mii-hpc"
 
 _LIFETIME = timedelta(days=3650)  # the certificate dies with its deployment; only clock skew must not matter
 
+_IDENTITY = re.compile(
+    b"".join(
+        b"-----BEGIN %b-----\n[A-Za-z0-9+/=\n]{1,8192}-----END %b-----\n" % (kind, kind)
+        for kind in (b"PRIVATE KEY", b"CERTIFICATE")
+    )
+)
+
 
 @dataclass(frozen=True)
 class ClientCredentials:
-    """What a client needs: the certificate to believe (PEM), and the token to show. Never shown by repr()."""
+    """What a client needs. Never shown by repr().
+
+    Attributes:
+        certificate: the server's, to believe (PEM).
+        identity: its own key, and the certificate to show (PEM).
+        token: what to show on every call.
+    """
 
     certificate: bytes = field(repr=False)
+    identity: bytes = field(repr=False)
     token: str = field(repr=False)
 
     @property
@@ -56,23 +71,18 @@ class ServerCredentials:
     @property
     def as_client(self) -> ClientCredentials:
         """What one of the job's processes shows to another."""
-        return ClientCredentials(self.certificate, self.rank_token)
+        return ClientCredentials(self.certificate, self.key + self.certificate, self.rank_token)
 
 
 def create(run: RunDir) -> ClientCredentials:
     """Make new credentials for a run, write them to its directory, and return the owner's."""
-    # Imported here, because only who submits a deployment needs it.
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = _name(TLS_NAME)
-    certificate = _certificate(name, name, key.public_key(), key, [x509.DNSName(TLS_NAME)], is_authority=True)
-    write_atomically(run.tls_key, _pem(key))
-    write_atomically(run.tls_certificate, _pem(certificate))
-    write_atomically(run.rank_token, new_token())
-    write_atomically(run.owner_token, new_token())
-    write_atomically(run.guest_token, new_token())
+    key, certificate = self_signed(TLS_NAME, is_authority=True)
+    write_atomically(run.tls_key, key)
+    write_atomically(run.tls_certificate, certificate)
+    write_atomically(run.owner_identity, new_identity())
+    write_atomically(run.guest_identity, new_identity())
+    for token in (run.rank_token, run.owner_token, run.guest_token):
+        write_atomically(token, new_token())
     return load_owner(run)
 
 
@@ -97,6 +107,17 @@ def create_for_gateway(run: RunDir, hosts: Iterable[str]) -> None:
     certificate = _certificate(_name(f"{TLS_NAME} gateway"), _name(TLS_NAME), key.public_key(), authority, names)
     write_atomically(run.gateway_key, _pem(key))
     write_atomically(run.gateway_certificate, _pem(certificate))
+
+
+def self_signed(common: str, is_authority: bool) -> tuple[str, str]:
+    """Return a new key, and its certificate for one name."""
+    # Imported here, because only who submits a deployment needs it.
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), _name(common)
+    certificate = _certificate(name, name, key.public_key(), key, [x509.DNSName(common)], is_authority)
+    return _pem(key), _pem(certificate)
 
 
 def _name(common: str) -> x509.Name:
@@ -162,14 +183,23 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def hand_tokens(run: RunDir, successor: RunDir) -> bool:
-    """Give a run's successor the tokens that its clients have now. Returns whether it had others."""
-    pairs = ((run.owner_token, successor.owner_token), (run.guest_token, successor.guest_token))
-    tokens = {new: read_token(old) for old, new in pairs}
-    if all(read_token(new) == token for new, token in tokens.items()):
+def hand_on(run: RunDir, successor: RunDir) -> bool:
+    """Give a run's successor the credentials that its clients have now. Returns whether it had others."""
+    now, then = ([_read(path) for path in each.of_clients] for each in (run, successor))
+    if now == then:
         return False
-    write_together(*(NewFile(new, token) for new, token in tokens.items()))
+    write_together(*(NewFile(path, text.decode()) for path, text in zip(successor.of_clients, now, strict=True)))
     return True
+
+
+def new_identity() -> str:
+    """Return a new key with a certificate that clients show. Its name is its own, by which a server looks it up."""
+    return "".join(self_signed(f"{TLS_NAME} client {secrets.token_hex(8)}", is_authority=False))
+
+
+def certificate_of(identity: bytes) -> bytes:
+    """Return the certificate of an identity, without the key."""
+    return identity[identity.index(b"-----BEGIN CERTIFICATE") :]
 
 
 def load_owner(run: RunDir) -> ClientCredentials:
@@ -178,7 +208,7 @@ def load_owner(run: RunDir) -> ClientCredentials:
     Raises RegistryError when the directory or one of the files belongs to another user or gives others access.
     """
     _check(run)
-    return ClientCredentials(_read(run.tls_certificate), read_token(run.owner_token))
+    return ClientCredentials(_read(run.tls_certificate), read_identity(run.owner_identity), read_token(run.owner_token))
 
 
 def load_server(run: RunDir) -> ServerCredentials:
@@ -192,17 +222,28 @@ def read_token(path: Path) -> str:
     return _read(path).decode().strip()
 
 
-def of_guest(certificate: bytes, token: bytes, folder: Path) -> ClientCredentials:
-    """Return what another user shares in a folder. Raises RegistryError when it is no certificate, or no token."""
+def read_identity(path: Path) -> bytes:
+    """Read a key with its certificate. Raises RegistryError when others have access to the file, or it is none."""
+    return _identity(_read(path), path)
+
+
+def of_guest(certificate: bytes, identity: bytes, token: bytes, folder: Path) -> ClientCredentials:
+    """Return what another user shares in a folder. Raises RegistryError when one of it is not what it should be."""
     shown = token.strip()
     if not re.fullmatch(rb"[A-Za-z0-9_-]{1,256}", shown):
         raise RegistryError(f"{folder}: what it holds as a token is none")
-    keys = ClientCredentials(certificate, shown.decode())
+    keys = ClientCredentials(certificate, _identity(identity, folder), shown.decode())
     try:
         assert keys.fingerprint
     except ValueError:
         raise RegistryError(f"{folder}: what it holds as a certificate is none") from None
     return keys
+
+
+def _identity(text: bytes, path: Path) -> bytes:
+    if not _IDENTITY.fullmatch(text):
+        raise RegistryError(f"{path}: what it holds as a client's key and certificate is none")
+    return text
 
 
 def _check(run: RunDir) -> None:

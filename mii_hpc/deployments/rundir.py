@@ -48,6 +48,23 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Report:
+    """What a rank that examines its node has found.
+
+    Attributes:
+        host: the node.
+        address: its address, as other nodes reach it.
+        findings: what `mii-hpc doctor --json` printed there.
+        met: "yes" once the ranks have met over MPI, or why they have not; empty before that.
+    """
+
+    host: str
+    address: str
+    findings: str
+    met: str = ""
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come: what a balancer must know that is started in place of another.
 
@@ -157,7 +174,7 @@ class RunDir:
 
     @property
     def credentials(self) -> Path:
-        """Key, certificate and token."""
+        """Keys, certificates and tokens."""
         return self.path / "credentials"
 
     @property
@@ -171,6 +188,16 @@ class RunDir:
         return self.credentials / "tls.crt"
 
     @property
+    def owner_identity(self) -> Path:
+        """The key and certificate that the owner's clients show."""
+        return self.credentials / "owner.pem"
+
+    @property
+    def guest_identity(self) -> Path:
+        """The key and certificate that the clients of the group show."""
+        return self.credentials / "guest.pem"
+
+    @property
     def owner_token(self) -> Path:
         """The token of the owner's clients."""
         return self.credentials / "owner-token"
@@ -179,6 +206,11 @@ class RunDir:
     def guest_token(self) -> Path:
         """The token of the group that the deployment is shared with."""
         return self.credentials / "guest-token"
+
+    @property
+    def of_clients(self) -> tuple[Path, ...]:
+        """What rotate_token() replaces."""
+        return self.owner_token, self.owner_identity, self.guest_token, self.guest_identity
 
     @property
     def rank_token(self) -> Path:
@@ -252,6 +284,14 @@ class RunDir:
         with contextlib.suppress(FileNotFoundError):
             return list(json.loads(self.members.read_text()))
         return []
+
+    def write_report(self, report: Report) -> None:
+        """Write what this process has found, in place of what it wrote before."""
+        write_atomically(self.logs / f"report-{report.host}-{os.getpid()}.json", json.dumps(asdict(report)))
+
+    def read_reports(self) -> list[Report]:
+        """Return what was found, by host."""
+        return [Report(**json.loads(read_text(path))) for path in sorted(self.logs.glob("report-*.json"))]
 
     def rank_process(self, rank: int) -> Path:
         """The id of a rank's supervisor process, and its host."""

@@ -1,7 +1,7 @@
 """Deployments shared with a Unix group: what its members may read, and how they check who wrote it.
 
 Sharing opens one folder per deployment below the owner's home, `shared/NAME`, of mode 0750: the registry entry, the
-certificate, and the guests' token, with which one can generate and ask for the status, and nothing else.
+certificate, and the guests' key and token, with which one can generate and ask for the status, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
 
 MOST_SHARES = 1000
 """No more shares of one home are looked at."""
-_ENTRY, _CERTIFICATE, _TOKEN = "entry.json", "tls.crt", "token"
+_ENTRY, _CERTIFICATE, _IDENTITY, _TOKEN = "entry.json", "tls.crt", "client.pem", "token"
 
 
 class Share:
@@ -52,7 +52,7 @@ class Share:
                 )
 
     def create(self, run: RunDir) -> None:
-        """Open the folder to the group, with the certificate and the guests' token."""
+        """Open the folder to the group, with the certificate, and the guests' key and token."""
         group_id = self._group_id()
         shares = _shares_of(self._home)
         shares.mkdir(mode=0o700, exist_ok=True)
@@ -61,12 +61,13 @@ class Share:
         open_to = [(self._home, 0o711), (shares, 0o755)] if others else [(self._home, 0o710), (shares, 0o750)]
         for folder, mode in (*open_to, (self._folder, 0o750)):
             open_to_group(folder, group_id, mode)
-        certificate, token = run.tls_certificate.read_text(), run.guest_token.read_text()
-        write_together(self._new(_CERTIFICATE, certificate), self._new(_TOKEN, token))
+        identity, token = run.guest_identity.read_text(), run.guest_token.read_text()
+        certificate = self._new(_CERTIFICATE, run.tls_certificate.read_text())
+        write_together(certificate, *self.new_credentials(identity, token))
 
-    def new_token_file(self, token: str) -> NewFile:
-        """Return the file that replaces the guests' token."""
-        return self._new(_TOKEN, token)
+    def new_credentials(self, identity: str, token: str) -> tuple[NewFile, NewFile]:
+        """Return the files that replace the guests' key, with its certificate, and their token."""
+        return self._new(_IDENTITY, identity), self._new(_TOKEN, token)
 
     def publish(self, entry: Entry) -> None:
         """Replace the entry, with the model's folder by its real path: guests compare it, and do not look it up."""
@@ -125,15 +126,15 @@ def read(home: Path, deployment_name: str) -> tuple[Entry, ClientCredentials]:
                 raise RegistryError(
                     f"{path}: others than the owner of {home} could have written it; it is not believed"
                 )
-        entry, certificate, token = (
-            read_bounded(folder / name, owner=owner) for name in (_ENTRY, _CERTIFICATE, _TOKEN)
+        entry, certificate, identity, token = (
+            read_bounded(folder / name, owner=owner) for name in (_ENTRY, _CERTIFICATE, _IDENTITY, _TOKEN)
         )
     except OSError:
         raise _not_shared(home, deployment_name) from None
     told = Entry.parse(entry, folder / _ENTRY).for_guests()
     if told.deployment_name != deployment_name:
         raise RegistryError(f"{folder / _ENTRY}: is the entry of '{told.deployment_name}'; it is not believed")
-    return told, credentials.of_guest(certificate, token, folder)
+    return told, credentials.of_guest(certificate, identity, token, folder)
 
 
 def _not_shared(home: Path, deployment_name: str) -> DeploymentNotFoundError:

@@ -94,8 +94,7 @@ class BatchingEngine:
         """Queue a request. Raises QueueFullError when too many wait."""
         entry = _Request(request, deliver)
         with self._changed:
-            # One that goes on was admitted before.
-            if self._unstarted >= self._queue_bound and not request.resume:
+            if self._unstarted >= self._queue_bound and not request.admitted:
                 raise QueueFullError(f"{self._unstarted} requests are waiting; try again later")
             if self._unstarted_bytes + entry.size > WAITING_BYTES and self._unstarted:
                 raise QueueFullError(f"{self._unstarted_bytes} bytes of requests are waiting; try again later")
@@ -197,7 +196,7 @@ class BatchingEngine:
                 # In this order: a request may have been cancelled between its arrival and now.
                 while self._arrived:
                     sequence = self._arrived.popleft()
-                    scheduler.add(sequence, first=bool(sequence.request.request.resume))  # it has waited elsewhere
+                    scheduler.add(sequence, first=sequence.request.request.admitted)
                 for entry in self._cancelled:
                     scheduler.remove(entry.sequences)
                 self._cancelled.clear()

@@ -78,11 +78,10 @@ class EchoEngine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request. Raises QueueFullError when too many wait."""
         with self._changed:
-            # One that goes on was admitted before, and has waited elsewhere.
-            if len(self._waiting) >= self._config.queue_bound and not request.resume:
+            if len(self._waiting) >= self._config.queue_bound and not request.admitted:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting; try again later")
             echo = _Echo(request, deliver)
-            if request.resume:
+            if request.admitted:
                 self._waiting.appendleft(echo)
             else:
                 self._waiting.append(echo)

@@ -26,6 +26,7 @@ COMPLETION_TOKENS = 16
 """What a completion may have where the request does not say it, as OpenAI has it."""
 TOP_LOGPROBS = 20
 ANYTHING_BUT_TEXT = "only text is understood"
+NOT_GUIDED = "answers are not held to a schema or grammar here"
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "tools are not called here"),
@@ -34,7 +35,12 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": (("none", "auto"), "functions are not called here"),
     "audio": ((), ANYTHING_BUT_TEXT),
     "modalities": ((["text"],), ANYTHING_BUT_TEXT),
-    "response_format": (({"type": "text"},), "only {'type': 'text'} is supported"),
+    "response_format": (({"type": "text"},), f"{NOT_GUIDED}; only {{'type': 'text'}} is honoured"),
+    "structured_outputs": ((), NOT_GUIDED),
+    "guided_json": ((), NOT_GUIDED),
+    "guided_regex": ((), NOT_GUIDED),
+    "guided_choice": (([],), NOT_GUIDED),
+    "guided_grammar": (("",), NOT_GUIDED),
     "suffix": (("",), "text is only continued, not filled in"),
     "best_of": ((1,), "all answers that are made are returned; use n"),
     "prediction": ((), "it is not supported"),

@@ -105,6 +105,7 @@ def create_server(
         ssl_keyfile=listening.key,
         ssl_certfile=listening.certificate,
         log_config=None,
+        log_level="warning",  # of uvicorn's own; who starts it says where it listens
         access_log=False,
         server_header=False,
         lifespan="off",

@@ -126,9 +126,10 @@ def meet(world_size: int, tensor_parallel: int, introduce: Callable[[int], Membe
 
 def _mismatch(size: int, promised: int, library: str) -> str:
     if size == 1:
+        name = library.splitlines()[0].partition(",")[0].strip()
         return (
             f"MPI sees a world of 1 rank where {promised} were started: the plugin of srun (`slurm.mpi`) does not "
-            f"match the MPI library ({library.splitlines()[0].strip()}). Try one that `srun --mpi=list` names, such "
+            f"match the MPI library ({name}). Try one that `srun --mpi=list` names, such "
             "as mpi='pmix' for Open MPI or mpi='pmi2' for MPICH, or load the cluster's own MPI with slurm.setup"
         )
     return f"MPI sees a world of {size} ranks where tensor_parallel x replica_num = {promised} were promised"

@@ -1,4 +1,4 @@
-"""gRPC as this package uses it: TLS with a pinned certificate, a token on every call, keepalive on both sides."""
+"""gRPC as this package uses it: TLS with pinned certificates on both sides, a token on every call, and keepalive."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Admits = Callable[[str, str], bool]
 
 
 def open_channel(address: str, credentials: ClientCredentials) -> grpc.aio.Channel:
-    """Return a channel to "host:port" that accepts only a server with the deployment's key."""
+    """Return a channel to "host:port" that accepts only a server with the deployment's key, and shows its own."""
     return grpc.aio.secure_channel(
         address,
-        grpc.ssl_channel_credentials(root_certificates=credentials.certificate),
+        grpc.ssl_channel_credentials(credentials.certificate, credentials.identity, credentials.identity),
         options=[
             *_KEEPALIVE,
             ("grpc.ssl_target_name_override", TLS_NAME),
@@ -106,17 +106,46 @@ def add_inference(server: grpc.aio.Server, handlers: Mapping[Method, grpc.RpcMet
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, by_name),))
 
 
-def listen(server: grpc.aio.Server, address: str, credentials: ServerCredentials) -> int:
-    """Bind a server to "host:port", with TLS, and return the port. Raises OSError when it cannot be bound."""
+def listen(
+    server: grpc.aio.Server,
+    address: str,
+    credentials: ServerCredentials,
+    admitted: Callable[[], bytes] | None = None,
+) -> int:
+    """Bind a server to "host:port", with TLS, and return the port. Raises OSError when it cannot be bound.
+
+    A connection comes about with clients that have the key of one of the `admitted` certificates (PEM) at that moment;
+    without them, with the job's own processes.
+    """
+    pairs, ranks = [(credentials.key, credentials.certificate)], credentials.certificate
+    if admitted is None:
+        doors = grpc.ssl_server_credentials(pairs, ranks, require_client_auth=True)
+    else:
+        doors = _renewed(pairs, admitted)
     try:
-        port = server.add_secure_port(
-            address, grpc.ssl_server_credentials([(credentials.key, credentials.certificate)])
-        )
+        port = server.add_secure_port(address, doors)
     except RuntimeError as error:
         raise OSError(f"{address}: cannot listen: {error}") from error
     if port == 0:
         raise OSError(f"{address}: cannot listen")
     return int(port)
+
+
+def _renewed(pairs: list[tuple[bytes, bytes]], admitted: Callable[[], bytes]) -> grpc.ServerCredentials:
+    """Return credentials that are asked anew for each connection whose certificates they admit."""
+    current = admitted()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal current
+        before, current = current, admitted()
+        return grpc.ssl_server_certificate_configuration(pairs, current) if current != before else None
+
+    configuration = grpc.ssl_server_certificate_configuration(pairs, current)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration,
+        changed,  # type: ignore[arg-type]  # None says that nothing has changed, which the types leave out
+        require_client_authentication=True,
+    )
 
 
 def same_token(shown: str, expected: str) -> bool:

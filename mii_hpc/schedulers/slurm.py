@@ -101,15 +101,11 @@ class Slurm(Scheduler):
 
     def submit(self, run: RunDir, config: MIIConfig, placement: Placement) -> SlurmJob:
         """See Scheduler.submit()."""
-        # Imported here, because only who submits a job needs it.
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        return _submitted(run, config, placement, "mii_hpc.job.rank")
 
-        executor = _executor(run, config, placement)
-        try:
-            with _outside_of_any_job():
-                return SlurmJob(str(executor.submit(_run_rank, str(run.path)).job_id))
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SubmissionError(str(error).strip()) from error
+    def examine(self, run: RunDir, config: MIIConfig, placement: Placement) -> SlurmJob:
+        """Submit the same job, whose ranks examine their nodes and end. Raises SubmissionError like submit()."""
+        return _submitted(run, config, placement, "mii_hpc.job.examination")
 
     def script(self, run: RunDir, config: MIIConfig, placement: Placement) -> str:
         """See Scheduler.script()."""
@@ -359,9 +355,21 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
     }
 
 
-def _run_rank(run_path: str) -> None:
+def _submitted(run: RunDir, config: MIIConfig, placement: Placement, module: str) -> SlurmJob:
+    # Imported here, because only who submits a job needs it.
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = _executor(run, config, placement)
+    try:
+        with _outside_of_any_job():
+            return SlurmJob(str(executor.submit(_run_rank, module, str(run.path)).job_id))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SubmissionError(str(error).strip()) from error
+
+
+def _run_rank(module: str, run_path: str) -> None:
     """Run one rank: submitit calls this in each task. It imports the module by name, because only the job needs it."""
-    importlib.import_module("mii_hpc.job.rank").main(run_path)
+    importlib.import_module(module).main(run_path)
 
 
 @contextlib.contextmanager

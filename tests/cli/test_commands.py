@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+import mii_hpc
 from mii_hpc import errors
 from mii_hpc.cli.output import status_of
 
@@ -10,6 +11,11 @@ from mii_hpc.cli.output import status_of
 def test_no_command_imports_torch():
     code = "import sys, mii_hpc.cli.main; sys.exit(bool({'torch', 'transformers', 'mpi4py'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_it_says_its_version(run):
+    ran = run("--version")
+    assert (ran.status, ran.output) == (0, f"mii-hpc {mii_hpc.__version__}\n")
 
 
 @pytest.mark.parametrize(

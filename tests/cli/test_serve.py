@@ -20,7 +20,9 @@ def test_a_dry_run_shows_the_batch_script_and_what_was_resolved_and_submits_noth
     assert "#SBATCH --partition=gpu" in ran.output
     assert "#SBATCH --time=8:00:00" in ran.output
     assert "# slurm.time = 8:00:00" in ran.output
-    assert "# 2 ranks: 2 nodes with 1 ranks each" in ran.output
+    assert "# 2 ranks: 2 nodes with 1 rank each" in ran.output
+    template = run("serve", *ECHO, *options, "--chat-template", "{{ a }}\nb").output
+    assert "# model_conf.chat_template = {{ a }}\\nb" in template.splitlines()
     as_json = run("serve", *ECHO, *options, "--json").data
     assert as_json["script"].startswith("#!/bin/bash")
     assert as_json["config"]["model_conf"]["replica_num"] == 2

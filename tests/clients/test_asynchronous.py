@@ -488,6 +488,28 @@ def assert_repeated(response, length):
     assert (len(response.token_ids), response.generated_length, response.finish_reason) == (length, length, "length")
 
 
+async def test_a_request_that_goes_on_waits_for_room_in_the_queue(deploy, monkeypatch):
+    """Where all who lost the balancer come back at once."""
+    deployment = await deploy(replica_num=1, echo_delay=0.02)
+    call = asyncio.create_task(deployment.client().generate(WORDS, max_new_tokens=50))
+    await until(lambda: not deployment.is_idle())
+    engine, refused = deployment.ranks[0].engine.engine, []
+    submit = engine.submit
+
+    def full(request, deliver):
+        if request.resume and len(refused) < 2:
+            refused.append(request)
+            raise QueueFullError("1024 requests are waiting; try again later")
+        submit(request, deliver)
+
+    monkeypatch.setattr(engine, "submit", full)
+    await deployment.kill_balancer()
+    await until(deployment.is_idle)
+    await deployment.replace_balancer()
+    assert_repeated((await call)[0], 50)
+    assert len(refused) == 2
+
+
 async def test_requests_go_on_at_another_balancer(deploy, monkeypatch):
     deployment = await deploy(echo_delay=0.02)
     client = deployment.client()

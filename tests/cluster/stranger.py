@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from mii_hpc.deployments import credentials
 from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
@@ -56,18 +57,22 @@ async def call(channel: grpc.aio.Channel, method: str, metadata: tuple[tuple[str
         return error.code().name
 
 
-async def knock(address: str) -> list[Outcome]:
-    """Every method with no token and with wrong ones, over TLS and in the clear; reflection and health, too."""
+async def knock(address: str, own: bytes) -> list[Outcome]:
+    """Every method with no token and with wrong ones, over TLS and in the clear; reflection and health, too.
+
+    Over TLS without a certificate, and with one of his `own` by the deployment's name.
+    """
     host, port = address.rsplit(":", 1)
     certificate = await asyncio.to_thread(certificate_of, host, int(port))
     channels = {"plain": grpc.aio.insecure_channel(address)}
     if certificate:
-        channels["tls"] = transport.open_channel(address, ClientCredentials(certificate, ""))
+        for way, identity in (("tls", b""), ("own", own)):
+            channels[way] = transport.open_channel(address, ClientCredentials(certificate, identity, ""))
     tried = [
         (way, token, method)
         for way in channels
         for token in TOKENS
-        for method in (METHODS if way == "tls" else METHODS[:1])
+        for method in (METHODS[:1] if way == "plain" else METHODS)
     ]
     statuses = await asyncio.gather(*(call(channels[way], method, TOKENS[token]) for way, token, method in tried))
     for channel in channels.values():
@@ -75,8 +80,8 @@ async def knock(address: str) -> list[Outcome]:
     return [(address, way, token, method, status) for (way, token, method), status in zip(tried, statuses, strict=True)]
 
 
-async def knock_everywhere(addresses: Sequence[str]) -> list[list[Outcome]]:
-    return await asyncio.gather(*map(knock, addresses))
+async def knock_everywhere(addresses: Sequence[str], own: bytes) -> list[list[Outcome]]:
+    return await asyncio.gather(*(knock(address, own) for address in addresses))
 
 
 def certificate_of(host: str, port: int) -> bytes | None:
@@ -107,9 +112,11 @@ def replace(path: str) -> str:
 
 
 def main(user: str, task: dict[str, Any]) -> None:
+    own = "".join(credentials.self_signed(credentials.TLS_NAME, is_authority=True)).encode()
     become(user)
     result: dict[str, Any] = {"uid": os.getuid()}
-    result["calls"] = [outcome for outcomes in asyncio.run(knock_everywhere(task["knock"])) for outcome in outcomes]
+    outcomes = asyncio.run(knock_everywhere(task["knock"], own))
+    result["calls"] = [outcome for each in outcomes for outcome in each]
     result["read"] = {path: read(path) for path in task.get("read", ())}
     result["replaced"] = {path: replace(path) for path in task.get("replace", ())}
     print(json.dumps(result))
@@ -132,6 +139,7 @@ def share(home: Path, entry: dict[str, Any]) -> None:
             case "other":
                 told["deployment_name"] = "../good"
         (folder / "tls.crt").write_text(certificate)
+        (folder / "client.pem").write_text(entry["identity"])
         (folder / "token").write_text(token)
         (folder / "entry.json").write_text(json.dumps(told))
         if name in ("fifo", "endless", "link"):

@@ -131,13 +131,14 @@ def test_second_user_gets_nowhere(cluster, second_user, sharded, home):
         for address, way, token, method, status in result["calls"]:
             assert status not in ("OK", "ANSWERED"), (address, way, token, method)
             refused[address, way, status] += 1
-    # It was the token that was missing at the three doors behind which somebody answers, and TLS in the clear.
-    doors = {address for address, way, status in refused if (way, status) == ("tls", "UNAUTHENTICATED")}
+    # It was the certificate that was missing at the three doors behind which somebody answers, and TLS in the clear.
+    doors = {address for address, way, _ in refused if way == "tls"}
     assert len(doors) == 3, refused
     for address in doors:
         outcomes = {(way, status): count for (door, way, status), count in refused.items() if door == address}
         assert outcomes == {
-            ("tls", "UNAUTHENTICATED"): len(TOKENS) * len(METHODS),
+            ("tls", "UNAVAILABLE"): len(TOKENS) * len(METHODS),
+            ("own", "UNAVAILABLE"): len(TOKENS) * len(METHODS),
             ("plain", "UNAVAILABLE"): len(TOKENS),
         }
     assert str(sharded(PROMPT, max_new_tokens=1)[0]) is not None
@@ -178,7 +179,8 @@ def test_secrets_are_in_no_file_but_theirs_and_in_no_process(cluster, echo, home
     echo(PROMPT)
     with pytest.raises(mii.InvalidRequestError):
         echo("too long", max_length=1)
-    own = {run.owner_token, run.rank_token, run.guest_token, run.tls_key, home / "shared" / "echo" / "token"}
+    own = {run.owner_token, run.rank_token, run.guest_token, run.tls_key, run.owner_identity, run.guest_identity}
+    own |= {home / "shared" / "echo" / name for name in ("token", "client.pem")}
     secrets = [path.read_text().strip().encode() for path in own if path.exists()]
     secrets += [line for secret in secrets if b"\n" in secret for line in secret.splitlines() if len(line) > 40]
 
@@ -237,7 +239,8 @@ def test_rotated_token_fails_and_a_running_stream_finishes(echo, home):
     assert str(echo("new token")[0]) == "new token "
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(credentials, "load_owner", lambda _run: old)
-        with mii.MIIClient(echo.mii_config) as stale, pytest.raises(mii.AuthenticationError):
+        patch.setattr(clients, "CONNECT_SECONDS", (3.0,))
+        with mii.MIIClient(echo.mii_config) as stale, pytest.raises(mii.UnavailableError):
             stale("old token")
 
 
@@ -245,7 +248,8 @@ def test_hostile_shared_home_of_a_second_user(cluster, shared, second_user, tmp_
     mine = RunDir.create(MIIConfig(deployment_name="good", home=tmp_path / "mine"))
     keys = credentials.create(mine)
     entry = Entry.of(MIIConfig(deployment_name="good", cluster="slurm"), mine.path, keys.fingerprint)
-    told = {"certificate": keys.certificate.decode(), "entry": json.loads(entry.model_dump_json())}
+    told = {"certificate": keys.certificate.decode(), "identity": keys.identity.decode()}
+    told["entry"] = json.loads(entry.model_dump_json())
     his = shared / "his"
     his.mkdir()
     shutil.chown(his, second_user)

@@ -20,13 +20,15 @@ def test_they_are_private_files(run):
     credentials.create(run)
     assert run.credentials.stat().st_mode & 0o777 == 0o700
     files = {path.name: path.stat().st_mode & 0o777 for path in run.credentials.iterdir()}
-    assert files == {"tls.key": 0o600, "tls.crt": 0o600} | dict.fromkeys(TOKENS, 0o600)
+    assert files == dict.fromkeys(("tls.key", "tls.crt", "owner.pem", "guest.pem", *TOKENS), 0o600)
 
 
 def test_loading_gives_what_was_created(run):
     keys = credentials.create(run)
     assert credentials.load_owner(run) == keys
-    assert credentials.load_server(run).certificate == keys.certificate
+    ranks = credentials.load_server(run)
+    assert ranks.certificate == keys.certificate and ranks.as_client.identity == ranks.key + ranks.certificate
+    assert credentials.certificate_of(ranks.as_client.identity) == ranks.certificate
 
 
 def test_every_door_has_its_own_token(run):
@@ -37,7 +39,7 @@ def test_every_door_has_its_own_token(run):
 def test_every_run_has_its_own(run, tmp_path):
     one = credentials.create(run)
     other = credentials.create(RunDir.create(resolve("m", home=tmp_path / "home")))
-    assert len({one.token, other.token, one.fingerprint, other.fingerprint}) == 4
+    assert len({one.token, other.token, one.fingerprint, other.fingerprint, one.identity, other.identity}) == 6
     assert len(one.token) >= 32
 
 

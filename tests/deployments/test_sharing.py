@@ -43,6 +43,7 @@ def test_guest_reads_entry_certificate_and_a_token_of_his_own(share, home):
     _, keys = sharing.read(home, "chat")
     owner = credentials.load_owner(share.run)
     assert keys.certificate == owner.certificate and keys.token not in ("", owner.token)
+    assert keys.identity == share.run.guest_identity.read_bytes() != owner.identity
     assert (home.stat().st_mode & 0o777, (home / "shared").stat().st_mode & 0o777) == (0o710, 0o750)
 
 
@@ -72,7 +73,7 @@ def test_nothing_for_commands_or_paths_comes_from_another_user(share, home):
         sharing.read(home, "chat")
 
 
-@pytest.mark.parametrize("name", ["entry.json", "tls.crt", "token"])
+@pytest.mark.parametrize("name", ["entry.json", "tls.crt", "client.pem", "token"])
 @pytest.mark.parametrize("kind", ["fifo", "link", "folder", "endless", "broken", "socket"])
 def test_a_hostile_file_is_refused_at_once_and_hides_no_other(share, home, caplog, name, kind):
     shutil.copytree(home / "shared" / "chat", other := home / "shared" / "other")

@@ -77,12 +77,17 @@ _ids = iter(range(10**9))
 
 
 def submit(
-    engine: Engine, prompt: Prompt, id: str | None = None, resume: tuple[ResumedAnswer, ...] = (), **options: Any
+    engine: Engine,
+    prompt: Prompt,
+    id: str | None = None,
+    resume: tuple[ResumedAnswer, ...] = (),
+    admitted: bool = False,
+    **options: Any,
 ) -> Collected:
     params = GenerateParamsConfig(**options)
     ended = sum(answer.ended for answer in resume)
     collected = Collected(id or f"r{next(_ids)}", params.num_return_sequences - ended)
-    engine.submit(GenerationRequest(collected.id, prompt, params, resume), collected)
+    engine.submit(GenerationRequest(collected.id, prompt, params, resume, admitted), collected)
     return collected
 
 

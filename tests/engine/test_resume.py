@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mii_hpc.config import GenerateParamsConfig
-from mii_hpc.errors import InvalidRequestError
+from mii_hpc.errors import InvalidRequestError, QueueFullError
 from mii_hpc.generation import GenerationRequest, Received, Response, ResumedAnswer, joined
 from tests.engine.collect import drained, make, running, submit
 
@@ -133,8 +133,10 @@ def test_what_cannot_go_on_is_refused(engine):
 
 def test_what_was_admitted_once_is_not_refused_by_a_full_queue():
     engine = make(inference_engine_config={"engine": "echo", "queue_bound": 1})
-    waiting = [submit(engine, "a"), submit(engine, "b", resume=(ResumedAnswer(),))]
+    waiting = [submit(engine, "a"), submit(engine, "b", resume=(ResumedAnswer(),), admitted=True)]
     assert engine.stats().waiting == 2
+    with pytest.raises(QueueFullError):
+        submit(engine, "c", resume=(ResumedAnswer(),))
     with running(engine):
         for answer in waiting:
             answer.wait()
@@ -158,7 +160,7 @@ def test_what_has_waited_elsewhere_is_before_those_that_wait_here():
     engine = make(inference_engine_config={"engine": "echo", "max_batch_size": 1})
     order = []
     for word, resume in (("first", ()), ("second", ()), ("moved", (ResumedAnswer(),))):
-        request = GenerationRequest(word, word, GenerateParamsConfig(), resume)
+        request = GenerationRequest(word, word, GenerateParamsConfig(), resume, admitted=bool(resume))
         engine.submit(request, lambda piece: order.append(piece.generated_text))
     with running(engine):
         submit(engine, "last").wait()

@@ -1,6 +1,8 @@
 """The gateway's door and its own routes, as curl would use them."""
 
+import contextlib
 import json
+import resource
 import socket
 
 import httpx
@@ -24,6 +26,8 @@ ROUTES = [
     ("GET", "//v1/models"),
     ("GET", "/health/../v1/models"),
 ]
+BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 99\r\n\r\n{"
+"""A request whose body does not come."""
 
 
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer wrong", "Basic {token}", "{token}", "Bearer {token}x"])
@@ -125,7 +129,8 @@ def test_who_hangs_up_frees_the_request(start, stream):
     with face.http(timeout=httpx.Timeout(PATIENCE, read=None if stream else 0.5)) as http:
         if stream:
             with http.stream("POST", "/v1/completions", json=body) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # which, once forgotten, hangs up
+                next(lines)
                 eventually(lambda: not deployment.is_idle())
         else:
             with pytest.raises(httpx.ReadTimeout):
@@ -133,17 +138,28 @@ def test_who_hangs_up_frees_the_request(start, stream):
     eventually(deployment.is_idle)
 
 
-def test_many_slow_connections_do_not_stop_it(face):
+@pytest.fixture
+def many_files():
+    """Let this process, which has both ends of each connection, open as many files as it may."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n", BEGUN], ids=["no", "head", "body"]
+)
+def test_a_thousand_slow_connections_do_not_stop_it(face, many_files, sent):
     host, port = face.url.removeprefix("http://").split(":")
-    slow = [socket.create_connection((host, int(port))) for _ in range(300)]
-    try:
-        for connection in slow:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+    with contextlib.ExitStack() as slow:
+        for _ in range(1000):
+            connection = slow.enter_context(socket.create_connection((host, int(port)), PATIENCE))
+            connection.sendall(sent.replace(b"TOKEN", face.token.encode()))
         with face.openai() as api:
             assert api.completions.create(model="chat", prompt="a", max_tokens=1).choices[0].text == "a "
-    finally:
-        for connection in slow:
-            connection.close()
+            stream = api.completions.create(model="chat", prompt="a b", max_tokens=3, stream=True)
+            assert "".join(chunk.choices[0].text for chunk in stream) == "a b a "
 
 
 def test_it_follows_the_name_to_another_run(start, deploy_in_thread):

@@ -14,6 +14,7 @@ from openai import (
 from tests.waiting import until
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello there"}]
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
 ECHOED = "system: be brief user: hello there "
 
 
@@ -177,7 +178,10 @@ def test_a_model_that_is_not_there(api, name):
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 2, "temperature": 0}, "n", "needs a temperature above 0"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools are not called"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "only {'type': 'text'} is honoured"),
+        ({"response_format": JSON_SCHEMA}, "response_format", "answers are not held to a schema"),
+        ({"response_format": "json"}, "response_format", "answers are not held to a schema"),
+        ({"guided_regex": "[a-z]+"}, "guided_regex", "not held to a schema or grammar"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,14 +12,9 @@ import torch
 from mii_hpc.engine.attention.gather import DecodeGroup, GatherAttention
 from mii_hpc.engine.attention.visibility import Visibility
 from mii_hpc.engine.blocks import PagedCache
-from mii_hpc.engine.extensions import extensions_folder
-from mii_hpc.engine.processor import compiler_flag
-
-_log = logging.getLogger(__name__)
+from mii_hpc.engine.extensions import compiled
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp")
-COMPILE_SECONDS = 120
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 
 
@@ -135,52 +124,6 @@ class DecodeKernel:
 
 
 def compile_kernel(dtype: torch.dtype) -> DecodeKernel | None:
-    """Return the kernel for this processor; None where none can be compiled.
-
-    The first process on a host compiles it, in about two seconds, for all.
-    """
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    if dtype not in FUNCTIONS or compiler is None:
-        return None
-    try:
-        runtime = _openmp_runtime()
-        if runtime is None:
-            return None
-        library = extensions_folder() / f"decode-{_fingerprint(compiler, runtime)}.so"
-        if not library.exists():
-            _compile(compiler, runtime, library)
-        return DecodeKernel(ctypes.CDLL(str(library)), dtype)
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("the decode kernel cannot be compiled, using torch's attention: %s", error)
-        return None
-
-
-def _compile(compiler: str, runtime: str, library: Path) -> None:
-    # Made aside and renamed, so that processes that compile it at the same time all find a whole one.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = Path(folder, "decode.o"), Path(folder, "decode.so")
-        _run(compiler, *FLAGS, compiler_flag(), "-c", str(SOURCE), "-o", str(compiled))
-        # With torch's own OpenMP, so that both share their threads.
-        _run(compiler, "-shared", str(compiled), runtime, "-o", str(linked))
-        linked.replace(library)
-
-
-def _fingerprint(compiler: str, runtime: str) -> str:
-    """Return what tells libraries apart that are made from other sources, with other tools, for other processors."""
-    about = ("model name", "flags", "CPU implementer", "CPU part", "Features")
-    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(about)}
-    made_of = "\0".join([SOURCE.read_text(), *FLAGS, compiler_flag(), compiler, runtime, *sorted(processor)])
-    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS)
-
-
-def _openmp_runtime() -> str | None:
-    """Return the file of the OpenMP library that torch has loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.partition("/")[2]
-        if path.rpartition("/")[2].startswith(("libgomp", "libiomp5", "libomp")):
-            return "/" + path
-    return None
+    """Return the kernel for this processor; None where none can be compiled."""
+    library = compiled(SOURCE) if dtype in FUNCTIONS else None
+    return None if library is None else DecodeKernel(library, dtype)

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -32,8 +34,9 @@ from mii_hpc.engine.memory import Budget, compute_with
 from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.miniature import CONTEXT, miniature
 from mii_hpc.engine.model.packing import pack_linears
+from mii_hpc.engine.model.quantising import quantise_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
-from mii_hpc.engine.model.sharding import SHARDINGS, repeat_heads, replicated, shard
+from mii_hpc.engine.model.sharding import SHARDINGS, load_shard, shard
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.errors import ConfigError
@@ -47,6 +50,9 @@ TOLERANCE = 1e-3
 """How much logits in float32 may differ, in parts of the largest."""
 ROUGH_TOLERANCE = 0.05
 """The same in bfloat16 and float16."""
+ANY_TOLERANCE = float("inf")
+"""The same with quantised weights, whose errors random layers make larger: what is finite will do. How near the
+products are is the same for all models."""
 PAGE_SIZE, BATCH_TOKENS = 8, 32
 PROMPTS = (3, 8, 17, 30, 46, 50, 75, 90)
 """Lengths of the prompts. They cross blocks, chunks, and the small model's windows and rotary bounds."""
@@ -90,7 +96,7 @@ def choose_serving(config: Any, model: ModelConfig, ranks: int, device: torch.de
     Raises ConfigError, by name and reason, for a model that no way serves right.
     """
     attention = model.inference_engine_config.attention
-    record = _record(config, ranks, device, attention)
+    record = _record(config, model, ranks, device)
     known = None
     with suppress(OSError, ValueError, TypeError):
         known = Serving(**json.loads(record.read_text()))
@@ -128,7 +134,7 @@ def check_loaded(module: nn.Module, device: torch.device, vocabulary: int, conte
 
 
 def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, attention: str) -> Serving | None:
-    context = CONTEXT
+    context, mode = CONTEXT, model.quantization_mode
     try:
         small = miniature(config, ranks)
         vocabulary = small.get_text_config().vocab_size
@@ -138,33 +144,57 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
         return None
     name = (config.architectures or [config.model_type])[0]
     reasons = []
-    for sharding in ("whole",) if ranks == 1 else _shardings(_seeded(small, model, device)):
-        for way, packed in itertools.product(WAYS, (True, False)):
-            module = _seeded(small, model, device)
-            failure = None
-            try:
-                module = _with_repeated_heads(module, small, model, ranks, device)
-                module, _ = shard(module, ranks, torch.float32, sharding)
-                if packed:
-                    pack_linears(module)
-                    replace_linears(module)
-            except Exception as error:  # noqa: BLE001 (DeepSpeed fails in many ways on what it does not know)
-                failure = f"{sharding} cannot shard it: {error}"
-            # What goes wrong on some ranks only would have the others wait for them.
-            if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
-                reasons.append(failure or f"{sharding} cannot shard it evenly")
-                break
-            reason = _reason(module, way, expected, device, vocabulary, context, attention, TOLERANCE)
-            if reason is None:
-                _log.info("%s is served right: %s, attention %s", name, sharding, way)
-                return Serving(sharding, way, packed)
-            reasons.append(reason)
+    with tempfile.TemporaryDirectory(prefix="mii-check-") as folder:
+        if ranks > 1:
+            # By each rank: save_pretrained() would write on one alone.
+            tensors = {name: tensor.clone() for name, tensor in _seeded(small, model, device).state_dict().items()}
+            save_file(tensors, Path(folder, "model.safetensors"))
+        stored = model.model_copy(update={"model_name_or_path": folder, "quantization_mode": None})
+        for sharding in ("whole",) if ranks == 1 else _shardings(_seeded(small, model, device)):
+            for way, packed in itertools.product(WAYS, (True, False)):
+                failure = None
+                try:
+                    module = _loaded(small, stored, ranks, sharding, device)
+                    if packed:
+                        pack_linears(module)
+                        replace_linears(module)
+                except Exception as error:  # noqa: BLE001 (DeepSpeed fails in many ways on what it does not know)
+                    failure = f"{sharding} cannot shard it: {error}"
+                # What goes wrong on some ranks only would have the others wait for them.
+                if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
+                    reasons.append(failure or f"{sharding} cannot shard it evenly")
+                    break
+                reason = _reason(module, way, expected, device, vocabulary, context, attention, TOLERANCE)
+                if reason is None:
+                    _log.info("%s is served right: %s, attention %s", name, sharding, way)
+                    serving = Serving(sharding, way, packed)
+                    if mode is None:
+                        return serving
+                    quantised = stored.model_copy(update={"quantization_mode": mode})
+                    module = _loaded(small, quantised, ranks, sharding, device)
+                    reason = _reason(module, way, expected, device, vocabulary, context, attention, ANY_TOLERANCE)
+                    if reason is None and packed:
+                        return serving
+                    reason = reason or "it reads the weights of its layers itself"
+                    raise ConfigError(f"quantization_mode='{mode}': {name} cannot be quantised: {reason}")
+                reasons.append(reason)
     if ranks > 1:
         raise ConfigError(
             f"tensor_parallel={ranks}: neither DeepSpeed nor transformers' plan shards {name} right; use "
             f"tensor_parallel=1 ({reasons[0]})"
         )
     raise ConfigError(f"{name} cannot be served: {reasons[0]}")
+
+
+def _loaded(small: Any, stored: ModelConfig, ranks: int, sharding: str, device: torch.device) -> nn.Module:
+    """Return this rank's shard of the small model. Several ranks read theirs from its files, as of a large one."""
+    if ranks == 1:
+        whole, _ = shard(_seeded(small, stored, device), ranks, torch.float32, sharding)
+        if stored.quantization_mode:
+            quantise_linears(whole, stored.quantization_mode)
+        return whole
+    module = load_shard(stored, small, torch.float32, ranks, sharding, device, lambda sentence: None)
+    return module.eval().requires_grad_(False)
 
 
 def _shardings(module: Any) -> tuple[str, ...]:
@@ -214,28 +244,14 @@ def _seeded(config: Any, model: ModelConfig, device: torch.device) -> nn.Module:
     return module.eval().to(device)
 
 
-def _with_repeated_heads(
-    module: nn.Module, config: Any, model: ModelConfig, ranks: int, device: torch.device
-) -> nn.Module:
-    """Return a model with as many KV heads as ranks at least, as load_shard() makes one of a checkpoint."""
-    more = replicated(config, ranks)
-    if more is config:
-        return module
-    other = _seeded(more, model, device)
-    state = {name: parameter.shape for name, parameter in other.state_dict().items()}
-    other.load_state_dict(
-        {name: repeat_heads(tensor, state[name], config, ranks) for name, tensor in module.state_dict().items()}
-    )
-    return other
-
-
-def _record(config: Any, ranks: int, device: torch.device, attention: str) -> Path:
+def _record(config: Any, model: ModelConfig, ranks: int, device: torch.device) -> Path:
     """Return the file that remembers a configuration, for what serves it now."""
     about = {
         "config": config.to_dict(),
         "ranks": ranks,
         "device": device.type,
-        "attention": attention,
+        "attention": model.inference_engine_config.attention,
+        "quantization_mode": model.quantization_mode,
         "versions": [torch.__version__, transformers.__version__, version("deepspeed")],
         "engine": [path.read_text() for path in sorted(Path(__file__).parents[1].rglob("*.py"))],
     }

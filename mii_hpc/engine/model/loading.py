@@ -21,6 +21,7 @@ from mii_hpc.engine.blocks import LayerShape
 from mii_hpc.engine.model.check import Serving, check_loaded, choose_serving, measure
 from mii_hpc.engine.model.linears import replace_linears
 from mii_hpc.engine.model.packing import pack_linears
+from mii_hpc.engine.model.quantising import QuantisedLinear
 from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import load_shard, shard
 from mii_hpc.engine.model.weights import refuse_left_over, refuse_missing
@@ -79,7 +80,10 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     serving = choose_serving(config, model, spec.world_size, device)
     if serving is not None:
         progress(f"a small model of this architecture is served right ({serving.sharding}, {serving.way})")
-    if spec.world_size == 1:
+    mode = model.quantization_mode
+    if serving is None and mode is not None:
+        raise ConfigError(f"quantization_mode='{mode}': {name} cannot be tried before it loads")
+    if spec.world_size == 1 and mode is None:
         module = _load_alone(model, config, dtype, device, progress)
     elif serving is None:
         raise ConfigError(f"tensor_parallel={spec.world_size}: {name} cannot be tried before it loads")
@@ -89,11 +93,13 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     if serving is not None and serving.packed:
         pack_linears(module)
         replace_linears(module, on_one_host=spec.replica_local_size == spec.world_size > 1)
+    if mode is not None:
+        _tell_quantised(module, mode, progress)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     if serving is None:
         serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
     layers = measure(module, serving.way, device, context)
-    progress(f"loaded: {weights / 2**30:.2f} GiB of weights on rank {spec.rank}")
+    progress(f"loaded: {weights / 2**30:.3f} GiB of weights on rank {spec.rank}")
     return LoadedModel(
         module=module,
         layers=layers,
@@ -104,6 +110,15 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         serving=serving,
         rope=PerSequenceRope.of(module, context) if serving.way == "paged" else None,
     )
+
+
+def _tell_quantised(module: nn.Module, mode: str, progress: Progress) -> None:
+    """Say how much of a module is quantised. Raises ConfigError if it is nothing."""
+    parts = [part for part in module.modules() if isinstance(part, QuantisedLinear)]
+    if not parts:
+        raise ConfigError(f"quantization_mode='{mode}': the model has no linear layers that can be quantised")
+    held = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    progress(f"{len(parts)} linear layers hold {mode}, {held / 2**30:.2f} GiB; embeddings, head and all else are plain")
 
 
 def _load_config(model: ModelConfig) -> Any:

@@ -6,11 +6,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import linear
 
-from mii_hpc.engine.model.linears import Linear
+from mii_hpc.engine.model.linears import share_of
 from mii_hpc.engine.processor import packed_dtype
 from mii_hpc.heap import trim_heap
 
@@ -75,26 +74,11 @@ def pack_linears(module: nn.Module) -> None:
 
 def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:
     """Return the same layer over a packed weight, or None if it is to stay as it is."""
-    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
-
-    weight = layer._parameters.get("weight")
-    if weight is None or weight.device.type != "cpu" or owners[id(weight)] > 1:
+    share = share_of(layer)
+    if share is None or share.weight.device.type != "cpu" or owners[id(share.weight)] > 1:
         return None
-    dtype = packed_dtype(weight.dtype)
-    if dtype is None:
-        return None
-    # These and none that are derived from them, which may do something else.
-    kind = type(layer)
-    if kind is nn.Linear or (kind is LinearLayer and not layer.gather_output):
-        return PackedLinear(weight.to(dtype), layer.bias)
-    if kind is LinearAllreduce:
-        return PackedLinear(weight.to(dtype), layer.bias, layer.mp_group)
-    if kind is Linear:  # of the plan, whose sums are over all ranks
-        return PackedLinear(weight.to(dtype), layer.bias, dist.group.WORLD, layer.inputs)
-    if kind is LmHeadLinearAllreduce:
-        first = sum(layer._partition_sizes[: layer.tp_index])
-        return PackedLinear(weight.to(dtype), layer.bias, layer.mp_group, slice(first, first + layer.weight.shape[1]))
-    return None
+    dtype = packed_dtype(share.weight.dtype)
+    return None if dtype is None else PackedLinear(share.weight.to(dtype), share.bias, share.group, share.inputs)
 
 
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.distributed import quiet
 from mii_hpc.engine.model.plan import Cut, apply_plan
+from mii_hpc.engine.model.quantising import quantised
 from mii_hpc.engine.model.weights import Checkpoint, refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
 
@@ -83,6 +84,7 @@ def load_shard(
 ) -> nn.Module:
     """Build the module without weights, let DeepSpeed shard the empty layers, then fill them one by one.
 
+    With `quantization_mode`, each is quantised as soon as it is filled.
     Raises ConfigError, by name, for a checkpoint that lacks tensors or has them in other shapes.
     """
     checkpoint = Checkpoint(model)
@@ -115,7 +117,13 @@ def load_shard(
                 tensor = cuts[full_name](tensor) if full_name in cuts else tensor
                 whole[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         _fill(part, whole, device, name)
-        kept |= {sources[f"{name}.{leaf}"]: part._parameters[leaf] for leaf in whole}
+        layer = quantised(name, part, model.quantization_mode) if model.quantization_mode else None
+        if layer is None:
+            kept |= {sources[f"{name}.{leaf}"]: part._parameters[leaf] for leaf in whole}
+        else:
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, layer)
+            part._parameters.clear()  # the list holds on to it
         if done % max(1, len(modules) // 10) == 0:
             progress(f"{done} of {len(modules)} layers loaded")
     return module

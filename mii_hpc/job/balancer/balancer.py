@@ -93,7 +93,7 @@ class Balancer:
 
     async def listen(self, address: str) -> int:
         """Answer at "host:port" from now on; return the port. Raises OSError when it cannot be bound."""
-        port = transport.listen(self.server, address, self._keys)
+        port = transport.listen(self.server, address, self._keys, lambda: self.access.certificates)
         await self.server.start()
         return port
 

@@ -267,6 +267,7 @@ class _Request:
             self._message.params.seed = new_seed()
         self._passes_pieces = params.stream or self._message.report
         self._message.report = True
+        self._message.admitted = False  # whatever the caller says
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._pieces: list[Response] = []
         self.migrations = self.losses = 0
@@ -311,6 +312,7 @@ class _Request:
         self.migrations += 1
         self.losses += not self.is_proven
         self.is_proven = False
+        self._message.admitted = True
         wire.set_resume(self._message, self._received.resume)
 
 

@@ -172,7 +172,7 @@ class Succession:
 
     def hand_over(self, heir: Entry) -> None:
         """Give the name to the next job. On any thread. Raises DeploymentError when it is this run's no longer."""
-        credentials.hand_tokens(self._run, RunDir(heir.run_dir))
+        credentials.hand_on(self._run, RunDir(heir.run_dir))
         self._registry.hand_over(self._run.path, heir)
         log.info("job %s has the name now", heir.job_id)
 
@@ -209,7 +209,7 @@ class Succession:
         """
         successor = self._run.read_successor()
         entry = successor.read_entry() if successor else None
-        if successor is None or entry is None or credentials.hand_tokens(self._run, successor):
+        if successor is None or entry is None or credentials.hand_on(self._run, successor):
             return
         self.next = entry
         is_ready = entry.state in (DeploymentState.READY, DeploymentState.DEGRADED)

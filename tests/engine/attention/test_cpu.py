@@ -4,6 +4,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
+from mii_hpc.engine import extensions  # noqa: E402
 from mii_hpc.engine.attention import cpu as decode  # noqa: E402
 from tests.lacking import lacking  # noqa: E402
 
@@ -65,6 +66,6 @@ def test_what_is_not_a_number_stays_with_its_sequence(kernels):
 
 
 def test_without_a_compiler_there_is_none(monkeypatch):
-    monkeypatch.setattr(decode, "FLAGS", ("--no-such-flag",))
+    monkeypatch.setattr(extensions, "FLAGS", ("--no-such-flag",))
     assert decode.compile_kernel(torch.float32) is None
     assert decode.compile_kernel(torch.float16) is None

@@ -11,6 +11,8 @@ from mii_hpc.engine.attention.visibility import Visibility, visibility  # noqa: 
 from mii_hpc.engine.model import check  # noqa: E402
 from mii_hpc.errors import ConfigError  # noqa: E402
 from tests.engine.collect import make  # noqa: E402
+from tests.engine.families import FAMILIES  # noqa: E402
+from tests.engine.shards import FAULTS, shardings  # noqa: E402
 from tests.models import tiny_config, tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -95,6 +97,29 @@ def test_a_swapped_pair_of_layers(no_other_way, monkeypatch):
     monkeypatch.setattr(check, "shard", swapped)
     with differs():
         served()
+
+
+def test_a_dropped_scale(no_other_way, monkeypatch):
+    shard = check.shard
+
+    def dropped(module, *arguments):
+        module, cuts = shard(module, *arguments)
+        torch.nn.init.ones_(module.model.layers[1].input_layernorm.weight)
+        return module, cuts
+
+    monkeypatch.setattr(check, "shard", dropped)
+    with differs():
+        served()
+
+
+def test_faults_of_two_ranks():
+    llama = next(family for family in FAMILIES if family.name == "llama")
+    found = shardings([llama], 120, ("", *FAULTS))
+    assert found.pop("llama") == "DeepSpeed, paged"
+    assert len(found) == len(FAULTS)
+    for sentence in found.values():
+        assert sentence.startswith("tensor_parallel=2: neither DeepSpeed nor transformers' plan shards llama right")
+        assert "its answers would differ from transformers' own by" in sentence
 
 
 def test_where_one_way_is_wrong_another_is_taken(monkeypatch):

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import errno
 import grp
 import os
@@ -7,22 +8,19 @@ import grpc
 import grpc.aio
 import pytest
 
-from mii_hpc.deployments import credentials
-from mii_hpc.deployments.credentials import ClientCredentials
-from mii_hpc.deployments.sharing import Share
+from mii_hpc.deployments import credentials, sharing
 from mii_hpc.errors import AuthenticationError, RequestCancelledError, RequestError
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
 from tests.waiting import until
 
+SHARED = f"group:{grp.getgrgid(os.getgid()).gr_name}"
 
-async def answer_to(address, path, token, certificate, *, plaintext=False):
-    """Make a call and return its status code."""
-    if plaintext:
-        channel = grpc.aio.insecure_channel(address)
-    else:
-        channel = transport.open_channel(address, ClientCredentials(certificate, token or ""))
+
+async def answer_to(address, path, token, keys, *, plaintext=False):
+    """Make a call with the certificates of some keys, and return its status code."""
+    channel = grpc.aio.insecure_channel(address) if plaintext else transport.open_channel(address, keys)
     metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
     async with channel:
         call = channel.unary_stream(path)(b"", metadata=metadata, timeout=5)
@@ -36,14 +34,41 @@ async def answer_to(address, path, token, certificate, *, plaintext=False):
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", "Bearer wrong"])
-async def test_strangers_are_refused_on_every_method(deploy, token):
+async def test_a_wrong_token_is_refused_on_every_method(deploy, token):
     deployment = await deploy()
     replica = deployment.ranks[0].report.address
     for address in (deployment.address, replica):
         for path in (*(method for method in Method), "/no.such/Method"):
-            code = await answer_to(address, path, token, deployment.keys.certificate)
+            code = await answer_to(address, path, token, deployment.keys.as_client)
             assert code is grpc.StatusCode.UNAUTHENTICATED, (address, path)
     assert deployment.state() == "ready"
+
+
+async def test_without_a_certificate_of_the_deployment_there_is_no_connection(deploy):
+    """However good the token is: so a stranger gets no stream, and none of its costs."""
+    deployment, other = await deploy(share=SHARED), await deploy(name="other")
+    run, replica = deployment.run, deployment.ranks[0].report.address
+    ranks, owner = deployment.keys.as_client, credentials.load_owner(run)
+    guest = sharing.read(deployment.config.home, "chat")[1]
+    foreign = credentials.load_owner(other.run).identity, other.keys.as_client.identity
+    ok, refused = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+    for identity, token, at_balancer, at_replica in (
+        (b"", owner.token, refused, refused),
+        *((identity, token, refused, refused) for identity in foreign for token in (owner.token, ranks.token)),
+        (owner.identity, owner.token, ok, refused),
+        (guest.identity, guest.token, ok, refused),
+        (ranks.identity, ranks.token, grpc.StatusCode.UNAUTHENTICATED, ok),
+    ):
+        keys = dataclasses.replace(owner, identity=identity)
+        assert (await answer_to(deployment.address, Method.STATUS, token, keys)) is at_balancer
+        assert (await answer_to(replica, Method.LOAD, token, keys)) is at_replica
+
+
+async def test_guests_of_what_is_not_shared_do_not_connect(deploy):
+    deployment = await deploy()
+    guest = credentials.read_identity(deployment.run.guest_identity)
+    keys = dataclasses.replace(deployment.keys.as_client, identity=guest)
+    assert (await answer_to(deployment.address, Method.STATUS, keys.token, keys)) is grpc.StatusCode.UNAVAILABLE
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -70,16 +95,17 @@ async def test_a_replica_answers_only_the_jobs_own_processes(deploy):
         (deployment.run.guest_token, grpc.StatusCode.UNAUTHENTICATED),
     ):
         token = credentials.read_token(file)
-        assert (await answer_to(replica, Method.LOAD, token, deployment.keys.certificate)) is expected
+        assert (await answer_to(replica, Method.LOAD, token, deployment.keys.as_client)) is expected
 
 
-async def test_without_tls_or_with_another_certificate_there_is_no_connection(deploy):
+async def test_without_tls_or_to_another_certificate_there_is_no_connection(deploy):
     deployment, other = await deploy(), await deploy(name="other")
     token = credentials.read_token(deployment.run.owner_token)
     for method in Method:
-        code = await answer_to(deployment.address, method, token, b"", plaintext=True)
+        code = await answer_to(deployment.address, method, token, None, plaintext=True)
         assert code is grpc.StatusCode.UNAVAILABLE
-    code = await answer_to(deployment.address, Method.STATUS, token, other.keys.certificate)
+    keys = dataclasses.replace(deployment.keys.as_client, certificate=other.keys.certificate)
+    code = await answer_to(deployment.address, Method.STATUS, token, keys)
     assert code is grpc.StatusCode.UNAVAILABLE
 
 
@@ -91,13 +117,18 @@ async def test_a_rotated_token_opens_nothing(deploy):
         await client.generate("x")
     running = asyncio.create_task(deployment.client().generate("a", max_new_tokens=50))
     await until(lambda: not deployment.is_idle())
-    assert (await answer_to(deployment.address, Method.ROTATE_TOKEN, old.token, old.certificate)) is (
-        grpc.StatusCode.OK
-    )
-    code = await answer_to(deployment.address, Method.STATUS, old.token, old.certificate)
+    async with transport.open_channel(deployment.address, old) as channel:  # a connection of before goes on
+        await channel.unary_unary(Method.ROTATE_TOKEN)(b"", metadata=transport.authorization(old))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(Method.STATUS)(b"", metadata=transport.authorization(old))
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert (await answer_to(deployment.address, Method.STATUS, old.token, old)) is grpc.StatusCode.UNAVAILABLE
+    half = dataclasses.replace(credentials.load_owner(deployment.run), token=old.token)
+    code = await answer_to(deployment.address, Method.STATUS, old.token, half)
     assert type(wire.error_of(grpc.aio.AioRpcError(code, None, None))) is AuthenticationError
     assert (await running)[0].generated_length == 50, "what was admitted goes on"
-    assert credentials.load_owner(deployment.run).token != old.token
+    new = credentials.load_owner(deployment.run)
+    assert new.token != old.token and new.identity != old.identity and new.certificate == old.certificate
     await deployment.client().generate("x")
     await others[0].generate("x"), await others[1].status()
 
@@ -105,7 +136,7 @@ async def test_a_rotated_token_opens_nothing(deploy):
 async def test_a_rotation_that_cannot_be_written_changes_nothing(deploy, monkeypatch):
     deployment = await deploy()
     run, client = deployment.run, deployment.client()
-    before = [path.read_text() for path in (run.owner_token, run.guest_token)]
+    before = {path: path.read_bytes() for path in run.credentials.iterdir()}
     real, written = os.fsync, []
 
     def full(descriptor):
@@ -118,23 +149,17 @@ async def test_a_rotation_that_cannot_be_written_changes_nothing(deploy, monkeyp
     with pytest.raises(RequestError, match="No space left on device"):
         await client.rotate_token()
     monkeypatch.undo()
-    assert [path.read_text() for path in (run.owner_token, run.guest_token)] == before
-    assert len(list(run.credentials.iterdir())) == 5, "nothing is left aside"
+    assert {path: path.read_bytes() for path in run.credentials.iterdir()} == before, "nor is anything left aside"
     assert str((await client.generate("x"))[0]) == "x "
     await deployment.client().rotate_token()
     await client.generate("y")
 
 
 async def test_a_rotation_may_end_what_guests_have_in_hand(deploy):
-    deployment = await deploy(echo_delay=0.01)
-    run = deployment.run
-    share = Share(deployment.config.home, deployment.config.deployment_name, grp.getgrgid(os.getgid()).gr_name)
-    share.create(run)
-    deployment.balancer.access._share = share
+    deployment = await deploy(echo_delay=0.01, share=SHARED)
     owner = deployment.client()
-    guest = deployment.client()
+    guest = deployment.guest()
     await guest.generate("x")
-    guest._metadata = (("authorization", f"Bearer {credentials.read_token(run.guest_token)}"),)
     endless = asyncio.create_task(guest.generate("a", max_new_tokens=100_000))
     running = asyncio.create_task(owner.generate("a", max_new_tokens=100))
     await until(lambda: sum(stats.running for stats in deployment.stats()) == 2)
@@ -144,3 +169,35 @@ async def test_a_rotation_may_end_what_guests_have_in_hand(deploy):
     assert (await running)[0].generated_length == 100
     await until(deployment.is_idle)
     assert all(rank.epochs == [1] for rank in deployment.ranks), "no replica was taken for lost"
+    assert str((await guest.generate("x"))[0]) == "x ", "his client has read the new token and certificate"
+
+
+async def test_a_rotation_fails_no_call_of_a_busy_client(deploy):
+    """All of its calls are refused at once, and each reads the new token, also one whose fellow has read it before."""
+    deployment = await deploy()
+    client, answered = deployment.client(), 0
+    rotated = asyncio.Event()
+
+    async def ask():
+        nonlocal answered
+        while not rotated.is_set():
+            await client.generate("x")
+            answered += 1
+
+    async with asyncio.TaskGroup() as busy:
+        for _ in range(16):
+            busy.create_task(ask())
+        for turn in range(5):
+            await until(lambda turn=turn: answered > 20 * (turn + 1))
+            await deployment.client().rotate_token()
+        rotated.set()
+
+
+async def test_two_rotations_at_once_leave_the_tokens_that_are_in_the_files(deploy):
+    deployment = await deploy()
+    access, files = deployment.balancer.access, (deployment.run.owner_token, deployment.run.owner_identity)
+    for _ in range(5):
+        await asyncio.gather(*(asyncio.to_thread(access.rotate) for _ in range(4)))
+        token, identity = (path.read_text() for path in files)
+        assert access.admits(Method.STATUS, token)
+        assert credentials.certificate_of(identity.encode()) in access.certificates

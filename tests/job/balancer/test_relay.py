@@ -4,11 +4,13 @@ import grpc
 import grpc.aio
 import pytest
 
+from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.deployments import credentials
 from mii_hpc.engine.echo import EchoEngine
 from mii_hpc.errors import (
     DeploymentStoppingError,
     InvalidRequestError,
+    QueueFullError,
     ReplicaLostError,
     RequestError,
     RequestTimeoutError,
@@ -267,6 +269,22 @@ async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
     assert str(wire.error_of(failure.value)) == "the call has had no request within 0 s"
+
+
+async def test_what_a_client_says_goes_on_is_bounded_like_what_is_new(deploy):
+    """Only the balancer knows what was admitted before, where it moves a request from a replica that is lost."""
+    deployment = await deploy(replica_num=1, max_batch_size=1, queue_bound=1, echo_delay=0.01)
+    calls = []
+    for load in ((1, 0), (1, 1)):
+        calls.append(asyncio.create_task(deployment.client().generate("a", max_new_tokens=10**6)))
+        await until(lambda load=load: [(each.running, each.waiting) for each in deployment.stats()] == [load])
+    params = pb.GenerateParams(max_new_tokens=9)
+    message = pb.GenerateRequest(id="x", prompt="a", params=params, resume=[pb.ResumedAnswer()], admitted=True)
+    error = await Handler(deployment).error(message.SerializeToString())
+    assert (type(error), str(error)) == (QueueFullError, "1 requests are waiting; try again later")
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_an_idle_connection_is_closed_but_for_the_balancer_s_own(deploy, monkeypatch):
