@@ -58,16 +58,18 @@ class Balancer:
             ready=progress.ready,
             on_lost=lambda rank, host: self.replacements.lose(rank, host),
         )
-        self.replacements = Replacements(
-            self.membership,
-            self.ending,
-            self.tasks,
-            start=lambda rank, node: job is None or job.start_rank(run, config, rank, node),
-        )
+        succession = Succession(run, config, progress, job, on_name=self.access.read)
+
+        def start_rank(rank: int, node: str) -> bool:
+            if job is None or job.start_rank(run, config, rank, node):
+                return True
+            succession.hasten()  # which has all its nodes
+            return False
+
+        self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
         self.relay = Relay(
             config, self.router, self.ending, on_broken=self.membership.lose, is_guest=self.access.is_guest
         )
-        succession = Succession(run, config, progress, job, on_name=self.access.read)
         self.lifetime = Lifetime(
             run, config, progress, self.ending, self.membership, self.router, succession, self.tasks
         )

@@ -90,7 +90,7 @@ class Lifetime:
         self._ended = True
         self._membership.changed.set()
         await keeping
-        await succeeding
+        await asyncio.wait({succeeding}, timeout=LEAVE_SECONDS)
         for replica in self._router.live:
             await replica.close()
         await self._leave_name(is_requeued)
