@@ -322,6 +322,8 @@ class ModelConfig(_Model):
 
     model_name_or_path: str = ""
     """A local folder, or a name on the Hugging Face hub."""
+    adapter: str | None = None
+    """A folder with a LoRA adapter as peft saves it, which is merged into the weights as they load."""
     tokenizer: Annotated[Any, AfterValidator(_as_tokenizer)] = None
     """Folder or hub name of the tokenizer, or a tokenizer of transformers; None takes the model's own."""
     chat_template: Annotated[str | None, BeforeValidator(_as_template)] = None

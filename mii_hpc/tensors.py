@@ -9,17 +9,27 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import listed, one_line
 from mii_hpc.reading import read_bounded
 
 _QUANTISED_NAMES = re.compile(
-    r"\.(weight_scale_inv|weight_scale|weight_packed|input_scale|qweight|qzeros|scales|g_idx|SCB|absmax"
-    r"|quant_map|quant_state\.[^.]+|weight_format|\w+_blocks|\w+_scales)$"
+    r"\.(weight_packed|weight_zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.[^.]+|\w+_blocks"
+    r"|\w+_scales|\w+_scale_inv|\w+_scale|SCB|weight_format)$"
 )
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+_SCALES = {
+    ("fp8", "F8_E4M3"): "weight_scale_inv",
+    ("fbgemm_fp8", "F8_E4M3"): "weight_scale",
+    ("compressed-tensors", "F8_E4M3"): "weight_scale",
+    ("compressed-tensors", "I8"): "weight_scale",
+    ("bitsandbytes", "I8"): "SCB",
+}
+"""Which tensor beside `weight` has its scales, by the method and the dtype of the weight."""
+_OF_ACTIVATIONS = re.compile(r"\.(input_scale|activation_scale|k_scale|v_scale|weight_format)$")
+"""What says how rows and the KV cache are to be quantised, which stay as they are."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,9})\.")
 _LARGEST_HEADER = 16 * 2**20
 """Bytes; a header has some 120 for each tensor."""
@@ -37,38 +47,106 @@ class Tensor:
     size: int = 0
 
 
+@dataclass(frozen=True)
+class Quantisation:
+    """How the weights of a checkpoint are quantised; `block` is how many rows and columns share a scale, if given."""
+
+    method: str
+    block: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self | None:
+        """Return that of a config.json, None for plain weights. Raises ConfigError for one that is not read."""
+        given = config.get("quantization_config") or config.get("compression_config")
+        if not given:
+            return None
+        method = given.get("quant_method", "unknown") if isinstance(given, Mapping) else given
+        methods = sorted({known for known, _ in _SCALES})
+        if method not in methods or given.get("transform_config"):
+            raise ConfigError(
+                f"quant_method='{one_line(method)}': the checkpoint's weights are quantised in a way that is not read; "
+                f"{', '.join(methods)} are, with 8 bits; take the checkpoint that it was made from"
+            )
+        block = given.get("weight_block_size")
+        if block is not None and not (
+            isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
+        ):
+            raise ConfigError(f"weight_block_size={one_line(block)}: must be two numbers, the rows and the columns")
+        return cls(method, None if block is None else (block[0], block[1]))
+
+
+def find_scales(tensors: Mapping[str, Tensor], quantisation: Quantisation | None) -> dict[str, str]:
+    """Return the name of the scales of each quantised weight, by its name.
+
+    Raises ConfigError, by name, for scales that are missing, left over, or of a shape that does not fit, and for
+    weights that are quantised otherwise than config.json says.
+    """
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        known = _SCALES.get((quantisation.method, tensor.dtype)) if quantisation is not None else None
+        if leaf == "weight" and known is not None and len(tensor.shape) == 2:
+            scales = tensors.get(f"{stem}.{known}")
+            if scales is None:
+                raise ConfigError(f"the checkpoint lacks {one_line(stem)}.{known}: {one_line(name)} is {tensor.dtype}")
+            if scales.dtype not in _PLAIN_DTYPES or not _fit(scales.shape, tensor.shape, quantisation):
+                raise ConfigError(
+                    f"the checkpoint has {one_line(stem)}.{known} as {scales.dtype} {list(scales.shape)}, which are no "
+                    f"scales of {tensor.dtype} {list(tensor.shape)}"
+                )
+            found[name] = f"{stem}.{known}"
+        elif tensor.dtype.startswith("F8") or (
+            len(tensor.shape) > 1 and tensor.dtype not in _PLAIN_DTYPES and leaf == "weight"
+        ):
+            raise ConfigError(f"its weights are quantised in a way that is not read: it has {name} as {tensor.dtype}")
+    used = set(found.values())
+    for name in tensors:
+        activations = quantisation is not None and _OF_ACTIVATIONS.search(name)
+        if _QUANTISED_NAMES.search(name) and name not in used and not activations:
+            raise ConfigError(f"its weights are quantised in a way that is not read: it has {one_line(name)}")
+    return found
+
+
+def _fit(scales: tuple[int, ...], weight: tuple[int, ...], quantisation: Quantisation | None) -> bool:
+    """Return whether scales are one for all, one for each output, or one for each block of a weight."""
+    outputs, inputs = weight
+    if scales in ((), (1,), (outputs,), (outputs, 1), (1, 1)):
+        return True
+    if len(scales) != 2 or 0 in scales:
+        return False
+    if quantisation is not None and quantisation.block is not None:
+        rows, columns = quantisation.block
+        return scales == (-(-outputs // rows), -(-inputs // columns))
+    return outputs % scales[0] == 0 and inputs % scales[1] == 0
+
+
+def is_of_activations(name: str) -> bool:
+    """Return whether a tensor of a quantised checkpoint says nothing of its weights."""
+    return _OF_ACTIVATIONS.search(name) is not None
+
+
 def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int) -> None:
     """Check what the files of a model's folder tell without reading any tensor.
 
     `config` is what config.json says, that of the text model included. A folder without weights passes.
     Raises ConfigError, naming file or tensor: for files that are cut short or missing, layers without tensors,
-    quantised weights, an adapter, and for `.bin` files where several `ranks` are to read them.
+    weights that are quantised in a way that is not read, an adapter, and for `.bin` files where several `ranks` are to
+    read them.
     """
     where = f"model_name_or_path='{folder}'"
-    quantised = config.get("quantization_config") or config.get("compression_config")
-    if quantised:
-        method = one_line(quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised)
-        raise ConfigError(
-            f"{where}: its weights are quantised (quant_method '{method}'), and only plain weights are served; take "
-            "the checkpoint that it was made from"
-        )
+    quantisation = Quantisation.of(config)
     tensors = read_headers(folder)
     _check_adapter(folder, bool(tensors) or bool(list(folder.glob("*.bin"))))
     if not tensors:
+        if quantisation is not None:
+            raise ConfigError(f"{where}: quantised weights are read from safetensors files, and here are none")
         if ranks > 1 and list(folder.glob("pytorch_model*.bin")):
             raise ConfigError(
                 f"{where}: tensor_parallel={ranks} takes weights in safetensors files, and here are .bin files; "
                 "convert them, or use tensor_parallel=1"
             )
         return
-    for name, tensor in tensors.items():
-        if _QUANTISED_NAMES.search(name):
-            raise ConfigError(f"{where}: its weights are quantised: it has {name}, and only plain weights are served")
-        if len(tensor.shape) > 1 and tensor.dtype not in _PLAIN_DTYPES and name.endswith("weight"):
-            raise ConfigError(
-                f"{where}: its weights are quantised: it has {name} as {tensor.dtype}, and only plain weights are "
-                "served"
-            )
+    find_scales(tensors, quantisation)
     count = config.get("num_hidden_layers")
     numbers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
     if isinstance(count, int) and numbers:
@@ -86,7 +164,7 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         whole = folder / "model.safetensors"
-        return _header(whole) if whole.exists() else {}
+        return read_header(whole) if whole.exists() else {}
     try:
         files: dict[str, str] = json.loads(read_bounded(index, INDEX_BYTES))["weight_map"]
         names = sorted(set(files.values()))
@@ -98,14 +176,14 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(f"{index} names {name}, which is not there: the checkpoint is incomplete")
-        headers[name] = _header(folder / name)
+        headers[name] = read_header(folder / name)
     for name, file in files.items():
         if name not in headers[file]:
             raise ConfigError(f"{folder / file} lacks {one_line(name)}, which {index.name} says it has")
     return {name: headers[file][name] for name, file in files.items()}
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """Return what a safetensors file has. The format: 8 bytes of length, that much JSON, then the tensors.
 
     It is believed only where its tensors fit into the file as they say.
@@ -146,19 +224,8 @@ def _tensor(file: str, dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
 
 
 def _check_adapter(folder: Path, has_weights: bool) -> None:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return
-    try:
-        base = json.loads(read_bounded(file)).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        base = None
-    of = f" of '{one_line(base)}'" if base else ""
-    if has_weights:
+    if has_weights and (folder / "adapter_config.json").is_file():
         raise ConfigError(
-            f"model_name_or_path='{folder}': beside the weights lies an adapter{of}, which would not be used; merge it "
-            "into them, or take adapter_config.json away"
+            f"model_name_or_path='{folder}': beside the weights lies an adapter, which would not be used; move it to a "
+            "folder of its own and name that with `adapter`, or take adapter_config.json away"
         )
-    raise ConfigError(
-        f"model_name_or_path='{folder}': it has an adapter{of} alone; merge it into its base model, and serve that"
-    )

@@ -120,3 +120,75 @@ def tiny_model(
 def checkpoint_files(folder: Path) -> list[str]:
     index = Path(folder) / "model.safetensors.index.json"
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+QUANTISATIONS: dict[str, dict[str, Any]] = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [48, 40]},  # the last blocks are smaller
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+}
+"""What config.json says of each of the ways in which quantise_checkpoint() quantises."""
+
+
+def quantise_checkpoint(folder: Path, kind: str, to: Path) -> None:
+    """Save a model of tiny_model() again, its linear layers in 8 bits; leave in its folder what they stand for."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    tensors = load_file(folder / "model.safetensors")
+    quantised: dict[str, torch.Tensor] = {}
+    for name, weight in tensors.items():
+        if not ("layers." in name and name.endswith("proj.weight")) and ".experts." not in name:
+            quantised[name] = weight
+            continue
+        stem = name.removesuffix("weight")
+        if kind == "bitsandbytes":
+            most = weight.abs().amax(1)
+            whole = (weight * 127 / most[:, None]).round().to(torch.int8)
+            quantised |= {name: whole, f"{stem}SCB": most, f"{stem}weight_format": torch.zeros((), dtype=torch.uint8)}
+            tensors[name] = whole * most[:, None] / 127
+            continue
+        rows, columns = QUANTISATIONS[kind].get("weight_block_size", [1, weight.shape[1]])
+        scales = torch.rand(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)) * 0.01 + 0.01
+        wide = scales.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        small = (weight / wide).to(torch.float8_e4m3fn)
+        quantised |= {name: small, stem + ("weight_scale_inv" if kind == "fp8" else "weight_scale"): scales}
+        tensors[name] = small.float() * wide
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(quantised, to / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTISATIONS[kind]}))
+
+
+def save_adapter(base: Path, folder: Path, targets: tuple[str, ...] = ("q_proj", "down_proj"), **changes: Any) -> Path:
+    """Save a random LoRA of rank 4 for a model of tiny_model(), as peft does; return its folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(7)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module.endswith(targets):
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(4, weight.shape[1]) * 0.2
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(weight.shape[0], 4) * 0.2
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": f"org/{base.name}", **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merge_adapter(base: Path, adapter: Path, scale: float) -> None:
+    """Add an adapter of save_adapter() to the weights of its base."""
+    from safetensors.torch import load_file, save_file
+
+    weights, low = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name, a in low.items():
+        if ".lora_A." in name:
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weights[f"{module}.weight"] += scale * low[name.replace("lora_A", "lora_B")] @ a
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
+from mii_hpc.adapter import adapter_base, read_adapter
 from mii_hpc.architecture import Architecture
-from mii_hpc.config import ModelConfig
+from mii_hpc.config import MIIWarning, ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import one_line
 from mii_hpc.reading import read_bounded
-from mii_hpc.tensors import check_tensors
+from mii_hpc.tensors import Quantisation, check_tensors, read_headers
 
 CONFIG_BYTES = 8 * 2**20
 """No config.json is longer."""
@@ -32,7 +34,11 @@ def check_model(model: ModelConfig) -> ModelConfig:
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file() and (folder / "adapter_config.json").is_file():
-            check_tensors(folder, {}, model.tensor_parallel)
+            base = adapter_base(folder)
+            of, its = (f" of '{one_line(base)}'", f"'{one_line(base)}'") if base else ("", "its base model")
+            raise ConfigError(
+                f"model_name_or_path='{folder}': it has an adapter{of} alone; serve {its} with adapter='{folder}'"
+            )
         if not path.is_file():
             raise ConfigError(f"model_name_or_path='{folder}': the folder has no config.json")
         # Not resolved: compute nodes may know the folder only by the link.
@@ -52,6 +58,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
     architecture = Architecture.read(described.get)
     architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)
+    Quantisation.of(described)
     if folder.is_dir():
         check_tensors(folder, described, model.tensor_parallel)
     if architecture.context is not None and model.max_length is not None and model.max_length > architecture.context:
@@ -59,9 +66,30 @@ def check_model(model: ModelConfig) -> ModelConfig:
             f"max_length={model.max_length}: the model's context is {architecture.context} tokens, and no more is "
             "allowed"
         )
+    if model.adapter is not None:
+        model = model.model_copy(update={"adapter": _checked_adapter(model, folder)})
     if isinstance(model.tokenizer, str):
         model = model.model_copy(update={"tokenizer": _checked_tokenizer(model.tokenizer)})
     return model
+
+
+def _checked_adapter(model: ModelConfig, base: Path) -> str:
+    folder = Path(str(model.adapter)).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"adapter='{model.adapter}': no such folder")
+    tensors = read_headers(base) if base.is_dir() else None
+    if tensors is not None and not tensors:
+        raise ConfigError(f"adapter='{folder}': takes a model with weights in safetensors files")
+    read_adapter(folder, tensors)
+    made_for = adapter_base(folder)
+    if made_for and Path(made_for).name.lower() != Path(model.model_name_or_path).name.lower():
+        warnings.warn(
+            f"adapter='{folder}': it was made for '{one_line(made_for)}', and is merged into "
+            f"'{model.model_name_or_path}'",
+            MIIWarning,
+            stacklevel=2,
+        )
+    return os.path.abspath(folder)  # noqa: PTH100 (as for the model's folder)
 
 
 def _checked_tokenizer(name: str) -> str:

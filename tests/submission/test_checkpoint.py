@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mii_hpc.config import ModelConfig
+from mii_hpc.config import MIIWarning, ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.submission.checkpoint import check_model
 
@@ -87,7 +87,7 @@ def test_the_echo_engine_needs_no_model():
 
 HUB = """
 from mii_hpc.submission.checkpoint import check_model
-from mii_hpc.config import ModelConfig
+from mii_hpc.config import MIIWarning, ModelConfig
 from mii_hpc.errors import ConfigError
 
 for name, tp in (("org/cached", 4), ("org/cached", 3), ("org/absent", 1)):
@@ -141,16 +141,32 @@ def write_tensors(path, **tensors):
 
 
 PLAIN = {"model.layers.0.mlp.weight": ("BF16", [4, 4]), "model.layers.1.mlp.weight": ("BF16", [4, 4])}
+WEIGHT, SCALE = "model.layers.0.mlp.weight", "model.layers.0.mlp.weight_scale_inv"
+
+
+def quantised(**about):
+    return {"quantization_config": about}
+
+
+FP8 = quantised(quant_method="fp8")
 
 
 @pytest.mark.parametrize(
     ("config", "tensors", "sentence"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantised (quant_method 'fp8'), and only plain"),
-        ({"quantization_config": {"quant_method": "awq"}}, PLAIN, "quantised (quant_method 'awq')"),
-        ({}, {**PLAIN, "model.layers.0.mlp.weight_scale_inv": ("F32", [1, 1])}, "it has model.layers.0.mlp.weight_s"),
+        (FP8, {}, "quantised weights are read from safetensors files, and here are none"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4])}, f"the checkpoint lacks {SCALE}: {WEIGHT} is F8_E4M3"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", [2, 3])}, f"{SCALE} as F32 [2, 3], which are no scales of"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("U8", [1, 1])}, f"{SCALE} as U8 [1, 1], which are no scales of"),
+        (FP8, {WEIGHT: ("I8", [4, 4]), SCALE: ("F32", [1, 1])}, f"a way that is not read: it has {WEIGHT} as I8"),
+        (FP8, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
+        (FP8, {"model.experts.gate_up_proj": ("F8_E4M3", [2, 4, 4])}, "it has model.experts.gate_up_proj as F8_E4M3"),
+        (quantised(quant_method="awq"), PLAIN, "quant_method='awq': the checkpoint's weights are"),
+        (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "quant_method='compressed-t"),
+        (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two"),
+        ({}, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
         ({}, {**PLAIN, "model.layers.0.mlp.SCB": ("F32", [4])}, "it has model.layers.0.mlp.SCB"),
-        ({}, {"model.layers.0.mlp.weight": ("F8_E4M3", [4, 4])}, "it has model.layers.0.mlp.weight as F8_E4M3"),
+        ({}, {WEIGHT: ("F8_E4M3", [4, 4])}, f"it has {WEIGHT} as F8_E4M3"),
         ({"num_hidden_layers": 4}, PLAIN, "no tensors of layer 2, 3, of num_hidden_layers=4"),
     ],
 )  # fmt: skip
@@ -162,6 +178,14 @@ def test_what_the_headers_tell_is_refused_before_the_queue(model, config, tensor
         with pytest.raises(ConfigError) as refusal:
             checked(folder, tensor_parallel=ranks)
         assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [[], [1], [4], [4, 1], [1, 1], [2, 2]])
+def test_quantised_weights_are_accepted_with_their_scales(model, shape):
+    folder = model({**LLAMA, **FP8})
+    tensors = {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", shape), "model.layers.0.mlp.input_scale": ("F32", [1])}
+    write_tensors(folder / "model.safetensors", **tensors)
+    assert checked(folder, tensor_parallel=2)
 
 
 def test_what_cannot_be_sharded_is_refused_before_the_queue(model):
@@ -200,12 +224,83 @@ def test_files_that_are_cut_short_or_missing_are_refused(model):
 
 def test_an_adapter_is_named_with_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(ConfigError, match="it has an adapter of 'org/base' alone; merge it"):
+    with pytest.raises(
+        ConfigError, match=f"it has an adapter of 'org/base' alone; serve 'org/base' with adapter='{tmp_path}'"
+    ):
+        checked(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="it has an adapter alone; serve its base model with adapter="):
         checked(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     write_tensors(tmp_path / "model.safetensors", **PLAIN)
-    with pytest.raises(ConfigError, match="beside the weights lies an adapter of 'org/base', which would not be used"):
+    with pytest.raises(ConfigError, match="beside the weights lies an adapter, which would not be used"):
         checked(tmp_path)
+
+
+LORA = {"peft_type": "LORA", "lora_alpha": 16, "base_model_name_or_path": "org/model", "loftq_config": {}}
+A, B = "base_model.model.model.layers.0.mlp.lora_A.weight", "base_model.model.model.layers.0.mlp.lora_B.weight"
+LOW = {A: ("F32", [2, 4]), B: ("F32", [4, 2])}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    def make(config=LORA, tensors=LOW):
+        folder = tmp_path / "adapter"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        write_tensors(folder / "adapter_model.safetensors", **tensors)
+        return str(folder)
+
+    return make
+
+
+def test_an_adapter_that_fits_is_accepted(model, adapter, monkeypatch):
+    folder = model({**LLAMA, "num_hidden_layers": 2})
+    write_tensors(folder / "model.safetensors", **PLAIN)
+    assert checked(folder, adapter=adapter()).adapter == adapter()
+    monkeypatch.chdir(folder.parent)
+    assert checked(folder, adapter="adapter").adapter == adapter()
+    named = {"model.layers.0.mlp.lora_A.weight": LOW[A], "model.layers.0.mlp.lora_B.weight": LOW[B]}
+    assert checked(folder, adapter=adapter(tensors=named))
+    write_tensors(folder / "model.safetensors", **{name.removeprefix("model."): of for name, of in PLAIN.items()})
+    assert checked(folder, adapter=adapter())
+    with pytest.warns(MIIWarning, match="it was made for 'org/other', and is merged into"):
+        checked(folder, adapter=adapter({**LORA, "base_model_name_or_path": "org/other"}))
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "sentence"),
+    [
+        ("[1]", LOW, "adapter_config.json is none of a LoRA"),
+        ({"peft_type": "LORA"}, LOW, "adapter_config.json is none of a LoRA: 'lora_alpha'"),
+        ({**LORA, "lora_alpha": "16"}, LOW, "adapter_config.json is none of a LoRA"),
+        ({**LORA, "alpha_pattern": {"(": 2}}, LOW, "adapter_config.json is none of a LoRA"),
+        ({**LORA, "peft_type": "IA3"}, LOW, "peft_type='IA3': only 'LORA' can be merged"),
+        ({**LORA, "use_dora": True}, LOW, "use_dora=True: cannot be merged"),
+        ({**LORA, "bias": "all"}, LOW, "bias=all: cannot be merged"),
+        ({**LORA, "modules_to_save": ["lm_head"]}, LOW, "modules_to_save="),
+        ({**LORA, "init_lora_weights": "pissa"}, LOW, "init_lora_weights='pissa' has changed the base model as well"),
+        (LORA, {}, "adapter_model.safetensors is empty"),
+        (LORA, {A: LOW[A]}, "lora_A and lora_B of model.layers.0.mlp do not fit each other"),
+        (LORA, {**LOW, B: ("F32", [4, 3])}, "lora_A and lora_B of model.layers.0.mlp do not fit each other"),
+        (LORA, {**LOW, B: ("F32", [6, 2])}, "it is for model.layers.0.mlp.weight of the shape [6, 4], and"),
+        (LORA, {name.replace("mlp", "q"): of for name, of in LOW.items()}, "it changes model.layers.0.q.weight, and"),
+        (LORA, {**LOW, "model.layers.0.mlp.lora_magnitude_vector": ("F32", [4])}, "which is no part of a plain LoRA"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_does_not_fit_is_refused(model, adapter, config, tensors, sentence):
+    folder = model({**LLAMA, "num_hidden_layers": 2})
+    write_tensors(folder / "model.safetensors", **PLAIN)
+    with pytest.raises(ConfigError, match=r"^adapter='/.*': ") as refusal:
+        checked(folder, adapter=adapter(config, tensors))
+    assert sentence in str(refusal.value)
+
+
+def test_an_adapter_is_a_folder(model, tmp_path):
+    with pytest.raises(ConfigError, match="adapter='/no/adapter': no such folder"):
+        checked(model(), adapter="/no/adapter")
+    with pytest.raises(ConfigError, match="takes a model with weights in safetensors files"):
+        checked(model(), adapter=str(tmp_path))
 
 
 def test_bin_files_are_for_one_rank(model):

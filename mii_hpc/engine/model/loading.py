@@ -26,7 +26,7 @@ from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import load_shard, shard
 from mii_hpc.engine.model.weights import refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
-from mii_hpc.tensors import check_tensors
+from mii_hpc.tensors import Quantisation, check_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -81,12 +81,15 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     if serving is not None:
         progress(f"a small model of this architecture is served right ({serving.sharding}, {serving.way})")
     mode = model.quantization_mode
-    if serving is None and mode is not None:
-        raise ConfigError(f"quantization_mode='{mode}': {name} cannot be tried before it loads")
-    if spec.world_size == 1 and mode is None:
+    quantisation = Quantisation.of(config.to_dict())
+    if quantisation is not None:
+        progress(f"the checkpoint's weights, quantised by {quantisation.method}, are held in {mode or str(dtype)}")
+    if spec.world_size == 1 and mode is None and quantisation is None and model.adapter is None:
         module = _load_alone(model, config, dtype, device, progress)
     elif serving is None:
-        raise ConfigError(f"tensor_parallel={spec.world_size}: {name} cannot be tried before it loads")
+        raise ConfigError(
+            f"{name} cannot be tried before it loads, as tensor_parallel above 1, quantised weights and an adapter need"
+        )
     else:
         module = load_shard(model, config, dtype, spec.world_size, serving.sharding, device, progress)
     module.eval().requires_grad_(False)

@@ -20,6 +20,7 @@ from mii_hpc.engine.model.plan import Cut, apply_plan
 from mii_hpc.engine.model.quantising import quantised
 from mii_hpc.engine.model.weights import Checkpoint, refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
+from mii_hpc.tensors import Quantisation
 
 SHARDINGS = ("DeepSpeed", "plan")
 """How layers are cut, in this order of preference: by DeepSpeed, or by transformers' plan for the family."""
@@ -87,7 +88,7 @@ def load_shard(
     With `quantization_mode`, each is quantised as soon as it is filled.
     Raises ConfigError, by name, for a checkpoint that lacks tensors or has them in other shapes.
     """
-    checkpoint = Checkpoint(model)
+    checkpoint = Checkpoint(model, Quantisation.of(config.to_dict()))
     with _without_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(
             replicated(config, ranks), dtype=dtype, trust_remote_code=model.trust_remote_code
@@ -126,6 +127,7 @@ def load_shard(
             part._parameters.clear()  # the list holds on to it
         if done % max(1, len(modules) // 10) == 0:
             progress(f"{done} of {len(modules)} layers loaded")
+    checkpoint.refuse_unmerged()
     return module
 
 
