@@ -5,7 +5,8 @@ import time
 import pytest
 
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.rundir import Chain
 from mii_hpc.errors import DeploymentStoppingError, SubmissionError, UnavailableError
 from mii_hpc.generation import joined
 from mii_hpc.job.balancer import lifetime, succession
@@ -278,14 +279,16 @@ async def test_a_new_balancer_knows_the_job_that_follows(deploy, jobs):
     assert len(jobs.submitted) == 1
 
 
-async def test_a_run_that_cannot_go_on_leaves_its_name_to_the_next(deploy, jobs):
-    first = await deploy(First)
-    await until(lambda: first.registry.get("chat").successor)
-    await first.kill_balancer()
+def test_a_run_that_cannot_go_on_leaves_its_name_to_the_next(tmp_path, jobs):
+    first = Deployment(tmp_path)
+    following = first.run.create_successor(first.config, Chain(time.time() + 3600, first.run.path, "4710"))
+    following.write_entry(Entry.of(first.config, following.path, first.entry.fingerprint, "4711"))
     assert pass_on(first.run, first.config)
-    assert job_of_name(first) == jobs.submitted[0].path
+    assert job_of_name(first) == following.path
+    assert jobs.hastened == ["4711"]
     assert not pass_on(first.run, first.config)
-    assert job_of_name(first) == jobs.submitted[0].path
+    assert job_of_name(first) == following.path
+    first.end_job()
 
 
 def test_a_run_without_a_next_one_frees_its_name(tmp_path):
