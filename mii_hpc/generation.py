@@ -67,6 +67,11 @@ class ResumedAnswer:
     ended: bool = False
 
 
+Caller = tuple[str, str]
+"""Who asks: OWNER or GUEST, and the address that the connection comes from."""
+OWNER, GUEST = "owner", "guest"
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One prompt with its options. `id` is unique among the requests of an engine that have not ended.
@@ -74,7 +79,7 @@ class GenerationRequest:
     With `resume`, one for each of its answers, the request goes on where it was interrupted, perhaps elsewhere: as if
     the engine had generated those tokens itself. What was delivered before is not delivered again. With the same seed
     the whole is what it would have been without the interruption. `admitted` is one that another replica of the
-    deployment had in hand: it is refused by no full queue, and waits behind none.
+    deployment had in hand: it is refused by no full queue, and waits behind none. Callers share an engine alike.
 
     Raises InvalidRequestError for the full text of a prompt that is none, and for a `resume` that does not fit.
     """
@@ -84,6 +89,7 @@ class GenerationRequest:
     params: GenerateParamsConfig
     resume: tuple[ResumedAnswer, ...] = ()
     admitted: bool = False
+    caller: Caller = (OWNER, "")
 
     def __post_init__(self) -> None:
         """Check what concerns prompt, options and resumption together."""

@@ -17,7 +17,7 @@ STARTING: EngineState
 READY: EngineState
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report", "admitted")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report", "admitted", "caller")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class GenerateRequest(_message.Message):
     RESUME_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: str
     params: GenerateParams
@@ -34,7 +35,8 @@ class GenerateRequest(_message.Message):
     resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
     report: bool
     admitted: bool
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ..., admitted: _Optional[bool] = ...) -> None: ...
+    caller: str
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ..., admitted: _Optional[bool] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class ResumedAnswer(_message.Message):
     __slots__ = ("token_ids", "characters", "ended")

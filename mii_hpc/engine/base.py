@@ -24,8 +24,9 @@ class EngineSpec:
             exactly when the replica does not span hosts.
         host: the address at which the other ranks of the replica reach this one; loopback
             when the replica does not span hosts.
-        store_address: "host:port" of the replica's torch.distributed store.
-        store_fd: on rank 0, the listening socket behind `store_address`; None on the others.
+        store_address: "host:port" of the replica's torch.distributed store; where the replica does not span hosts,
+            the path of a file, which only this user can open.
+        store_fd: on rank 0, the listening socket or the file behind `store_address`; None on the others.
     """
 
     model: ModelConfig

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,7 +34,17 @@ from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
-from mii_hpc.generation import LATENCY_BOUNDS, Deliver, GenerationRequest, Load, Observed, ResumedAnswer, size_of
+from mii_hpc.generation import (
+    GUEST,
+    LATENCY_BOUNDS,
+    Caller,
+    Deliver,
+    GenerationRequest,
+    Load,
+    Observed,
+    ResumedAnswer,
+    size_of,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -54,14 +64,15 @@ class BatchingEngine:
         # Guards what follows. Pieces are delivered under it, so that none comes once cancel() has returned.
         self._changed = threading.Condition()
         self._requests: dict[str, _Request] = {}
-        self._unstarted = 0
+        # By role.
+        self._unstarted: Counter[str] = Counter()
+        self._unstarted_bytes: Counter[str] = Counter()
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
         self._queue_time = Observed(LATENCY_BOUNDS)
         self._generated = 0
         self._steps = 0
         self._closed = False
-        self._unstarted_bytes = 0
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
         # A long prompt takes seconds, during which the others' need not wait.
         self._tokenising_long = ThreadPoolExecutor(1, thread_name_prefix="tokenise-long")
@@ -94,23 +105,33 @@ class BatchingEngine:
         """Queue a request. Raises QueueFullError when too many wait."""
         entry = _Request(request, deliver)
         with self._changed:
-            if self._unstarted >= self._queue_bound and not request.admitted:
-                raise QueueFullError(f"{self._unstarted} requests are waiting; try again later")
-            if self._unstarted_bytes + entry.size > WAITING_BYTES and self._unstarted:
-                raise QueueFullError(f"{self._unstarted_bytes} bytes of requests are waiting; try again later")
+            if not request.admitted:
+                self._check_room(entry)
             if self._closed:
                 return
             if request.id in self._requests:
                 error = InvalidRequestError(f"a request with the id {request.id} exists already")
                 self._tokenising.submit(deliver, error)
                 return
-            self._unstarted += 1
-            self._unstarted_bytes += entry.size
+            self._unstarted[entry.role] += 1
+            self._unstarted_bytes[entry.role] += entry.size
             self._requests[request.id] = entry
             if entry.size > LONG_BYTES:
                 self._tokenising_long.submit(self._tokenise_long, entry)
             else:
                 self._tokenising.submit(self._tokenise, entry, self._tokenizer)
+
+    def _check_room(self, entry: _Request) -> None:
+        """Raise QueueFullError when too much waits; guests have half of the room, so that the owner always gets in."""
+        of_guests = entry.role == GUEST
+        waiting, size = (
+            each[GUEST] if of_guests else each.total() for each in (self._unstarted, self._unstarted_bytes)
+        )
+        bound, most = (-(-each // 2) if of_guests else each for each in (self._queue_bound, WAITING_BYTES))
+        if waiting >= bound:
+            raise QueueFullError(f"{waiting} requests are waiting; try again later")
+        if size + entry.size > most and waiting:
+            raise QueueFullError(f"{size} bytes of requests are waiting; try again later")
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its KV cache within a step. Its `deliver` is not called again."""
@@ -139,8 +160,8 @@ class BatchingEngine:
         with self._changed:
             allocator = self._scheduler.allocator
             return Load(
-                running=len(self._requests) - self._unstarted,
-                waiting=self._unstarted,
+                running=len(self._requests) - self._unstarted.total(),
+                waiting=self._unstarted.total(),
                 free_blocks=allocator.free,
                 total_blocks=allocator.total,
                 generated_tokens=self._generated,
@@ -212,8 +233,8 @@ class BatchingEngine:
             if not sequence.request.started:
                 sequence.request.started = True
                 self._queue_time.add(time.monotonic() - sequence.request.arrived)
-                self._unstarted -= 1
-                self._unstarted_bytes -= sequence.request.size
+                self._unstarted[sequence.request.role] -= 1
+                self._unstarted_bytes[sequence.request.role] -= sequence.request.size
         return step, sequences
 
     def _accept(self, sequence: _Sequence, choice: Choice) -> None:
@@ -306,8 +327,8 @@ class BatchingEngine:
 
     def _remove(self, entry: _Request) -> None:
         del self._requests[entry.request.id]
-        self._unstarted -= not entry.started
-        self._unstarted_bytes -= 0 if entry.started else entry.size
+        self._unstarted[entry.role] -= not entry.started
+        self._unstarted_bytes[entry.role] -= 0 if entry.started else entry.size
         self._cancelled.append(entry)
         self._changed.notify_all()
 
@@ -331,6 +352,11 @@ class _Request:
     def __post_init__(self) -> None:
         self.size = size_of(self.request.prompt)
 
+    @property
+    def role(self) -> str:
+        """Of its caller."""
+        return self.request.caller[0]
+
 
 @dataclass(eq=False)
 class _Sequence:
@@ -349,6 +375,11 @@ class _Sequence:
     computed: int = 0
     registered: int = 0
     slot: int | None = None
+
+    @property
+    def caller(self) -> Caller:
+        """Who asks."""
+        return self.request.request.caller
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
 
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.extensions import extensions_folder
@@ -37,9 +37,9 @@ class Ranks:
 
         Raises ConfigError when some have a GPU and others do not.
         """
-        host, _, port = spec.store_address.rpartition(":")
-        self._store = _store(spec, host, int(port))
+        self._store = _store(spec)
         refuse_mixture(self._store, spec, device)
+        host, port = _name_of(spec)
         _set_environment(spec, host, port, device)
         use_shared_memory = self._all_can(spec, _shared_memory_works(spec, device))
         if not dist.is_initialized():  # else by an earlier pipeline of the same script, or by the script
@@ -135,16 +135,27 @@ def refuse_mixture(store: Store, spec: EngineSpec, device: torch.device) -> None
         )
 
 
-def _store(spec: EngineSpec, host: str, port: int) -> TCPStore:
+def _store(spec: EngineSpec) -> Store:
+    host, _, port = spec.store_address.rpartition(":")
+    if not host:
+        store = FileStore(spec.store_address, spec.world_size)
+        store.set_timeout(MEETING_TIMEOUT)
+        return store
     return TCPStore(
         host,
-        port,
+        int(port),
         is_master=spec.rank == 0,
         master_listen_fd=spec.store_fd,
         use_libuv=True,
         wait_for_workers=False,
         timeout=MEETING_TIMEOUT,
     )
+
+
+def _name_of(spec: EngineSpec) -> tuple[str, str]:
+    """Return a host and a number, as a port is, that no other replica on this host has at this time."""
+    host, _, port = spec.store_address.rpartition(":")
+    return (host, port) if host else (spec.host, str(Path(spec.store_address).stat().st_ino))
 
 
 def _set_environment(spec: EngineSpec, host: str, port: str, device: torch.device) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,13 +25,16 @@ COMPILE_SECONDS = 120
 
 
 def extensions_folder() -> Path:
-    """Return a folder for compiled operators that only this user can write to, because its files are executed."""
+    """Return a folder for compiled operators that only this user can write to, because its files are executed.
+
+    All ranks of this host get the same one.
+    """
     base = Path(tempfile.gettempdir()) / f"mii_hpc-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        base.mkdir(mode=0o700)
-    status = base.lstat()
-    if base.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        base = Path(tempfile.mkdtemp(prefix="mii_hpc-"))
+    if not _is_private(base):
+        # Another user has taken the name; in the home directory nobody can.
+        base = Path.home() / ".cache" / f"mii_hpc-{socket.gethostname()}"
+        if not _is_private(base):
+            base = Path(tempfile.mkdtemp(prefix="mii_hpc-"))
     # What is built against one installation is out of date for any other.
     installation = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     folder = base / f"torch-{torch.__version__}-{installation}"
@@ -88,3 +92,14 @@ def _openmp_runtime() -> str | None:
         if path.rpartition("/")[2].startswith(("libgomp", "libiomp5", "libomp")):
             return "/" + path
     return None
+
+
+def _is_private(folder: Path) -> bool:
+    """Make a folder where there is none, and return whether it is this user's alone."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700, parents=True)
+        status = folder.lstat()
+    except OSError:  # a home that is not there, or not to be written
+        return False
+    return folder.is_dir() and not folder.is_symlink() and status.st_uid == os.getuid() and not status.st_mode & 0o077

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from mii_hpc.engine.blocks import BlockAllocator
 from mii_hpc.engine.memory import Budget
 from mii_hpc.engine.step import DRAWN, Slice, Step
+from mii_hpc.generation import Caller
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ class Scheduled(Protocol):
     """What the scheduler knows of a sequence.
 
     Attributes:
+        caller: who asks for it; never changes.
         tokens: prompt and answer, as far as they are known.
         unknown: how many more are drawn, or will be by the steps that are scheduled.
         longest: how many tokens there can be in all: no step is scheduled to draw more.
@@ -30,6 +32,9 @@ class Scheduled(Protocol):
         slot: its number in the batch, None while it waits.
         scores: whether the logits of its tokens are still wanted. It shares nobody's blocks then.
     """
+
+    @property
+    def caller(self) -> Caller: ...
 
     tokens: list[int]
     unknown: int
@@ -50,6 +55,10 @@ class Scheduler(Generic[S]):
     Sequences that decode go first, one token each; what is left of the step's tokens goes to prompts, prefilled in
     chunks in the order of arrival. So a long prompt delays the others by a bounded time.
 
+    Callers share alike: the next to start is a sequence of the role, and within it of the caller, that has the fewest
+    running. Where there is no room for it, one of those that have at least two more gives way; and where the cache is
+    full, the youngest of those that have the most. So one's thousand sequences do not make another's one wait for all.
+
     With `prefix_sharing`, a sequence starts behind those full blocks of its prefix that are in the cache
     already, or will be in the same step: a step writes all its tokens before it reads any.
 
@@ -66,29 +75,28 @@ class Scheduler(Generic[S]):
         # Those that have been computed while they were no longer than that.
         self._short: set[S] = set()
         self._running: list[S] = []
-        self._waiting: deque[S] = deque()
+        self._waiting: _Waiting[S] = _Waiting()
         self.prefix_queries = self.prefix_hits = 0
         """Tokens that sequences have looked for, and found, in what the cache holds, when they started."""
+        self._had_no_room = False
+        """Whether the next that waits found none in the last step that had tokens left for it."""
         self._slots = list(range(budget.max_batch_size - 1, -1, -1))
 
     def add(self, sequence: S, first: bool = False) -> None:
-        """Let a sequence wait for its start; `first` is before the others."""
-        if first:
-            self._waiting.appendleft(sequence)
-        else:
-            self._waiting.append(sequence)
+        """Let a sequence wait for its start; `first` is before the others of its caller."""
+        self._waiting.add(sequence, first)
 
     def has_work(self) -> bool:
         """Return whether any sequence waits or runs."""
-        return bool(self._running or self._waiting)
+        return bool(self._running or len(self._waiting))
 
     def remove(self, sequences: Sequence[S]) -> None:
         """Forget sequences, whatever their state, and free their blocks."""
         for sequence in sequences:
             if sequence in self._running:
                 self._running.remove(sequence)
-            elif sequence in self._waiting:
-                self._waiting.remove(sequence)
+            else:
+                self._waiting.discard(sequence)
             self._release(sequence)
 
     def invalidate(self, sequence: S) -> None:
@@ -99,9 +107,9 @@ class Scheduler(Generic[S]):
         """Return the next step and the sequences of its slices, none if all wait for tokens that are being drawn."""
         room = _Room(self._budget.max_batch_tokens, MOST_SCORES)
         for sequence in [one for one in self._running if one in self._short and not self._is_short(one)]:
-            self._running.remove(sequence)
-            self._release(sequence)
-            self._waiting.appendleft(sequence)
+            self._preempt(sequence)
+        if self._had_no_room:
+            self._share_alike()
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
         for sequence in sorted(self._running, key=_prefills):
@@ -125,22 +133,41 @@ class Scheduler(Generic[S]):
             sequence.unknown += part.sample
         return Step(slices, self.allocator.take_dirty()), chosen
 
+    def _share_alike(self) -> None:
+        """Make room for the next that waits, where another caller has more than his share."""
+        self._had_no_room = False
+        sequence = self._waiting.next(self._running)
+        if sequence is not None:
+            shares = _Shares(self._running)
+            over = [one for one in self._running if shares.exceeds(one.caller, sequence.caller)]
+            if over:
+                self._preempt(shares.youngest_of_the_most(over))
+
+    def _preempt(self, sequence: S) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.add(sequence, first=True)
+
     def _admit(self, room: _Room, counts: dict[S, int]) -> set[S]:
         """Start sequences that wait, in their order, and return them."""
         admitted = set()
-        while room.tokens and self._waiting and self._slots and not self._waiting[0].unknown:
-            sequence = self._waiting[0]
+        while room.tokens and (sequence := self._waiting.next(self._running)) and not sequence.unknown:
+            if not self._slots:
+                self._had_no_room = True
+                break
             # The last token is computed in any case: the next one is drawn from its logits.
             shareable = [] if sequence.scores else sequence.tokens[:-1]
             sequence.computed = sequence.registered = self.allocator.share(sequence.table, shareable)
             count = room.of(sequence, len(sequence.tokens) - sequence.computed)
             if not count or not self.allocator.allocate(sequence.table, sequence.computed + count):
                 self._release(sequence)
+                self._had_no_room = True
                 break
             self.prefix_queries += len(shareable)
             self.prefix_hits += sequence.computed
             sequence.slot = self._slots.pop()
-            self._running.append(self._waiting.popleft())
+            self._waiting.start(sequence)
+            self._running.append(sequence)
             admitted.add(sequence)
             counts[sequence] = count
             room.take(sequence, count)
@@ -148,13 +175,12 @@ class Scheduler(Generic[S]):
         return admitted
 
     def _allocate(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
-        """Get blocks for a sequence, preempting the youngest if need be; return False if it is the youngest."""
+        """Get blocks for a sequence, preempting others if need be; return False if it is itself the one."""
         while not self.allocator.allocate(sequence.table, sequence.computed + count):
-            youngest = self._running.pop()
+            youngest = _Shares(self._running).youngest_of_the_most(self._running)
             _log.debug("preempted a sequence of %d tokens: the KV cache is full", len(youngest.tokens))
             counts.pop(youngest, None)
-            self._release(youngest)
-            self._waiting.appendleft(youngest)
+            self._preempt(youngest)
             if youngest is sequence:
                 return False
         return True
@@ -177,6 +203,65 @@ class Scheduler(Generic[S]):
     def _is_short(self, sequence: S) -> bool:
         length = len(sequence.tokens) + sequence.unknown
         return self._recompute_beyond is not None and length <= self._recompute_beyond
+
+
+class _Shares:
+    """How many sequences run of each role, and of each caller."""
+
+    def __init__(self, running: Iterable[Scheduled]) -> None:
+        self._counts: Counter[Caller | str] = Counter()
+        for sequence in running:
+            self._counts[sequence.caller] += 1
+            self._counts[sequence.caller[0]] += 1
+
+    def of(self, caller: Caller) -> tuple[int, int]:
+        """Return a caller's share: his role's, then his own."""
+        return self._counts[caller[0]], self._counts[caller]
+
+    def youngest_of_the_most(self, running: Sequence[S]) -> S:
+        """Return the last sequence of the caller who has the most."""
+        return max(reversed(running), key=lambda sequence: self.of(sequence.caller))
+
+    def exceeds(self, caller: Caller, other: Caller) -> bool:
+        """Whether a caller who gives one to another still has as many."""
+        one, two = (caller, other) if caller[0] == other[0] else (caller[0], other[0])
+        return self._counts[one] > self._counts[two] + 1
+
+
+class _Waiting(Generic[S]):
+    """Sequences that wait for their start, in a line for each caller."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Caller, deque[S]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def add(self, sequence: S, first: bool) -> None:
+        """Add one at the end of its caller's line, or at its beginning."""
+        line = self._lines.setdefault(sequence.caller, deque())
+        line.appendleft(sequence) if first else line.append(sequence)
+
+    def discard(self, sequence: S) -> None:
+        """Remove one, if it is there."""
+        line = self._lines.get(sequence.caller, deque())
+        if sequence in line:
+            line.remove(sequence)
+        if not line:
+            self._lines.pop(sequence.caller, None)
+
+    def next(self, running: Sequence[S]) -> S | None:
+        """Return the first in the line of the caller who has the fewest running; None when nobody waits."""
+        if len(self._lines) < 2:
+            return next((line[0] for line in self._lines.values()), None)
+        return self._lines[min(self._lines, key=_Shares(running).of)][0]
+
+    def start(self, sequence: S) -> None:
+        """Remove the first of a line, which is behind the others with as many then."""
+        line = self._lines.pop(sequence.caller)
+        line.popleft()
+        if line:
+            self._lines[sequence.caller] = line
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import socket
 import time
@@ -15,7 +16,7 @@ import uvicorn
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.lookup import Home
-from mii_hpc.errors import DeploymentNotFoundError, RegistryError
+from mii_hpc.errors import ConfigError, DeploymentNotFoundError, RegistryError
 from mii_hpc.gateway.app import Gateway
 from mii_hpc.gateway.model import ServedModel
 from mii_hpc.rpc import transport
@@ -66,14 +67,23 @@ class Server(uvicorn.Server):
         self._on_start = on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where. Raises OSError when the address cannot be had."""
-        await super().startup(sockets)
+        """Listen, and say where. Raises ConfigError when the port cannot be had."""
         if self.config.uds:
+            await super().startup(sockets)
             self._on_start(self.config.uds)
         else:
+            await super().startup([_listening(self.config.host, self.config.port)])
             scheme = "https" if self.config.is_ssl else "http"
             port = self.servers[0].sockets[0].getsockname()[1]
             self._on_start(f"{scheme}://{self.config.host}:{port}")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise ConfigError(f"port={port}: {host} cannot listen there: {why}; 0 takes any free one") from None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 
 LOOPBACK = "127.0.0.1"
@@ -44,6 +45,17 @@ def reserve_port(address: str, port: int = 0) -> socket.socket:
         reserved.close()
         raise OSError(error.errno, f"{address}:{port}: {error.strerror}") from error
     return reserved
+
+
+def private_file(name: str) -> int:
+    """Return the descriptor of an empty file in memory, to be inherited by a child process.
+
+    There is no way to it but through the /proc of processes that have it, which only their user can enter, and it ends
+    with them.
+    """
+    descriptor = os.memfd_create(name, 0)
+    os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def listening_socket(address: str) -> socket.socket:

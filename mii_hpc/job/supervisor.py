@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -27,7 +28,7 @@ from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError
 from mii_hpc.job import liveness
 from mii_hpc.job.liveness import Pulse
-from mii_hpc.job.net import LOOPBACK, listening_socket
+from mii_hpc.job.net import LOOPBACK, listening_socket, private_file
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
 from mii_hpc.job.signals import DRAIN
@@ -192,10 +193,15 @@ class Supervisor:
         await self.stop_engine()
         role, store = self.world.role, None
         store_address = order.store_address
-        host = self.world.me.address if self.world.replica_spans_hosts else LOOPBACK
-        if role.leads:
-            store = listening_socket(host)
-            store_address = f"{host}:{store.getsockname()[1]}"
+        spans_hosts = self.world.replica_spans_hosts
+        host = self.world.me.address if spans_hosts else LOOPBACK
+        if role.leads and spans_hosts:
+            listening = listening_socket(host)
+            store_address = f"{host}:{listening.getsockname()[1]}"
+            store = listening.detach()
+        elif role.leads:
+            store = private_file("store")
+            store_address = f"/proc/self/fd/{store}"
         spec = {
             "rank": role.replica_rank,
             "world_size": role.tensor_parallel,
@@ -204,18 +210,18 @@ class Supervisor:
             "replica_local_size": len(self.world.replica_on_this_host),
             "host": host,
             "store_address": store_address,
-            "store_fd": store.fileno() if store is not None else None,
+            "store_fd": store,
         }
         try:
             self.engine = await self.spawn_engine(spec, self.world.me.address if self.world.spans_hosts else LOOPBACK)
         finally:
             if store is not None:
-                store.close()  # the child has its own copy
+                os.close(store)  # the child has its own copy
         log.info("engine %d started, process %d", order.epoch, self.engine.pid)
         self._tell(
             engine=pb.STARTING,
             epoch=order.epoch,
-            store_address=store_address,
+            store_address=store_address.replace("/proc/self/", f"/proc/{self.engine.pid}/"),
             address="",
             detail="the engine starts",
             log="",

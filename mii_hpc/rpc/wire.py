@@ -132,7 +132,10 @@ def parse_request(payload: bytes) -> pb.GenerateRequest:
 def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
     """Return the request in a message. Raises InvalidRequestError when an option is out of its range."""
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
-    return GenerationRequest(message.id, prompt, unpack_params(message), get_resume(message), message.admitted)
+    role, _, address = message.caller.partition(" ")
+    return GenerationRequest(
+        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role, address)
+    )
 
 
 def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:

@@ -1,5 +1,6 @@
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -37,3 +38,13 @@ def test_it_answers_until_it_is_told_to_end(run, chat, tmp_path, by):
         face.send_signal(signal.SIGINT)
         assert eventually(lambda: face.poll() is not None)
     assert face.returncode in (0, 130, -signal.SIGINT)
+
+
+def test_a_port_that_is_taken_is_one_sentence(run, chat):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = run("gateway", "chat", "--port", port)
+    assert (ran.status, ran.errors) == (
+        2,
+        f"mii-hpc: port={port}: 127.0.0.1 cannot listen there: Address already in use; 0 takes any free one\n",
+    )

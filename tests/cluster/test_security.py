@@ -144,6 +144,24 @@ def test_second_user_gets_nowhere(cluster, second_user, sharded, home):
     assert str(sharded(PROMPT, max_new_tokens=1)[0]) is not None
 
 
+def test_the_ranks_of_a_replica_meet_where_nobody_else_can(cluster, second_user, sharded):
+    """Their store is a file in memory, to which there is no way but through the processes that have it."""
+    engines = [pid for pid in processes_of(cluster, run_dir_of(sharded)) if b"engine_process" in cmdline(pid)]
+    stores = {
+        str(descriptor): descriptor.stat()
+        for pid in engines
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir()
+        if str(descriptor.readlink()).startswith("/memfd:store")
+    }
+    assert len(engines) == 4 and len(stores) == 2, "each leader has one"
+    assert {(status.st_mode & 0o777, status.st_uid) for status in stores.values()} == {(0o600, os.geteuid())}
+    assert all(status.st_size for status in stores.values()), "the ranks have met there"
+    node = sharded.status().host
+    assert set(stranger(cluster, node, second_user, {"knock": [], "read": list(stores)})["read"].values()) == {
+        "PermissionError"
+    }
+
+
 def test_ports_of_a_replica_on_one_host_are_on_loopback(cluster, sharded):
     for node, found in ports_of_the_job(cluster).items():
         own = [address for address in found if not address.startswith("127.0.0.1:")]

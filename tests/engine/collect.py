@@ -8,7 +8,7 @@ from typing import Any, Self
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
-from mii_hpc.generation import GenerationRequest, Prompt, Response, ResumedAnswer
+from mii_hpc.generation import OWNER, Caller, GenerationRequest, Prompt, Response, ResumedAnswer
 from tests.waiting import PATIENCE, eventually
 
 attention = "auto"
@@ -82,12 +82,13 @@ def submit(
     id: str | None = None,
     resume: tuple[ResumedAnswer, ...] = (),
     admitted: bool = False,
+    caller: Caller = (OWNER, ""),
     **options: Any,
 ) -> Collected:
     params = GenerateParamsConfig(**options)
     ended = sum(answer.ended for answer in resume)
     collected = Collected(id or f"r{next(_ids)}", params.num_return_sequences - ended)
-    engine.submit(GenerationRequest(collected.id, prompt, params, resume, admitted), collected)
+    engine.submit(GenerationRequest(collected.id, prompt, params, resume, admitted, caller), collected)
     return collected
 
 

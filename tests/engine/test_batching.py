@@ -10,11 +10,12 @@ pytest.importorskip("torch")
 from mii_hpc.engine import batching
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError
+from mii_hpc.generation import GUEST
 from tests.engine.collect import drained, make, running, submit
 from tests.engine.late import know_tokens_late
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
 from tests.models import CONTEXT, replace_tokenizer_by_sentencepiece, tiny_model
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, eventually, until
 
 pytestmark = pytest.mark.engine
 SMALL = {"max_batch_size": 8, "max_batch_tokens": 40, "page_size": 8}
@@ -240,6 +241,20 @@ def test_the_queue_has_a_bound(folder):
         assert refused
         for answer in admitted:
             assert len(answer.wait().token_ids()) == 20
+
+
+def test_the_owner_gets_in_whatever_guests_have_in_hand(tmp_path):
+    folder = str(tiny_model(tmp_path / "model", max_position_embeddings=2**14))
+    config = {**SMALL, "max_batch_size": 2, "queue_bound": 8}
+    guest = {"caller": (GUEST, "ipv4:192.0.2.1:5"), "max_new_tokens": 10**6, "ignore_eos": True}
+    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
+        hogs = [submit(engine, "a", **guest) for _ in range(2)]
+        eventually(lambda: engine.stats().running == 2)
+        hogs += [submit(engine, "a", **guest) for _ in range(4)]
+        with pytest.raises(QueueFullError, match="4 requests are waiting"):
+            submit(engine, "a", **guest)
+        assert len(submit(engine, "a", max_new_tokens=5, ignore_eos=True).wait().token_ids()) == 5
+        assert not any(hog.done.is_set() for hog in hogs), "he has waited for none of them"
 
 
 async def test_the_queue_has_a_bound_through_client_and_balancer(deploy, tmp_path):

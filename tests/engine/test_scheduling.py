@@ -25,6 +25,7 @@ class Answer:
     slot: int | None = None
     scores: bool = False
     drawn: int = 0
+    caller: tuple = ("owner", "")
 
 
 class Machine:
@@ -42,8 +43,8 @@ class Machine:
         self.begun = deque()
         self.slots = {}
 
-    def add(self, tokens, limit=1):
-        answer = Answer(list(tokens), len(tokens) + limit, limit)
+    def add(self, tokens, limit=1, caller=("owner", "")):
+        answer = Answer(list(tokens), len(tokens) + limit, limit, caller=caller)
         self.answers.add(answer)
         self.scheduler.add(answer)
         return answer
@@ -218,6 +219,49 @@ def test_what_is_not_finite_is_computed_anew_and_by_each_alone():
     assert all(answer.drawn == 9 for answer in good)
 
 
+OWNER, GUEST = ("owner", "a"), ("guest", "b")
+
+
+def test_a_caller_s_thousand_do_not_make_another_s_one_wait():
+    """Neither for a place in the batch nor for blocks, however many wait and however long those are that run."""
+    for blocks in (400, 9):
+        machine = Machine(num_blocks=blocks, max_batch_size=4)
+        hogs = [machine.add([number, 1, 2], limit=25, caller=GUEST) for number in range(1000)]
+        for _ in range(5):
+            machine.step()
+        one = machine.add([7, 7], limit=3, caller=OWNER)
+        for _ in range(12):
+            machine.step()
+        assert one.drawn == 3
+        for hog in hogs[8:]:
+            machine.drop(hog)
+        machine.finish()
+        assert [hog.drawn for hog in hogs[:8]] == [25] * 8
+
+
+def test_callers_share_the_batch_alike_and_so_do_the_roles():
+    machine = Machine(max_batch_size=4, num_blocks=200)
+    callers = [("guest", "b"), ("guest", "c"), ("owner", "a")]
+    answers = [machine.add([number, 3], limit=30, caller=callers[0]) for number in range(20)]
+    for _ in range(3):
+        machine.step()
+    answers += [machine.add([number, 3], limit=30, caller=caller) for caller in callers[1:] for number in range(20, 24)]
+    for _ in range(6):
+        machine.step()
+    assert sorted(answer.caller for answer in answers if answer.slot is not None) == sorted([*callers, callers[2]])
+    for answer in answers:
+        if answer in machine.answers:
+            machine.drop(answer)
+
+
+def test_alone_a_caller_has_everything_in_the_order_of_arrival():
+    machine = Machine(max_batch_size=4)
+    answers = [machine.add([number], limit=5) for number in range(8)]
+    machine.step()
+    assert [answer.slot is not None for answer in answers] == [True] * 4 + [False] * 4
+    machine.finish()
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_ever_reads_what_is_not_his(seed, lag):
@@ -237,7 +281,7 @@ def test_nobody_ever_reads_what_is_not_his(seed, lag):
             ]
             if draw.random() < 0.1:
                 tokens.insert(draw.randrange(len(tokens)), BAD)
-            machine.add(tokens, limit=draw.randrange(1, 14))
+            machine.add(tokens, limit=draw.randrange(1, 14), caller=(draw.choice("ab"), draw.choice("cd")))
         if machine.answers and draw.random() < 0.05:
             machine.drop(draw.choice(sorted(machine.answers, key=id)))
             machine.check()

@@ -1,14 +1,17 @@
 """What runs at a gateway goes on when what serves it is lost: OpenAI's clients see whole answers, and nothing twice."""
 
 import asyncio
+import threading
 
 import pytest
 from openai import AsyncOpenAI
 
+from mii_hpc.engine.echo import EchoEngine
 from tests.waiting import until
 
 WORDS = "to be or not that is the question"
 TOKENS = 60
+HELD = 5
 WHOLE = "".join(f"{WORDS.split()[number % 8]} " for number in range(TOKENS))
 CHAT = "".join(f"{['user:', *WORDS.split()][number % 9]} " for number in range(TOKENS))
 
@@ -55,9 +58,23 @@ async def whole(api, pieces):
     assert answer.usage.completion_tokens == TOKENS
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """An event for which all answers wait once they have a few tokens."""
+    gate = threading.Event()
+    generate = EchoEngine._generate
+
+    def generate_a_few(engine, echo):
+        if gate.is_set() or min(answer.generated for answer in echo.answers) < HELD:
+            generate(engine, echo)
+
+    monkeypatch.setattr(EchoEngine, "_generate", generate_a_few)
+    return gate
+
+
 @pytest.mark.parametrize("losses", [("replica",), ("balancer",), ("replica", "balancer")], ids="+".join)
-async def test_six_clients_do_not_notice(start, losses):
-    face = start(replica_num=2, echo_delay=0.02)
+async def test_six_clients_do_not_notice(start, held, losses):
+    face = start(replica_num=2, echo_delay=0.002)
     deployment = face.threaded.deployment
     async with AsyncOpenAI(base_url=f"{face.url}/v1", api_key=face.token, max_retries=0) as api:
         pieces = [[] for _ in range(6)]
@@ -66,11 +83,13 @@ async def test_six_clients_do_not_notice(start, losses):
         await until(lambda: sum(load.running for load in deployment.stats()) == 6 and all(pieces[:4]))
         for lost in losses:
             await asyncio.to_thread(face.threaded.do, lose(deployment, lost))
+        held.set()
         await asyncio.gather(*running)
         answer = await api.completions.create(model="chat", prompt="still there", max_tokens=2)
     assert answer.choices[0].text == "still there "
     with face.http() as http:
         assert http.get("/health").status_code == 200
+    await until(lambda: [each.state for each in deployment.balancer.membership.replicas] == ["ready", "ready"])
 
 
 async def lose(deployment, what):

@@ -219,17 +219,17 @@ async def test_a_full_queue_is_429_and_is_tried_again(start):
     face = start(queue_bound=1, max_batch_size=1, echo_delay=0.02)
     engine = face.threaded.deployment
     async with AsyncOpenAI(base_url=f"{face.url}/v1", api_key=face.token, max_retries=20) as api:
-        running = asyncio.create_task(api.completions.create(model="chat", prompt="a", max_tokens=100))
+        running = asyncio.create_task(api.completions.create(model="chat", prompt="a", max_tokens=10**6))
         await until(lambda: engine.stats()[0].running == 1)
         waiting = asyncio.create_task(api.completions.create(model="chat", prompt="a", max_tokens=1))
         await until(lambda: engine.stats()[0].waiting == 1)
         with pytest.raises(RateLimitError) as refused:
             await api.with_options(max_retries=0).completions.create(model="chat", prompt="a")
         assert refused.value.response.headers["retry-after"] == "1"
-        patient = await api.completions.create(model="chat", prompt="b", max_tokens=1)
-        assert patient.choices[0].text == "b "
-        await running
-        await waiting
+        patient = asyncio.create_task(api.completions.create(model="chat", prompt="b", max_tokens=1))
+        running.cancel()
+        assert (await waiting).choices[0].text == "a "
+        assert (await patient).choices[0].text == "b "
 
 
 def test_a_deployment_that_is_gone_is_503(face, api):

@@ -40,6 +40,7 @@ from mii_hpc.engine.model.sharding import SHARDINGS, load_shard, shard
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.errors import ConfigError
+from mii_hpc.generation import OWNER, Caller
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class _Sequence:
     registered: int = 0
     slot: int | None = None
     scores: bool = False
+    caller: Caller = (OWNER, "")
 
 
 @dataclass(frozen=True)

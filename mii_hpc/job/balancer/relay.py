@@ -22,7 +22,7 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import Received, Response, joined, new_seed
+from mii_hpc.generation import GUEST, OWNER, Received, Response, joined, new_seed
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.balancer.router import Router
@@ -105,7 +105,9 @@ class Relay:
             raise self._located(error, replica) from None
         self.resumed[replica.index] += request.is_resumed
         await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
-        if self._is_guest(transport.token_of(context.invocation_metadata())):
+        is_guest = self._is_guest(transport.token_of(context.invocation_metadata()))
+        request.ask_for(GUEST if is_guest else OWNER, context.peer())
+        if is_guest:
             self._of_guests.add(request)
         try:
             while True:
@@ -275,6 +277,10 @@ class _Request:
         self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()
         self.call: grpc.aio.UnaryStreamCall[bytes, bytes] | None = None
+
+    def ask_for(self, role: str, address: str) -> None:
+        """Tell replicas for whom this is."""
+        self._message.caller = f"{role} {address}"
 
     @property
     def payload(self) -> bytes:

@@ -201,3 +201,20 @@ async def test_two_rotations_at_once_leave_the_tokens_that_are_in_the_files(depl
         token, identity = (path.read_text() for path in files)
         assert access.admits(Method.STATUS, token)
         assert credentials.certificate_of(identity.encode()) in access.certificates
+
+
+async def test_replicas_are_told_who_asks(deploy, monkeypatch):
+    """And not by whoever asks."""
+    deployment = await deploy(replica_num=1, share=SHARED)
+    engine, callers = deployment.ranks[0].engine.engine, []
+    submit = engine.submit
+
+    def note(request, deliver):
+        callers.append(request.caller)
+        submit(request, deliver)
+
+    monkeypatch.setattr(engine, "submit", note)
+    await deployment.client().generate("x")
+    await deployment.guest().generate("x")
+    assert [role for role, _ in callers] == ["owner", "guest"]
+    assert all(address.startswith("ipv4:127.0.0.1:") for _, address in callers)
