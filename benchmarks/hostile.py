@@ -70,15 +70,32 @@ def fuzzed(rng: random.Random) -> bytes:
     kind = rng.randrange(5)
     if kind == 0:
         return rng.randbytes(rng.randrange(300))
-    message = odd(rng).SerializeToString()
-    if kind == 1 and message:
+    request = odd(rng).SerializeToString()
+    if kind == 1:
+        return damaged(rng, odd_frame(rng, request).SerializeToString())
+    if kind == 2:
+        return odd_frame(rng, damaged(rng, request)).SerializeToString()
+    return request if kind == 3 else odd_frame(rng, request).SerializeToString()
+
+
+def damaged(rng: random.Random, message: bytes) -> bytes:
+    """Return a message with some bytes changed, or two beginnings of it."""
+    if rng.random() < 0.5 and message:
         changed = bytearray(message)
         for _ in range(rng.randint(1, 8)):
             changed[rng.randrange(len(changed))] = rng.randrange(256)
         return bytes(changed)
-    if kind == 2:
-        return message[: rng.randrange(len(message) + 1)] + message[: rng.randrange(len(message) + 1)]
-    return message
+    return message[: rng.randrange(len(message) + 1)] + message[: rng.randrange(len(message) + 1)]
+
+
+def odd_frame(rng: random.Random, request: bytes) -> pb.RequestFrame:
+    """Return a frame with a request, once or more, that says of it what nobody means."""
+    frame = pb.RequestFrame(cancelled=rng.choices(INTEGERS, k=rng.randrange(3)))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        position = rng.choice((*TEXTS, "batch/0/2", f"{'b' * 10_000}/0/2", f"batch/{'9' * 5000}/2"))
+        number, timeout = rng.choice(INTEGERS), rng.choice(FLOATS)
+        frame.requests.add(number=number, request=request, timeout=timeout, position=position)
+    return frame
 
 
 def odd(rng: random.Random) -> pb.GenerateRequest:
@@ -99,7 +116,7 @@ def odd(rng: random.Random) -> pb.GenerateRequest:
     for _ in range(rng.choice((0, 0, 0, 1, 2, 5))):
         tokens = rng.choices(INTEGERS, k=rng.randrange(5))
         message.resume.add(token_ids=tokens, characters=rng.choice(INTEGERS), ended=rng.random() < 0.3)
-    message.report, message.admitted = rng.random() < 0.5, rng.random() < 0.5
+    message.admitted, message.caller = rng.random() < 0.5, rng.choice(TEXTS)
     return message
 
 
@@ -382,11 +399,12 @@ def at_worst(target: Target, ask: Callable[[grpc.aio.Channel, tuple[tuple[str, s
 
 def request(**fields: Any) -> Callable[[grpc.aio.Channel, tuple[tuple[str, str], ...]], Any]:
     """Return a way to ask for one answer and to read it to its end."""
-    message = pb.GenerateRequest(id="worst", **fields).SerializeToString()
+    message = pb.NumberedRequest(request=pb.GenerateRequest(id="worst", **fields).SerializeToString())
+    frame = pb.RequestFrame(requests=[message]).SerializeToString()
 
     async def ask(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
         call: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(Method.GENERATE)
-        async for _ in call(message, metadata=metadata):
+        async for _ in call(frame, metadata=metadata):
             pass
 
     return ask

@@ -16,15 +16,60 @@ DOWN: EngineState
 STARTING: EngineState
 READY: EngineState
 
+class RequestFrame(_message.Message):
+    __slots__ = ("requests", "cancelled")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[NumberedRequest]
+    cancelled: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, requests: _Optional[_Iterable[_Union[NumberedRequest, _Mapping]]] = ..., cancelled: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class NumberedRequest(_message.Message):
+    __slots__ = ("number", "request", "timeout", "position")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    request: bytes
+    timeout: float
+    position: str
+    def __init__(self, number: _Optional[int] = ..., request: _Optional[bytes] = ..., timeout: _Optional[float] = ..., position: _Optional[str] = ...) -> None: ...
+
+class AnswerFrame(_message.Message):
+    __slots__ = ("pieces",)
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
+    def __init__(self, pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ...) -> None: ...
+
+class Piece(_message.Message):
+    __slots__ = ("number", "chunk", "ends", "failure")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    chunk: bytes
+    ends: bool
+    failure: Failure
+    def __init__(self, number: _Optional[int] = ..., chunk: _Optional[bytes] = ..., ends: _Optional[bool] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("message", "named")
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    NAMED_FIELD_NUMBER: _ClassVar[int]
+    message: str
+    named: str
+    def __init__(self, message: _Optional[str] = ..., named: _Optional[str] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "report", "admitted", "caller")
+    __slots__ = ("id", "prompt", "params", "prompt_ids", "chat", "resume", "admitted", "caller")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
-    REPORT_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
     id: str
@@ -33,10 +78,9 @@ class GenerateRequest(_message.Message):
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     chat: str
     resume: _containers.RepeatedCompositeFieldContainer[ResumedAnswer]
-    report: bool
     admitted: bool
     caller: str
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., report: _Optional[bool] = ..., admitted: _Optional[bool] = ..., caller: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[str] = ..., params: _Optional[_Union[GenerateParams, _Mapping]] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., chat: _Optional[str] = ..., resume: _Optional[_Iterable[_Union[ResumedAnswer, _Mapping]]] = ..., admitted: _Optional[bool] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class ResumedAnswer(_message.Message):
     __slots__ = ("token_ids", "characters", "ended")
@@ -159,7 +203,7 @@ class GenerateChunk(_message.Message):
     PROMPT_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
-    text: str
+    text: _containers.RepeatedScalarFieldContainer[str]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     index: int
@@ -171,7 +215,7 @@ class GenerateChunk(_message.Message):
     prompt_top_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
     replica: int
     migrations: int
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., generated_length: _Optional[int] = ..., finish_reason: _Optional[str] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., prompt_top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., replica: _Optional[int] = ..., migrations: _Optional[int] = ...) -> None: ...
+    def __init__(self, text: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., index: _Optional[int] = ..., prompt_length: _Optional[int] = ..., generated_length: _Optional[int] = ..., finish_reason: _Optional[str] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., prompt_top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., replica: _Optional[int] = ..., migrations: _Optional[int] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ()

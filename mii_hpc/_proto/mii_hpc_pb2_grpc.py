@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Served by the leader of every replica, and by the balancer, which passes the bytes on without reading them.
+    """Served by the leader of every replica to the balancer, and by the balancer to clients.
     """
 
     def __init__(self, channel):
@@ -35,10 +35,10 @@ class InferenceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/mii_hpc.v1.Inference/Generate',
-                request_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateChunk.FromString,
+                request_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.RequestFrame.SerializeToString,
+                response_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.AnswerFrame.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/mii_hpc.v1.Inference/Tokenize',
@@ -53,11 +53,12 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Served by the leader of every replica, and by the balancer, which passes the bytes on without reading them.
+    """Served by the leader of every replica to the balancer, and by the balancer to clients.
     """
 
-    def Generate(self, request, context):
-        """One prompt; its answer in pieces. The balancer names the replica in the initial metadata "mii-replica".
+    def Generate(self, request_iterator, context):
+        """All requests of one caller as they come, and their answers as they are made. The stream of who closes his side ends
+        with the last answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,10 +81,10 @@ class InferenceServicer:
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateRequest.FromString,
-                    response_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateChunk.SerializeToString,
+                    request_deserializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.RequestFrame.FromString,
+                    response_serializer=mii__hpc_dot___proto_dot_mii__hpc__pb2.AnswerFrame.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -104,11 +105,11 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Served by the leader of every replica, and by the balancer, which passes the bytes on without reading them.
+    """Served by the leader of every replica to the balancer, and by the balancer to clients.
     """
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -118,12 +119,12 @@ class Inference:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/mii_hpc.v1.Inference/Generate',
-            mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateRequest.SerializeToString,
-            mii__hpc_dot___proto_dot_mii__hpc__pb2.GenerateChunk.FromString,
+            mii__hpc_dot___proto_dot_mii__hpc__pb2.RequestFrame.SerializeToString,
+            mii__hpc_dot___proto_dot_mii__hpc__pb2.AnswerFrame.FromString,
             options,
             channel_credentials,
             insecure,

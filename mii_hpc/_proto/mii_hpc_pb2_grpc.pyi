@@ -15,26 +15,30 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceStub:
-    """Served by the leader of every replica, and by the balancer, which passes the bytes on without reading them."""
+    """Served by the leader of every replica to the balancer, and by the balancer to clients."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Generate: _aio.UnaryStreamMultiCallable[_mii_hpc_pb2.GenerateRequest, _mii_hpc_pb2.GenerateChunk]
-    """One prompt; its answer in pieces. The balancer names the replica in the initial metadata "mii-replica"."""
+    Generate: _aio.StreamStreamMultiCallable[_mii_hpc_pb2.RequestFrame, _mii_hpc_pb2.AnswerFrame]
+    """All requests of one caller as they come, and their answers as they are made. The stream of who closes his side ends
+    with the last answer.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_mii_hpc_pb2.TokenizeRequest, _mii_hpc_pb2.TokenizeResponse]
     """From a prompt to its token ids, and back to text."""
     Describe: _aio.UnaryUnaryMultiCallable[_mii_hpc_pb2.DescribeRequest, _mii_hpc_pb2.DescribeResponse]
     """What is served."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by the leader of every replica, and by the balancer, which passes the bytes on without reading them."""
+    """Served by the leader of every replica to the balancer, and by the balancer to clients."""
 
     @_abc_1.abstractmethod
     def Generate(
         self,
-        request: _mii_hpc_pb2.GenerateRequest,
-        context: _aio.ServicerContext[_mii_hpc_pb2.GenerateRequest, _abc.AsyncIterator[_mii_hpc_pb2.GenerateChunk]],
-    ) -> _abc.AsyncIterator[_mii_hpc_pb2.GenerateChunk]:
-        """One prompt; its answer in pieces. The balancer names the replica in the initial metadata "mii-replica"."""
+        request_iterator: _abc.AsyncIterator[_mii_hpc_pb2.RequestFrame],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_mii_hpc_pb2.RequestFrame], _abc.AsyncIterator[_mii_hpc_pb2.AnswerFrame]],
+    ) -> _abc.AsyncIterator[_mii_hpc_pb2.AnswerFrame]:
+        """All requests of one caller as they come, and their answers as they are made. The stream of who closes his side ends
+        with the last answer.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

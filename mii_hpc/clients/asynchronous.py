@@ -9,7 +9,6 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
@@ -23,6 +22,7 @@ from mii_hpc.deployments.lookup import Found, Home, OwnHome, free_name
 from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import (
+    AuthenticationError,
     ConfigError,
     DeploymentError,
     DeploymentNotFoundError,
@@ -50,6 +50,7 @@ from mii_hpc.generation import (
     new_seed,
 )
 from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.frames import ClosedError, LostError, Metadata, RequestStream
 
 CONNECT_SECONDS = (1.0, 3.0, 3.0, 3.0)
 """How long a client waits for a connection, between the times that it asks whether the job still runs."""
@@ -74,9 +75,6 @@ FOLLOW_SECONDS = 0.3
 Retry = Literal["resume"] | None
 """What becomes of a request whose balancer is lost: it goes on where that comes back, or it raises the error."""
 
-Metadata = tuple[tuple[str, str], ...] | None
-"""What shows a token; None where it is to be read anew."""
-
 CLOSED = "the client was closed before the answer was complete"
 
 Request = TypeVar("Request")
@@ -99,7 +97,8 @@ class AsyncMIIClient:
         self._home = home or OwnHome(mii_config.home)
         self._connection: transport.Connection | None = None
         self._target = ("", b"", b"")  # address, certificate and identity that the connection is for
-        self._metadata: Metadata = None
+        self._metadata: Metadata | None = None
+        self._stream: RequestStream | None = None
         self._connecting: asyncio.Task[transport.Connection] | None = None
         self._failure: tuple[float, MIIError] = (-REMEMBERED_SECONDS, MIIError())
         """When a connection has last failed, and why."""
@@ -241,6 +240,8 @@ class AsyncMIIClient:
         """Close the connection. The deployment goes on; calls that run raise RequestCancelledError."""
         if self._connecting is not None:
             self._connecting.cancel()
+        if self._stream is not None:
+            self._stream.close()
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.channel.close()
@@ -258,7 +259,7 @@ class AsyncMIIClient:
         batch = uuid.uuid4().hex
 
         async def one(prompt: Prompt, index: int = 0) -> list[Response]:
-            position = wire.BatchPosition(batch, index, len(prompts))
+            position = str(wire.BatchPosition(batch, index, len(prompts)))
             async with (
                 self._by(deadline),
                 room,
@@ -287,7 +288,7 @@ class AsyncMIIClient:
         params: GenerateParamsConfig,
         deadline: _Deadline,
         retry: Retry,
-        position: wire.BatchPosition | None = None,
+        position: str = "",
     ) -> AsyncGenerator[Response]:
         """Yield the pieces of a request's answers; when the balancer is lost, go on where it comes back."""
         if retry not in ("resume", None):
@@ -295,7 +296,6 @@ class AsyncMIIClient:
         if retry and params.seed is None:  # what is drawn after an interruption must go on with what was drawn before
             params = params.model_copy(update={"seed": new_seed()})
         message = wire.pack_request(GenerationRequest(uuid.uuid4().hex, prompt, params))
-        message.report = retry is not None
         received = Received(params.num_return_sequences)
         moved = latest = 0
         lost_at: float | None = None
@@ -305,9 +305,11 @@ class AsyncMIIClient:
                     async for piece in pieces:
                         received.take(piece)
                         lost_at = None
-                        latest = moved + piece.migrations
-                        yield replace(piece, migrations=latest)
+                        latest = piece.migrations = moved + piece.migrations
+                        yield piece
                 return
+            except _TokenReplacedError:
+                continue
             except _BalancerLostError as lost:
                 if received.ended:
                     return
@@ -322,53 +324,65 @@ class AsyncMIIClient:
             wire.set_resume(message, received.resume)
 
     async def _attempt(
-        self,
-        message: pb.GenerateRequest,
-        received: Received,
-        deadline: _Deadline,
-        position: wire.BatchPosition | None,
+        self, message: pb.GenerateRequest, received: Received, deadline: _Deadline, position: str
     ) -> AsyncGenerator[Response]:
-        """Send a request and yield what comes of it. Raises _BalancerLostError when connection or call breaks."""
-        placed = ((wire.POSITION_KEY, str(position)),) if position is not None else ()
+        """Send a request and yield what comes of it; pieces that gather while the caller is busy come joined.
 
-        async def begin() -> tuple[transport.Connection, Metadata, grpc.aio.UnaryStreamCall[Any, pb.GenerateChunk]]:
-            async with self._by(deadline):
-                connection = await self._connected()
-            shown = self._metadata
-            metadata = (*(shown or ()), *placed)
-            return connection, shown, connection.inference.Generate(message, timeout=deadline.left, metadata=metadata)
-
-        connection, shown, call = await begin()
+        Raises _BalancerLostError when connection or stream breaks, _TokenReplacedError where there is another token.
+        """
+        async with self._by(deadline):
+            connection = await self._connected()
         replica: int | None = None
+        gathered: list[bytes] = []
+        arrived = asyncio.Event()
+
+        def take(chunk: bytes) -> None:
+            gathered.append(chunk)
+            arrived.set()
+
+        stream = self._stream_on(connection)
         try:
-            served_by = dict(await call.initial_metadata())
-            while wire.REPLICA_KEY not in served_by and self._has_new_token(await call.code(), shown):
-                connection, shown, call = await begin()
-                served_by = dict(await call.initial_metadata())
-            if wire.REPLICA_KEY in served_by:  # else it was refused before a replica was chosen
-                replica = int(served_by[wire.REPLICA_KEY])
-            async for chunk in call:
-                yield wire.unpack_response(chunk, replica or 0)
-        except grpc.aio.AioRpcError as failure:
-            if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise self._located(deadline.passed(), replica) from None
-            if wire.is_cancelled(failure):
-                raise self._located(RequestCancelledError(CLOSED), replica) from None
-            error = self._failed(failure, connection, replica)
-            if wire.is_lost(failure) or wire.is_interrupted(failure) or self._has_moved(error, connection):
-                raise _BalancerLostError(error) from None
-            raise error from None
-        except asyncio.CancelledError:
-            if transport.is_being_cancelled():
-                raise
+            asking = stream.request(message.SerializeToString(), take, timeout=deadline.left, position=position)
+            with asking as ended:
+                ended.add_done_callback(lambda _: arrived.set())
+                while gathered or not ended.done():
+                    async with self._by(deadline):
+                        await arrived.wait()
+                    arrived.clear()
+                    pieces = [wire.unpack_response(chunk) for chunk in gathered]
+                    gathered.clear()
+                    for piece in joined(pieces) if len(pieces) > 1 else pieces:
+                        replica = piece.replica
+                        yield piece
+                ended.result()
+        except ClosedError:
             raise self._located(RequestCancelledError(CLOSED), replica) from None
-        except grpc.aio.UsageError:  # closed between two awaits
-            raise self._located(RequestCancelledError(CLOSED), replica) from None
-        finally:
-            call.cancel()
+        except LostError as lost:
+            raise self._interrupted(lost, connection, stream.metadata, replica) from None
+        except AuthenticationError as error:
+            if self._has_new_token(stream.metadata):
+                raise _TokenReplacedError from None
+            raise self._located(error, replica) from None
+        except RequestTimeoutError:
+            raise self._located(deadline.passed(), replica) from None
+        except MIIError as error:
+            located = self._located(error, replica)
+            raise (_BalancerLostError(located) if self._has_moved(error, connection) else located) from None
         if not received.ended:
             cut = RequestError("the answer was cut short: the stream ended before its last piece")
             raise self._located(cut, replica)
+
+    def _stream_on(self, connection: transport.Connection) -> RequestStream:
+        """Return the stream of all requests; another once it has ended, or there is a new token or connection."""
+        assert self._metadata is not None
+        stream = self._stream
+        if (
+            stream is None
+            or stream.has_ended
+            or (stream.method, stream.metadata) != (connection.generate, self._metadata)
+        ):
+            stream = self._stream = RequestStream(connection.generate, self._metadata, transport.IDLE_SECONDS)
+        return stream
 
     async def _follow(self, deadline: _Deadline, until: float) -> None:
         """Return once the balancer is connected again, wherever it is; raise why not when that takes too long."""
@@ -397,7 +411,7 @@ class AsyncMIIClient:
         try:
             return await method(connection)(request, timeout=ANSWER_SECONDS, metadata=shown)
         except grpc.aio.AioRpcError as failure:
-            if self._has_new_token(failure.code(), shown):
+            if failure.code() is grpc.StatusCode.UNAUTHENTICATED and self._has_new_token(shown):
                 return await self._call(method, request, follows)
             if wire.is_interrupted(failure) and not wire.is_cancelled(failure) and attempts > 1:
                 await asyncio.sleep(FOLLOW_SECONDS)
@@ -414,14 +428,23 @@ class AsyncMIIClient:
         await self._follow(_Deadline(None), time.monotonic() + ANSWER_SECONDS)
         return await self._call(method, request)
 
-    def _has_new_token(self, code: grpc.StatusCode, shown: Metadata) -> bool:
-        """Whether a call was refused for showing a token that was rotated; the next one shows the new one."""
-        if code is not grpc.StatusCode.UNAUTHENTICATED:
-            return False
+    def _has_new_token(self, shown: Metadata | None) -> bool:
+        """Whether there is another token than a call has shown; the next call shows that."""
         with contextlib.suppress(RegistryError, DeploymentNotFoundError):
             self._metadata = transport.authorization(self._find().credentials)
             return self._metadata != shown
         return False
+
+    def _interrupted(
+        self, lost: LostError, connection: transport.Connection, shown: Metadata, replica: int | None
+    ) -> Exception:
+        """Return what the end of the stream means to a request: an error, or that it may go on elsewhere."""
+        if lost.failure is None:
+            return _BalancerLostError(self._unavailable("has ended the stream of requests"))
+        if lost.failure.code() is grpc.StatusCode.UNAUTHENTICATED and self._has_new_token(shown):
+            return _TokenReplacedError()
+        error = self._failed(lost.failure, connection, replica)
+        return _BalancerLostError(error) if lost.is_of_connection or wire.is_interrupted(lost.failure) else error
 
     def _failed(
         self, failure: grpc.aio.AioRpcError, connection: transport.Connection, replica: int | None = None
@@ -550,6 +573,10 @@ class _BalancerLostError(Exception):
     def __init__(self, error: MIIError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class _TokenReplacedError(Exception):
+    """The request was refused for a token that was rotated; the next attempt shows the new one."""
 
 
 class _Deadline:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TypeVar
@@ -18,19 +18,20 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.engine.base import Codec, Engine
 from mii_hpc.errors import MIIError, RequestError
-from mii_hpc.generation import GenerationRequest, Received, Response, joined
-from mii_hpc.job.recording import Recorder
-from mii_hpc.rpc import transport, wire
+from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.job.recording import Recorder, Recording
+from mii_hpc.rpc import frames, transport, wire
+from mii_hpc.rpc.frames import ServedRequest
 from mii_hpc.rpc.wire import Context, Method
 
 REPORT_SECONDS = 0.2
-"""How often a request that is no stream says what has come of it."""
+"""How often is sent what has come of a request that is no stream, so that it can go on from there elsewhere."""
 
 T = TypeVar("T")
 
 
 class InferenceService(pb_grpc.EngineServicer):
-    """Answers requests with an engine. Belongs to one event loop."""
+    """Answers requests with an engine. Belongs to the event loop that it is made in."""
 
     def __init__(self, engine: Engine, codec: Codec) -> None:
         self._engine = engine
@@ -38,35 +39,54 @@ class InferenceService(pb_grpc.EngineServicer):
         self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="codec")
         self._numbers = itertools.count()
         self._recorder = Recorder()
+        self._delivered = _Delivered()
+        self._reporting: list[_Answering] = []
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a server answer with this service."""
         transport.add_inference(
             server,
             {
-                Method.GENERATE: grpc.unary_stream_rpc_method_handler(self.generate),
+                Method.GENERATE: grpc.stream_stream_rpc_method_handler(self.generate),
                 Method.TOKENIZE: grpc.unary_unary_rpc_method_handler(self.tokenize),
                 Method.DESCRIBE: grpc.unary_unary_rpc_method_handler(self.describe),
             },
         )
         pb_grpc.add_EngineServicer_to_server(self, server)
 
-    async def generate(self, payload: bytes, context: Context) -> AsyncIterator[bytes]:
-        """Yield the pieces of one answer. When the caller goes away, the engine forgets the request.
+    async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        """Answer all requests of the balancer; what the engine makes of them in one step goes back in one frame."""
+        async with wire.answering(context), aclosing(frames.serve(requests, self._answer)) as answers:
+            async for frame in answers:
+                yield frame
 
-        The request is decoded here, and not by gRPC, so that a bad one fails alone and with our own error.
+    async def _answer(self, asked: ServedRequest) -> None:
+        """Send the pieces of one request's answers. When the caller goes away, the engine forgets the request.
+
+        The request is decoded here, so that a bad one fails alone and with our own error.
         """
+        request = wire.unpack_request(wire.parse_request(asked.payload))
         recording = self._recorder.request()
-        async with wire.answering(context):
-            message = wire.parse_request(payload)
-            request = wire.unpack_request(message)
-            interval = REPORT_SECONDS if message.report and not request.params.stream else 0.0
-            if message.report:
-                request = dataclasses.replace(request, params=request.params.model_copy(update={"stream": True}))
-            async with aclosing(self._pieces(request, interval)) as pieces:
-                async for piece in pieces:
-                    recording.piece(piece)
-                    yield wire.encode_response(piece)
+        # Callers choose their ids without knowing of each other; the engine needs them unique.
+        request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
+        answering = _Answering(asked, request, recording, self._report_later)
+        streamed = dataclasses.replace(request, params=request.params.model_copy(update={"stream": True}))
+        self._engine.submit(streamed, self._delivered.to(answering.take))
+        try:
+            await answering.ended
+        finally:
+            self._engine.cancel(request.id)
+
+    def _report_later(self, answering: _Answering) -> None:
+        """Let a request send what it holds back, together with others that do."""
+        if not self._reporting:
+            asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
+        self._reporting.append(answering)
+
+    def _report(self) -> None:
+        reporting, self._reporting = self._reporting, []
+        for answering in reporting:
+            answering.report()
 
     async def tokenize(self, payload: bytes, context: Context) -> bytes:
         """Return a prompt's tokens."""
@@ -88,46 +108,85 @@ class InferenceService(pb_grpc.EngineServicer):
         async with wire.answering(context):
             return wire.pack_load(self._recorder.added_to(self._engine.stats()))
 
-    async def _pieces(self, request: GenerationRequest, interval: float) -> AsyncGenerator[Response]:
-        """Yield the pieces of a request's answers; but for the first, and the ends, what comes within an interval."""
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Response | Exception] = asyncio.Queue()
+
+class _Answering:
+    """One request that the engine has: sends what comes of it.
+
+    Of a stream every piece, as it comes; else the first, the last, and in between now and then what there is.
+
+    Attributes:
+        ended: done when all answers are complete; raises the error that ends the request.
+    """
+
+    def __init__(
+        self,
+        asked: ServedRequest,
+        request: GenerationRequest,
+        recording: Recording,
+        report_later: Callable[[_Answering], None],
+    ) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked, self._recording, self._report_later = asked, recording, report_later
+        self._is_stream = request.params.stream
+        self._unfinished = request.params.num_return_sequences - sum(answer.ended for answer in request.resume)
+        self._begun: set[int] = set()
+        self._held: list[Response] = []
+
+    def take(self, item: Response | Exception) -> None:
+        """Take what the engine delivers."""
+        if self.ended.done():  # cancelled meanwhile, or failed
+            return
+        if isinstance(item, MIIError):
+            self.ended.set_exception(item)
+        elif isinstance(item, Exception):
+            error = RequestError(f"the engine failed on this request: {item!r}")
+            error.__cause__ = item
+            self.ended.set_exception(error)
+        else:
+            if self._is_stream or item.ended:
+                self._recording.piece(item)
+            self._unfinished -= item.ended
+            self._held.append(item)
+            if self._is_stream or item.ended or item.index not in self._begun:
+                self._begun.add(item.index)
+                self.report()
+            elif len(self._held) == 1:
+                self._report_later(self)
+            if not self._unfinished and not self.ended.done():
+                self.ended.set_result(None)
+
+    def report(self) -> None:
+        """Send what is held back."""
+        held, self._held = self._held, []
+        try:
+            for piece in joined(held) if len(held) > 1 else held:
+                self._asked.send(piece.index, wire.pack_response(piece))
+        except Exception as error:  # noqa: BLE001 (it is too long, or whatever it is: it concerns this request alone)
+            if not self.ended.done():
+                self.ended.set_exception(error)
+
+
+class _Delivered:
+    """What the engine's thread delivers, until the event loop takes all of it at once."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[tuple[Callable[[Response | Exception], None], Response | Exception]] = deque()
+        self._is_noticed = False
+
+    def to(self, take: Callable[[Response | Exception], None]) -> Callable[[Response | Exception], None]:
+        """Return what lets the engine's thread, or any other, deliver items that `take` is to get."""
 
         def deliver(item: Response | Exception) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
+            self._items.append((take, item))
+            if not self._is_noticed:
+                self._is_noticed = True
+                self._loop.call_soon_threadsafe(self._take)
 
-        received = Received(request.params.num_return_sequences, request.resume)
-        # Clients choose their ids without knowing of each other; the engine needs them unique.
-        request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
-        self._engine.submit(request, deliver)
-        try:
-            seconds = 0.0
-            while not received.ended:
-                for piece in joined(await _gathered(arrived, seconds)):
-                    received.take(piece)
-                    yield piece
-                seconds = interval
-        finally:
-            self._engine.cancel(request.id)
+        return deliver
 
-
-async def _gathered(arrived: asyncio.Queue[Response | Exception], seconds: float) -> list[Response]:
-    """Return the next piece, and those that come within so many seconds, but none after an answer's last.
-
-    Pieces that have gathered while the receiver was slow come at once. Raises the error that ends the request.
-    """
-    pieces: list[Response] = []
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(None) as scope:
-            while not (pieces and pieces[-1].ended):
-                item = await arrived.get()
-                if isinstance(item, MIIError):
-                    raise item
-                if isinstance(item, Exception):
-                    raise RequestError(f"the engine failed on this request: {item!r}") from item
-                pieces.append(item)
-                if seconds and len(pieces) == 1:
-                    scope.reschedule(asyncio.get_running_loop().time() + seconds)
-                if not seconds and arrived.empty():
-                    break
-    return pieces
+    def _take(self) -> None:
+        self._is_noticed = False
+        for _ in range(len(self._items)):  # not what comes meanwhile: an engine may be faster than this
+            take, item = self._items.popleft()
+            take(item)

@@ -18,6 +18,8 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 MAX_STREAMS_PER_CONNECTION = 4096
+MAX_BYTES = 2 * MAX_MESSAGE_BYTES
+"""gRPC's limit: a message of the greatest length fits into a frame that has others already."""
 KEEPALIVE_SECONDS = 5
 """A host that does not answer for twice this is gone. A host still answers for a process that is stopped."""
 IDLE_SECONDS = 2
@@ -44,8 +46,8 @@ def open_channel(address: str, credentials: ClientCredentials) -> grpc.aio.Chann
         options=[
             *_KEEPALIVE,
             ("grpc.ssl_target_name_override", TLS_NAME),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_BYTES),
+            ("grpc.max_receive_message_length", MAX_BYTES),
             # Deployments come and go at one address; connections are not shared between them.
             ("grpc.use_local_subchannel_pool", 1),
             # Compute nodes reach each other directly, whatever http_proxy says.
@@ -62,6 +64,7 @@ class Connection:
 
     def __init__(self, address: str, credentials: ClientCredentials) -> None:
         self.channel = open_channel(address, credentials)
+        self.generate: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self.channel.stream_stream(Method.GENERATE)
         self.inference = pb_grpc.InferenceStub(self.channel)
         self.deployment = pb_grpc.DeploymentStub(self.channel)
 
@@ -93,8 +96,8 @@ def create_server(admits: Admits) -> grpc.aio.Server:
             ("grpc.server_handshake_timeout_ms", int(IDLE_SECONDS * 1000)),
             ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
             ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_BYTES),
+            ("grpc.max_receive_message_length", MAX_BYTES),
         ],
     )
 

@@ -20,6 +20,7 @@ from mii_hpc.config import GenerateParamsConfig, validate
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
 from mii_hpc.generation import (
+    OWNER,
     Chat,
     Description,
     GenerationRequest,
@@ -38,14 +39,12 @@ LOCALLY = "Locally cancelled by application!"
 """What gRPC says of a call that was cancelled at this end."""
 MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
+MAX_POSITION = 100
+"""A BatchPosition has no more characters."""
 MAX_WORDS = 600
 """An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
 ERROR_KEY = "mii-error"
 """Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""
-POSITION_KEY = "mii-batch-position"
-"""Metadata of a request: its position among the prompts of one call, as BatchPosition writes it."""
-REPLICA_KEY = "mii-replica"
-"""Initial metadata: the index of the replica that serves the request."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 """The server's side of a call."""
@@ -71,7 +70,7 @@ lost; all others concern the one call. RESOURCE_EXHAUSTED is a message above the
 
 @dataclasses.dataclass(frozen=True)
 class BatchPosition:
-    """The position of a prompt among those of one call. gRPC may deliver calls in another order than they were made."""
+    """The position of a prompt among those of one call."""
 
     batch: str
     """An id of the call, the same for all its prompts."""
@@ -84,6 +83,8 @@ class BatchPosition:
     @classmethod
     def parse(cls, text: str) -> BatchPosition | None:
         """Return the position that a text names, or None when it names none."""
+        if len(text) > MAX_POSITION:
+            return None
         batch, *numbers = text.split("/")
         if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
             return None
@@ -114,11 +115,14 @@ def pack_request(request: GenerationRequest) -> pb.GenerateRequest:
     params = pb.GenerateParams(**request.params.model_dump(exclude_defaults=True))
     message = pb.GenerateRequest(id=request.id, prompt=text, prompt_ids=token_ids, chat=chat, params=params)
     set_resume(message, request.resume)
-    if message.ByteSize() > MAX_MESSAGE_BYTES:
-        raise InvalidRequestError(
-            f"prompt: the request has {message.ByteSize()} bytes; {MAX_MESSAGE_BYTES} are allowed"
-        )
+    check_size(message.ByteSize())
     return message
+
+
+def check_size(size: int) -> None:
+    """Raise InvalidRequestError when a caller's request of so many bytes is too long."""
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(f"prompt: the request has {size} bytes; {MAX_MESSAGE_BYTES} are allowed")
 
 
 def parse_request(payload: bytes) -> pb.GenerateRequest:
@@ -134,7 +138,7 @@ def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
     role, _, address = message.caller.partition(" ")
     return GenerationRequest(
-        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role, address)
+        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role or OWNER, address)
     )
 
 
@@ -194,36 +198,39 @@ def unpack_description(message: pb.DescribeResponse) -> Description:
     return Description(**json.loads(message.description))
 
 
-def pack_response(piece: Response) -> pb.GenerateChunk:
-    """Return the message for a piece of an answer."""
-    return pb.GenerateChunk(
-        text=piece.generated_text,
+def pack_response(piece: Response) -> bytes:
+    """Return the message for a piece of an answer, as an engine made it. Raises InvalidRequestError when it is long."""
+    message = pb.GenerateChunk(
+        text=(piece.generated_text,),
         token_ids=piece.token_ids,
         logprobs=piece.logprobs,
         index=piece.index,
         prompt_length=piece.prompt_length,
         generated_length=piece.generated_length,
-        finish_reason=piece.finish_reason if piece.ended else "",
-        replica=piece.replica,
-        migrations=piece.migrations,
-        top_logprobs=_pack_top(piece.top_logprobs),
         prompt_logprobs=piece.prompt_logprobs,
-        prompt_top_logprobs=_pack_top(piece.prompt_top_logprobs),
     )
+    # One is made for every token: what is seldom there costs nothing.
+    if piece.ended:
+        message.finish_reason = piece.finish_reason
+    if piece.top_logprobs or piece.prompt_top_logprobs:
+        message.top_logprobs.extend(_pack_top(piece.top_logprobs))
+        message.prompt_top_logprobs.extend(_pack_top(piece.prompt_top_logprobs))
+    chunk = message.SerializeToString()
+    if len(chunk) > MAX_MESSAGE_BYTES:
+        raise InvalidRequestError(f"a piece of the answer has {len(chunk)} bytes; {MAX_MESSAGE_BYTES} are allowed")
+    return chunk
 
 
-def encode_response(piece: Response) -> bytes:
-    """Return the message for a piece of an answer as bytes. Raises InvalidRequestError when it is too long."""
-    message = pack_response(piece).SerializeToString()
-    if len(message) > MAX_MESSAGE_BYTES:
-        raise InvalidRequestError(f"a piece of the answer has {len(message)} bytes; {MAX_MESSAGE_BYTES} are allowed")
-    return message
+def pack_server(replica: int, migrations: int) -> bytes:
+    """Return what, behind a piece of an answer, makes it one of that replica's."""
+    return pb.GenerateChunk(replica=replica, migrations=migrations).SerializeToString()
 
 
-def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
-    """Return the piece of an answer in a message, as served by that replica."""
+def unpack_response(chunk: bytes) -> Response:
+    """Return the piece of an answer in a message."""
+    message = pb.GenerateChunk.FromString(chunk)
     return Response(
-        generated_text=message.text,
+        generated_text="".join(message.text),
         token_ids=tuple(message.token_ids),
         logprobs=tuple(message.logprobs),
         top_logprobs=_unpack_top(message.top_logprobs),
@@ -233,7 +240,7 @@ def unpack_response(message: pb.GenerateChunk, replica: int = 0) -> Response:
         prompt_length=message.prompt_length,
         generated_length=message.generated_length,
         finish_reason=GenerationFinishReason(message.finish_reason or "none"),
-        replica=message.replica if message.migrations else replica,
+        replica=message.replica,
         migrations=message.migrations,
     )
 
@@ -257,33 +264,47 @@ async def answering(context: Context) -> AsyncIterator[None]:
     """End a call with the error that is raised within: one of ours as it is, any other as this one request's."""
     try:
         yield
-    except MIIError as error:
-        await abort(context, error)
     except grpc.aio.AbortError:
         raise
-    except Exception as error:  # the boundary: whatever went wrong concerns this call, and nobody else
-        log.exception("a call has failed")
-        await abort(context, errors.RequestError(f"the request has failed: {type(error).__name__}: {error}"))
+    except Exception as error:  # noqa: BLE001 (the boundary: whatever went wrong concerns this call, and nobody else)
+        await abort(context, as_ours(error))
+
+
+def as_ours(error: Exception) -> MIIError:
+    """Return an error as one of ours; one that nobody has foreseen is logged."""
+    if isinstance(error, MIIError):
+        return error
+    log.error("a call has failed", exc_info=error)
+    return errors.RequestError(f"the request has failed: {type(error).__name__}: {error}")
 
 
 async def abort(context: Context, error: MIIError) -> NoReturn:
     """End a call with one of our errors: the client raises the same class with the same message and facts."""
     code = next(_CODES[kind] for kind in (*type(error).__mro__, errors.RequestError) if kind in _CODES)
-    named = {"class": type(error).__name__, "facts": {name: getattr(error, name) for name in error.facts}}
-    message = str(error.args[0] if error.args else "")
-    if len(message) > MAX_WORDS:
-        message = message[:MAX_WORDS] + " ..."
-    await context.abort(code, message, ((ERROR_KEY, json.dumps(named)),))
+    failure = pack_failure(error)
+    await context.abort(code, failure.message, ((ERROR_KEY, failure.named),))
 
 
 def error_of(failure: grpc.aio.AioRpcError) -> MIIError:
     """Return our error for a failed call: the one that the server named, else what gRPC's own status means."""
     message = failure.details() or failure.code().name
-    named = _named(failure)
-    if named is None:
-        return _OF_GRPC.get(failure.code(), errors.RequestError)(f"{message} ({failure.code().name})")
-    kind, facts = named
-    return kind(message, **facts)
+    return _named(failure, message) or _OF_GRPC.get(failure.code(), errors.RequestError)(
+        f"{message} ({failure.code().name})"
+    )
+
+
+def pack_failure(error: MIIError) -> pb.Failure:
+    """Return the message for an error."""
+    named = {"class": type(error).__name__, "facts": {name: getattr(error, name) for name in error.facts}}
+    message = str(error.args[0] if error.args else "")
+    if len(message) > MAX_WORDS:
+        message = message[:MAX_WORDS] + " ..."
+    return pb.Failure(message=message, named=json.dumps(named))
+
+
+def unpack_failure(failure: pb.Failure) -> MIIError:
+    """Return the error in a message."""
+    return _error(failure.message, failure.named) or errors.RequestError(failure.message)
 
 
 def is_lost(failure: grpc.aio.AioRpcError) -> bool:
@@ -338,13 +359,18 @@ def _check_unicode(name: str, text: str) -> None:
         raise InvalidRequestError(f"{name}: not valid Unicode at character {error.start}: {error.reason}") from None
 
 
-def _named(failure: grpc.aio.AioRpcError) -> tuple[type[MIIError], dict[str, Any]] | None:
-    text = next((value for key, value in failure.trailing_metadata() or () if key == ERROR_KEY), None)
+def _named(failure: grpc.aio.AioRpcError, message: str = "") -> MIIError | None:
+    """Return the error that a call's server has named, if it has."""
+    named = next((value for key, value in failure.trailing_metadata() or () if key == ERROR_KEY), "")
+    return _error(message, named)
+
+
+def _error(message: str, named: str | bytes) -> MIIError | None:
     try:
-        named = json.loads(text or "")
-        kind = getattr(errors, named["class"])
+        known = json.loads(named)
+        kind: type[MIIError] = getattr(errors, known["class"])
         if not issubclass(kind, MIIError):
             return None
-        return kind, {name: value for name, value in named["facts"].items() if name in kind.facts}
+        return kind(message, **{name: value for name, value in known["facts"].items() if name in kind.facts})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

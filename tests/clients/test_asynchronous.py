@@ -238,10 +238,10 @@ async def test_without_a_live_replica(deploy):
 
 
 async def test_a_stream_cut_short_is_an_error(deploy, monkeypatch):
-    async def cut(self, payload, context):
-        yield pb.GenerateChunk(text="The answer is not", generated_length=4).SerializeToString()
+    async def cut(self, asked):
+        asked.send(0, pb.GenerateChunk(text=["The answer is not"], generated_length=4).SerializeToString())
 
-    monkeypatch.setattr(InferenceService, "generate", cut)
+    monkeypatch.setattr(InferenceService, "_answer", cut)
     client = (await deploy()).client()
     with pytest.raises(RequestError, match="cut short") as failure:
         await client.generate("x")

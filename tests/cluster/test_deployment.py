@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.generation import joined
 from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.frames import RequestStream
 from mii_hpc.schedulers import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
@@ -198,18 +198,24 @@ def test_poison_fails_alone(cluster, deployment, home):
         "top_k beyond the vocabulary": request(top_k=2**31 - 1, max_new_tokens=2),
     }
 
-    async def send(channel, payload, metadata):
-        call = channel.unary_stream(wire.Method.GENERATE)(payload, timeout=60, metadata=metadata)
+    async def send(stream, payload):
+        chunks = []
         try:
-            return [pb.GenerateChunk.FromString(chunk) async for chunk in call][-1].finish_reason
-        except grpc.aio.AioRpcError as error:
-            return wire.error_of(error)
+            with stream.request(payload, chunks.append, timeout=60) as ended:
+                await ended
+            return wire.unpack_response(b"".join(chunks)).finish_reason
+        except mii.MIIError as error:
+            return error
 
     async def send_all():
         keys = credentials.load_owner(RunDir(entry.run_dir))
-        async with transport.open_channel(entry.address, keys) as channel:
-            payloads = [*poison.values(), *harmless.values()]
-            return await asyncio.gather(*(send(channel, p, transport.authorization(keys)) for p in payloads))
+        connection = transport.Connection(entry.address, keys)
+        stream = RequestStream(connection.generate, transport.authorization(keys))
+        try:
+            return await asyncio.gather(*(send(stream, p) for p in (*poison.values(), *harmless.values())))
+        finally:
+            stream.close()
+            await connection.channel.close()
 
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         running = [threads.submit(deployment, "x", max_new_tokens=200, ignore_eos=True) for _ in range(16)]

@@ -1,11 +1,11 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Chat, Description, GenerationFinishReason, GenerationRequest, Response
+from mii_hpc.generation import Chat, Description, GenerationFinishReason, GenerationRequest, Response, joined
 from mii_hpc.rpc import wire
 
 ALL_SET = GenerateParamsConfig(
@@ -118,11 +118,23 @@ def test_lone_surrogates_are_refused_before_they_travel():
     ],
 )
 def test_pieces_travel(piece):
-    sent = wire.pack_response(piece).SerializeToString()
-    assert asdict(wire.unpack_response(pb.GenerateChunk.FromString(sent))) == asdict(piece)
+    assert asdict(wire.unpack_response(wire.pack_response(piece))) == asdict(piece)
 
 
-@pytest.mark.parametrize("text", ["", "a", "a/1", "a/1/2/3", "a/-1/2", "a/x/2", "a/2/2", "a/²/3"])
+def test_pieces_behind_each_other_are_their_join():
+    """What the relay counts on where it knows nothing of a piece but its bytes."""
+    pieces = [
+        Response("Für ", 3, 1, token_ids=(1,), logprobs=(-0.5,), index=1, prompt_logprobs=(-2.0, -3.0)),
+        Response("", 3, 2, token_ids=(2,), logprobs=(-1.5,), index=1),
+        Response("5 €", 3, 3, GenerationFinishReason.STOP, (3,), (-2.5,), 1),
+    ]
+    chunks = [wire.pack_response(piece) for piece in pieces]
+    both = wire.unpack_response(b"".join(chunks) + wire.pack_server(7, 2))
+    (expected,) = joined(pieces)
+    assert asdict(both) == asdict(replace(expected, replica=7, migrations=2))
+
+
+@pytest.mark.parametrize("text", ["", "a", "a/1", "a/1/2/3", "a/-1/2", "a/x/2", "a/2/2", "a/²/3", "a" * 97 + "/1/2"])
 def test_what_names_no_position_counts_like_any_request(text):
     assert wire.BatchPosition.parse(text) is None
     assert wire.BatchPosition.parse(str(wire.BatchPosition("a", 1, 2))) == wire.BatchPosition("a", 1, 2)

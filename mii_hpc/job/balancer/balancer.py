@@ -67,9 +67,7 @@ class Balancer:
             return False
 
         self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
-        self.relay = Relay(
-            config, self.router, self.ending, on_broken=self.membership.lose, is_guest=self.access.is_guest
-        )
+        self.relay = Relay(config, self.router, self.ending, self.access, on_broken=self.membership.lose)
         self.lifetime = Lifetime(
             run, config, progress, self.ending, self.membership, self.router, succession, self.tasks
         )

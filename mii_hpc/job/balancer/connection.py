@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Self
 
 import grpc.aio
@@ -13,9 +13,11 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.deployments.credentials import ClientCredentials
+from mii_hpc.errors import UnavailableError
 from mii_hpc.generation import GenerationRequest
 from mii_hpc.job.balancer.membership import Replica
 from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc.frames import ClosedError, LostError, RequestStream
 
 LOAD_SECONDS = 2.0
 """A replica's load is left out of the status when the replica does not answer within this time."""
@@ -29,10 +31,12 @@ class ReplicaConnection:
     def __init__(self, index: int, epoch: int, host: str, channel: grpc.aio.Channel, keys: ClientCredentials) -> None:
         self.index, self.epoch, self.host = index, epoch, host
         self._channel = channel
-        self._engine = pb_grpc.EngineStub(channel)  # now: gRPC crashes on one that is made of a closed channel
+        # Now: gRPC crashes on a stub that is made of a closed channel.
+        self._engine = pb_grpc.EngineStub(channel)
+        self._generate: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(wire.Method.GENERATE)
         self._authorization = transport.authorization(keys)
-        self._in_flight: set[grpc.aio.UnaryStreamCall[bytes, bytes]] = set()
-        self._holding: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
+        self._stream: RequestStream | None = None
+        self._is_closed = False
 
     @classmethod
     async def open(cls, replica: Replica, address: str, keys: ClientCredentials) -> Self:
@@ -42,47 +46,33 @@ class ReplicaConnection:
         """
         connection = cls(replica.index, replica.epoch, replica.host, transport.open_channel(address, keys), keys)
         params = GenerateParamsConfig(max_new_tokens=2, do_sample=False, ignore_eos=True)
+        trial = wire.pack_request(GenerationRequest("trial", "Hello", params)).SerializeToString()
         try:
-            call = pb_grpc.InferenceStub(connection._channel).Generate(
-                wire.pack_request(GenerationRequest("trial", "Hello", params)),
-                timeout=TRIAL_SECONDS,
-                metadata=connection._authorization,
-                wait_for_ready=True,
-            )
-            async for _ in call:
-                pass
-            connection._hold()
+            async with asyncio.timeout(TRIAL_SECONDS):
+                await connection._channel.channel_ready()
+                with connection.request(trial, lambda chunk: None) as ended:
+                    await ended
         except BaseException as failure:
             await connection.close()
-            if isinstance(failure, grpc.aio.AioRpcError):
-                raise wire.error_of(failure) from failure
+            if isinstance(failure, LostError) and failure.failure is not None:
+                raise wire.error_of(failure.failure) from failure
+            if isinstance(failure, LostError | TimeoutError):
+                raise UnavailableError(f"no answer from {address} within {TRIAL_SECONDS:.0f} s") from failure
             raise
         return connection
-
-    def _hold(self) -> None:
-        """Begin a call that asks for nothing: a server closes an idle connection, and may have no room for another."""
-        call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(wire.Method.LOAD)
-        self._holding = call(metadata=self._authorization)
 
     @property
     def in_flight(self) -> int:
         """How many requests have been passed to the replica and have not ended."""
-        return len(self._in_flight)
+        return len(self._stream) if self._stream is not None else 0
 
-    @contextlib.contextmanager
-    def request(self, payload: bytes, timeout: float | None) -> Iterator[grpc.aio.UnaryStreamCall[bytes, bytes]]:
-        """Send a request, a GenerateRequest as bytes; yield the call, whose chunks are its answer.
-
-        The call is cancelled on exit. Raises grpc.aio.UsageError when the connection is closed.
-        """
-        generate: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(wire.Method.GENERATE)
-        call = generate(payload, timeout=timeout, metadata=self._authorization)
-        self._in_flight.add(call)
-        try:
-            yield call
-        finally:
-            self._in_flight.discard(call)
-            call.cancel()
+    def request(self, payload: bytes, take: Callable[[bytes], None]) -> AbstractContextManager[asyncio.Future[None]]:
+        """Send a request, as RequestStream.request() does. Raises ClosedError when the connection is closed."""
+        if self._is_closed:
+            raise ClosedError
+        if self._stream is None or self._stream.has_ended:  # gRPC may end one of its own accord
+            self._stream = RequestStream(self._generate, self._authorization)
+        return self._stream.request(payload, take)
 
     async def ask(self, method: wire.Method, payload: bytes, timeout: float | None) -> bytes:
         """Call a method of Inference that is no request, and return its answer."""
@@ -101,10 +91,12 @@ class ReplicaConnection:
             return None  # the replica was lost meanwhile
 
     def cancel_requests(self) -> None:
-        """Cancel all requests in flight, here and at the replica."""
-        for call in list(self._in_flight):
-            call.cancel()
+        """Cancel all requests in flight, here and at the replica, and take no more."""
+        self._is_closed = True
+        if self._stream is not None:
+            self._stream.close()
 
     async def close(self) -> None:
         """Close the connection."""
+        self.cancel_requests()
         await self._channel.close()

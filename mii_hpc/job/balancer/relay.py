@@ -1,18 +1,18 @@
-"""One request, on its way through the balancer: to a replica, and on to another when that one is lost."""
+"""Requests on their way through the balancer: to a replica, and on to another when that one is lost."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import MIIConfig
 from mii_hpc.errors import (
+    AuthenticationError,
     DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
@@ -22,11 +22,13 @@ from mii_hpc.errors import (
     RequestTimeoutError,
     UnavailableError,
 )
-from mii_hpc.generation import GUEST, OWNER, Received, Response, joined, new_seed
+from mii_hpc.generation import GUEST, OWNER, Received, new_seed
+from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.balancer.router import Router
-from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc import frames, transport, wire
+from mii_hpc.rpc.frames import LostError, ServedRequest
 from mii_hpc.rpc.wire import BatchPosition, Context, Method
 
 SUSPECT_LOSSES = 2
@@ -34,8 +36,10 @@ SUSPECT_LOSSES = 2
 TRIAL_SECONDS = 1.0
 """A suspect has this long to get its first token before the next is tried."""
 
-FIRST_MESSAGE_SECONDS = 30.0
-"""A call that has sent no request by then is ended."""
+IDLE_SECONDS = 30.0
+"""A caller's stream without a request is ended after this."""
+MAX_REQUESTS = 16_384
+"""Requests of one stream that may be open at once."""
 
 
 class Relay:
@@ -45,8 +49,7 @@ class Relay:
     had not given a token yet may be what killed it: such requests are tried one after the other, so that one that kills
     engines is found out at its second, and no other is blamed for it.
 
-    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke; `is_guest`
-    tells of a token whether it is the guests'.
+    `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
 
     Attributes:
         migrations: how many requests went on elsewhere because a replica was lost, by its index.
@@ -59,11 +62,11 @@ class Relay:
         config: MIIConfig,
         router: Router,
         ending: Ending,
+        access: Access,
         on_broken: Callable[[int, int, str], None],
-        is_guest: Callable[[str], bool],
     ) -> None:
-        self._is_guest = is_guest
-        self._of_guests: set[_Request] = set()
+        self._access = access
+        self._of_guests: set[ServedRequest] = set()
         self._deployment_name = config.deployment_name
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
@@ -75,73 +78,69 @@ class Relay:
         self.lost: collections.Counter[int] = collections.Counter()
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        """Pass one request to the next replica and its answer back.
+        """Pass the requests of one caller on, each to the next replica, and the answers back."""
+        token, address = transport.token_of(context.invocation_metadata()), context.peer()
 
-        It takes the requests as a stream, of one, because such a handler runs as soon as a call arrives: so requests
-        take their turns in the order of the client's calls, however long their messages are.
-        """
-        async with wire.answering(context), contextlib.aclosing(self._relayed(requests, context)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        async def answer(asked: ServedRequest) -> None:
+            await self._answer(asked, token, address)
 
-    async def _relayed(self, requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes]:
+        serving = frames.serve(requests, answer, idle_seconds=IDLE_SECONDS, limit=MAX_REQUESTS)
+        async with wire.answering(context), contextlib.aclosing(serving) as answers:
+            async for frame in answers:
+                yield frame
+
+    async def _answer(self, asked: ServedRequest, token: str, address: str) -> None:
+        """See to one request, as long as its caller waits."""
+        if not self._access.admits(Method.GENERATE, token):  # no more: the stream is older than the tokens
+            raise AuthenticationError("the token is missing, wrong, or not good for this call")
+        is_guest = self._access.is_guest(token)
+        if is_guest:
+            self._of_guests.add(asked)
+        try:
+            async with asyncio.timeout(asked.timeout) as scope:
+                await self._relay(asked, f"{GUEST if is_guest else OWNER} {address}")
+        except TimeoutError as error:
+            if isinstance(error, MIIError) or not scope.expired():
+                raise
+            raise self._late() from None
+        finally:
+            self._of_guests.discard(asked)
+
+    async def _relay(self, asked: ServedRequest, caller: str) -> None:
+        """Pass a caller's request to the next replica, and on from there while replicas are lost."""
         if self._ending.has_begun:
             raise await self._stopping("is ending")
         try:
             await self._live()
-            replica = self._router.next(_position(context))
+            replica = self._router.next(BatchPosition.parse(asked.position))
         except MIIError as error:
             raise self._located(error) from None
         try:
-            payload = await asyncio.wait_for(anext(requests, None), FIRST_MESSAGE_SECONDS)
-        except TimeoutError:
-            late = f"the call has had no request within {FIRST_MESSAGE_SECONDS:.0f} s"
-            raise self._located(InvalidRequestError(late)) from None
-        if payload is None:
-            raise self._located(InvalidRequestError("the call has ended without a request"))
-        try:
-            request = _Request(payload)
+            request = _Request(asked, caller)
         except InvalidRequestError as error:
             raise self._located(error, replica) from None
         self.resumed[replica.index] += request.is_resumed
-        await context.send_initial_metadata(((wire.REPLICA_KEY, str(replica.index)),))
-        is_guest = self._is_guest(transport.token_of(context.invocation_metadata()))
-        request.ask_for(GUEST if is_guest else OWNER, context.peer())
-        if is_guest:
-            self._of_guests.add(request)
         try:
             while True:
                 try:
-                    with replica.request(request.payload, context.time_remaining()) as call:
-                        request.call = call
-                        async for chunk in call:
-                            if (passed := request.take(chunk, replica.index)) is not None:
-                                yield passed
+                    with replica.request(request.payload_for(replica.index), request.take) as ended:
+                        await ended
                     return
-                except grpc.aio.AioRpcError as failure:
-                    self._check_lost(failure, replica)
-                except grpc.aio.UsageError:  # lost, and its connection closed, since it was chosen
-                    request.is_proven = True
-                except asyncio.CancelledError:
-                    # Cancelled by us, because the replica is lost or the time to drain is over; or by the client.
-                    if transport.is_being_cancelled():
-                        raise
+                except LostError as lost:
+                    if lost.is_of_connection:  # before the rank's supervisor could report the end of its engine
+                        self._on_broken(replica.index, replica.epoch, "its connection broke")
+                except MIIError as error:
+                    raise self._located(error, replica) from None
                 if request.ended:
                     return
-                if not request.is_withdrawn:
-                    replica = await self._next(request, replica)
-                if request.is_withdrawn:
-                    raise self._located(RequestCancelledError("the owner has taken the guests' token back"), replica)
+                replica = await self._next(request, replica)
         finally:
-            self._of_guests.discard(request)
             request.tried.set()
 
     def cancel_guests(self) -> None:
         """Cancel all requests that guests have in hand."""
-        for request in self._of_guests:
-            request.is_withdrawn = True
-            if request.call is not None:
-                request.call.cancel()
+        for asked in self._of_guests.copy():
+            asked.fail(self._located(RequestCancelledError("the owner has taken the guests' token back")))
 
     async def _next(self, request: _Request, lost: ReplicaConnection) -> ReplicaConnection:
         """Return the replica where a request goes on. Raises the error that ends it if there is none."""
@@ -222,9 +221,10 @@ class Relay:
             self._on_broken(replica.index, replica.epoch, "its connection broke")
         elif not wire.is_interrupted(failure):  # which is what happens to the calls of a lost replica
             error = wire.error_of(failure)
-            if isinstance(error, RequestTimeoutError):
-                error = RequestTimeoutError("the caller's timeout passed before the answer was complete")
-            raise self._located(error, replica) from None
+            raise self._late() if isinstance(error, RequestTimeoutError) else self._located(error, replica) from None
+
+    def _late(self) -> MIIError:
+        return self._located(RequestTimeoutError("the caller's timeout passed before the answer was complete"))
 
     async def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
         await self._ending.settled()
@@ -256,35 +256,29 @@ class _Request:
         losses: how many replicas in a row were lost before they gave it a token.
         is_proven: whether the replica that has it has given it a token.
         tried: set once that is known, or it has ended.
-        call: the latest of those to replicas.
-        is_withdrawn: whether it may go on nowhere.
         is_resumed: whether another balancer had it before.
     """
 
-    def __init__(self, payload: bytes) -> None:
-        """Take a GenerateRequest as bytes. Raises InvalidRequestError when it is none."""
-        self._message = wire.parse_request(payload)
+    def __init__(self, asked: ServedRequest, caller: str) -> None:
+        """Take a request as it comes. Raises InvalidRequestError when it is none."""
+        self._asked = asked
+        wire.check_size(len(asked.payload))
+        self._message = wire.parse_request(asked.payload)
         params = wire.unpack_params(self._message)
         if params.seed is None:  # another replica is to go on with what this one draws
             self._message.params.seed = new_seed()
-        self._passes_pieces = params.stream or self._message.report
-        self._message.report = True
-        self._message.admitted = False  # whatever the caller says
+        # Whatever the caller says.
+        self._message.admitted, self._message.caller = False, caller
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
-        self._pieces: list[Response] = []
+        self._served_by = b""
         self.migrations = self.losses = 0
-        self.is_proven = self.is_withdrawn = False
+        self.is_proven = False
         self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()
-        self.call: grpc.aio.UnaryStreamCall[bytes, bytes] | None = None
 
-    def ask_for(self, role: str, address: str) -> None:
-        """Tell replicas for whom this is."""
-        self._message.caller = f"{role} {address}"
-
-    @property
-    def payload(self) -> bytes:
-        """The message for the replica that gets it now."""
+    def payload_for(self, replica: int) -> bytes:
+        """Return the message for the replica that gets it now."""
+        self._served_by = wire.pack_server(replica, self.migrations)
         return self._message.SerializeToString()
 
     @property
@@ -292,25 +286,13 @@ class _Request:
         """Whether its answers are complete."""
         return self._received.ended
 
-    def take(self, chunk: bytes, replica: int) -> bytes | None:
-        """Note a piece from a replica; return what is to be passed on now.
-
-        That is the piece where the caller takes pieces, and else the whole answer once it has ended.
-        """
+    def take(self, chunk: bytes) -> None:
+        """Note a piece from the replica, and pass it on."""
         message = pb.GenerateChunk.FromString(chunk)
-        self._received.add(message.index, message.token_ids, message.text, bool(message.finish_reason))
+        self._received.add(message.index, message.token_ids, "".join(message.text), bool(message.finish_reason))
         self.is_proven, self.losses = True, 0
         self.tried.set()
-        if self._passes_pieces and not self.migrations:
-            return chunk
-        piece = wire.unpack_response(message)
-        if not self._passes_pieces:
-            self._pieces.append(piece)
-            if not piece.ended:
-                return None
-            (piece,) = joined(part for part in self._pieces if part.index == piece.index)
-            self._pieces = [part for part in self._pieces if part.index != piece.index]
-        return wire.encode_response(replace(piece, replica=replica, migrations=self.migrations))
+        self._asked.send(message.index, chunk + self._served_by)
 
     def move(self) -> None:
         """Let it go on from here: the replica that had it is lost."""
@@ -320,10 +302,3 @@ class _Request:
         self.is_proven = False
         self._message.admitted = True
         wire.set_resume(self._message, self._received.resume)
-
-
-def _position(
-    context: Context,
-) -> BatchPosition | None:
-    named = next((value for key, value in context.invocation_metadata() or () if key == wire.POSITION_KEY), None)
-    return BatchPosition.parse(named) if isinstance(named, str) else None

@@ -8,6 +8,7 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.deployments import credentials
 from mii_hpc.engine.echo import EchoEngine
 from mii_hpc.errors import (
+    AuthenticationError,
     DeploymentStoppingError,
     InvalidRequestError,
     QueueFullError,
@@ -18,6 +19,7 @@ from mii_hpc.errors import (
 )
 from mii_hpc.generation import joined
 from mii_hpc.job.balancer import relay
+from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
 from tests.waiting import PATIENCE, until
@@ -26,38 +28,34 @@ from tests.waiting import PATIENCE, until
 async def test_bytes_pass_through_unread(deploy):
     """It is the replica that refuses them, and the refusal comes back as it was."""
     deployment = await deploy(replica_num=1)
-    owner = credentials.load_owner(deployment.run)
     for payload in (b"garbage", b"\xff" * 10_000):
-        async with transport.open_channel(deployment.address, owner) as channel:
-            call = channel.unary_stream(Method.GENERATE)(
-                payload, metadata=transport.authorization(owner), timeout=PATIENCE
-            )
-            with pytest.raises(grpc.aio.AioRpcError) as failure:
-                await call.read()
-        error = wire.error_of(failure.value)
-        assert (failure.value.code(), type(error)) == (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError)
+        error = await Handler(deployment).error(payload)
+        assert type(error) is InvalidRequestError
         assert (error.deployment_name, error.replica, error.host) == ("chat", 0, "node0")
     assert deployment.balancer.router.served == {0: 2}
 
 
 class Handler:
-    """A call of the owner's, as gRPC makes it, without a client in between."""
+    """A stream of the owner's, without a client in between."""
 
     def __init__(self, deployment):
         self.owner = credentials.load_owner(deployment.run)
         self.address = deployment.address
 
-    async def error(self, *messages):
+    async def error(self, *payloads):
+        """Send requests; return the error of the first, or that of the stream."""
+        requests = [pb.NumberedRequest(number=number, request=payload) for number, payload in enumerate(payloads)]
         async with transport.open_channel(self.address, self.owner) as channel:
             call = channel.stream_stream(Method.GENERATE)(metadata=transport.authorization(self.owner), timeout=10)
-            with pytest.raises(grpc.aio.AioRpcError) as failure:
-                for message in messages:
-                    await call.write(message)
+            try:
+                if requests:
+                    await call.write(pb.RequestFrame(requests=requests).SerializeToString())
                 await call.done_writing()
-                while await call.read() is not grpc.aio.EOF:
-                    pass
-        assert not wire.is_lost(failure.value)
-        return wire.error_of(failure.value)
+                (piece,) = pb.AnswerFrame.FromString(await call.read()).pieces
+            except grpc.aio.AioRpcError as failure:
+                assert not wire.is_lost(failure)
+                return wire.error_of(failure)
+            return wire.unpack_failure(piece.failure)
 
 
 async def test_what_a_request_breaks_is_its_own(deploy, monkeypatch):
@@ -261,7 +259,7 @@ async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
 
 async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
     """Streams that say nothing cost us and not who opens them."""
-    monkeypatch.setattr(relay, "FIRST_MESSAGE_SECONDS", 0.05)
+    monkeypatch.setattr(relay, "IDLE_SECONDS", 0.05)
     deployment = await deploy(replica_num=1)
     owner = credentials.load_owner(deployment.run)
     async with transport.open_channel(deployment.address, owner) as channel:
@@ -300,18 +298,61 @@ async def test_an_idle_connection_is_closed_but_for_the_balancer_s_own(deploy, m
 
 async def test_what_grpc_cancels_of_its_own_accord_is_asked_again(deploy, monkeypatch):
     """As its server does with good calls when strangers flood it with resets."""
-    deployment = await deploy(replica_num=1)
-    client = deployment.client()
-    real, cancelled = deployment.balancer.relay._relayed, []
+    generate, cancelled = Relay.generate, []
 
-    async def relayed(requests, context):
+    async def cancelling(self, requests, context):
         if len(cancelled) < 2:
             cancelled.append(requests)
             await context.abort(grpc.StatusCode.CANCELLED, "")
-        async for chunk in real(requests, context):
-            yield chunk
+        async for frame in generate(self, requests, context):
+            yield frame
 
-    monkeypatch.setattr(deployment.balancer.relay, "_relayed", relayed)
-    assert str((await client.generate("x"))[0]) == "x "
+    monkeypatch.setattr(Relay, "generate", cancelling)
+    deployment = await deploy(replica_num=1)
+    assert str((await deployment.client().generate("x"))[0]) == "x "
     assert len(cancelled) == 2
     assert deployment.ranks[0].epochs == [1]
+
+
+async def test_a_stream_to_a_replica_that_breaks_alone_costs_no_replica(deploy):
+    """Every request of it goes on, over another."""
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    client = deployment.client()
+    calls = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(5)]
+    await until(lambda: deployment.stats()[0].running == 5)
+    deployment.balancer.router.live[0]._stream.close()
+    for call in calls:
+        (answer,) = await call
+        assert_repeated(answer)
+        assert answer.migrations == 1
+    assert deployment.ranks[0].epochs == [1]
+    await until(deployment.is_idle)
+
+
+async def test_a_stream_is_no_older_than_its_token(deploy):
+    """What it has asked goes on after a rotation; it may ask no more, and other streams are as they were."""
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    client = deployment.client()
+    running = asyncio.create_task(client.generate(WORDS, **LONG))
+    await until(lambda: deployment.stats()[0].running)
+    stream = client._stream
+    await deployment.client().rotate_token()
+    with stream.request(b"", lambda chunk: None) as ended, pytest.raises(AuthenticationError):
+        await ended
+    assert_repeated((await client.generate(WORDS, **LONG))[0])
+    assert client._stream is not stream
+    assert_repeated((await running)[0])
+    assert (await running)[0].migrations == 0
+
+
+async def test_a_stream_may_have_so_many_requests_open(deploy, monkeypatch):
+    monkeypatch.setattr(relay, "MAX_REQUESTS", 2)
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    client = deployment.client()
+    calls = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(2)]
+    await until(lambda: deployment.stats()[0].running == 2)
+    with pytest.raises(QueueFullError, match=r"^2 requests of one client are open; try again later$"):
+        await client.generate("x")
+    assert str((await deployment.client().generate("x"))[0]) == "x "
+    for call in calls:
+        assert_repeated((await call)[0])

@@ -161,7 +161,7 @@ async def test_terminating_ends_the_jobs_before_and_after(deploy, jobs):
     await until(lambda: job_of_name(first) == following.run.path)
     following.own_job.at = time.time() + 3600
     await until(lambda: len(jobs.submitted) == 2 and following.registry.get("chat").successor)
-    await client.terminate_server()
+    await first.client().terminate_server()
     assert jobs.cancelled == ["4712", first.own_job.id]
     assert job_of_name(first) is None
     first.ranks[0].leave("SIGTERM")

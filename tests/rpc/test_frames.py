@@ -1,0 +1,272 @@
+import asyncio
+import contextlib
+
+import pytest
+
+from mii_hpc._proto import mii_hpc_pb2 as pb
+from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
+from mii_hpc.rpc import frames, wire
+from mii_hpc.rpc.frames import LostError, RequestStream
+from tests.waiting import PATIENCE, until
+
+
+class Call:
+    """A stream between the two sides without gRPC in between."""
+
+    def __init__(self, sent, answer, **bounds):
+        self.serving = frames.serve(sent, answer, **bounds)
+        self.has_room = asyncio.Event()
+        self.has_room.set()
+        self.frames = []
+        self._task = None
+
+    async def __aiter__(self):
+        self._task = asyncio.current_task()
+        async with contextlib.aclosing(self.serving) as serving:
+            async for frame in serving:
+                self.frames.append(pb.AnswerFrame.FromString(frame))
+                yield frame
+                await self.has_room.wait()
+
+    def cancel(self):
+        if self._task not in (None, asyncio.current_task()):
+            self._task.cancel()
+
+    def pieces(self):
+        return [[(piece.number, piece.chunk) for piece in frame.pieces if piece.chunk] for frame in self.frames]
+
+
+class Server:
+    """Answers requests as the test says; `asked` are those it has in hand, by their payload."""
+
+    def __init__(self, **bounds):
+        self.asked, self.cancelled, self.began, self.calls = {}, [], [], []
+        self._bounds = bounds
+
+    async def answer(self, request):
+        self.began.append(request.payload)
+        ended = asyncio.get_running_loop().create_future()
+        self.asked[request.payload] = request, ended
+        try:
+            await ended
+        except asyncio.CancelledError:
+            self.cancelled.append(request.payload)
+            raise
+
+    def send(self, payload, chunk, index=0):
+        self.asked[payload][0].send(index, chunk)
+
+    def end(self, payload, error=None):
+        _, ended = self.asked.pop(payload)
+        ended.set_exception(error) if error else ended.set_result(None)
+
+    def stream(self, **options):
+        def method(sent, metadata):
+            self.calls.append(Call(sent, self.answer, **self._bounds))
+            return self.calls[-1]
+
+        return RequestStream(method, (), **options)
+
+
+class Caller:
+    """One request on a stream, and what has come of it."""
+
+    def __init__(self, stream, payload, **options):
+        self.chunks = []
+        self._context = stream.request(payload, self.chunks.append, **options)
+        self.ended = self._context.__enter__()
+
+    def leave(self):
+        self._context.__exit__(None, None, None)
+
+
+async def asked(server, stream, *payloads):
+    callers = [Caller(stream, payload) for payload in payloads]
+    await until(lambda: set(payloads) <= server.asked.keys())
+    return callers
+
+
+async def test_what_is_said_at_once_travels_in_one_frame():
+    server = Server()
+    stream = server.stream()
+    callers = await asked(server, stream, b"a", b"b", b"c")
+    assert server.began == [b"a", b"b", b"c"]
+    for step in (b"1", b"2"):
+        for payload in (b"a", b"b", b"c"):
+            server.send(payload, step)
+        await until(lambda: callers[2].chunks[-1:] == [step])  # noqa: B023
+    assert server.calls[0].pieces() == [[(0, step), (1, step), (2, step)] for step in (b"1", b"2")]
+    for payload in (b"a", b"b", b"c"):
+        server.end(payload)
+    for caller in callers:
+        await caller.ended
+        assert caller.chunks == [b"1", b"2"]
+    assert len(server.calls[0].frames) == 3
+    assert len(stream) == 0
+
+
+async def test_a_slow_reader_bounds_only_itself(monkeypatch):
+    """Answer by answer, what waits for it is joined, up to the size of a frame."""
+    monkeypatch.setattr(frames, "FRAME_BYTES", 1000)
+    server = Server()
+    slow, quick = server.stream(), server.stream()
+    (first,) = await asked(server, slow, b"slow")
+    second = Caller(quick, b"quick")
+    await until(lambda: len(server.asked) == 2)
+    server.calls[0].has_room.clear()
+    server.send(b"slow", b"!")
+    await until(lambda: first.chunks == [b"!"])
+    for step in range(50):
+        for index in (0, 1):
+            server.send(b"slow", b"%d" % index * 100, index)
+        server.send(b"quick", b"q")
+        await until(lambda: len(second.chunks) == step + 1)  # noqa: B023
+    server.end(b"slow")
+    server.end(b"quick")
+    await second.ended
+    assert first.chunks == [b"!"] and not first.ended.done()
+    server.calls[0].has_room.set()
+    await first.ended
+    assert sorted(first.chunks[1:]) == [b"0" * 1000] * 5 + [b"1" * 1000] * 5
+    assert all(sum(len(chunk) for _, chunk in frame) <= 1000 for frame in server.calls[0].pieces())
+
+
+async def test_a_request_that_is_left_is_cancelled_and_no_other():
+    server = Server()
+    stream = server.stream()
+    first, second = await asked(server, stream, b"a", b"b")
+    first.leave()
+    await until(lambda: server.cancelled == [b"a"])
+    server.send(b"a", b"too late")
+    server.send(b"b", b"1")
+    server.end(b"b")
+    await second.ended
+    assert (first.chunks, second.chunks) == ([], [b"1"])
+    Caller(stream, b"never").leave()  # before it was sent
+    (third,) = await asked(server, stream, b"c")
+    assert server.began == [b"a", b"b", b"c"]
+    third.leave()
+
+
+async def test_a_request_fails_alone():
+    server = Server()
+    stream = server.stream()
+    wrong, broken, good, foiled = await asked(server, stream, b"wrong", b"broken", b"good", b"foiled")
+    server.end(b"wrong", InvalidRequestError("top_p=7", replica=3, host="node3"))
+    server.end(b"broken", ZeroDivisionError("a bug"))
+    server.asked[b"foiled"][0].fail(QueueFullError("enough"))
+    with pytest.raises(InvalidRequestError, match=r"^top_p=7$") as failure:
+        await wrong.ended
+    assert (failure.value.replica, failure.value.host) == (3, "node3")
+    with pytest.raises(RequestError, match="the request has failed: ZeroDivisionError: a bug"):
+        await broken.ended
+    with pytest.raises(QueueFullError, match="enough"):
+        await foiled.ended
+    await until(lambda: server.cancelled == [b"foiled"])
+    server.end(b"good")
+    await good.ended
+
+
+async def test_what_a_caller_cannot_take_concerns_that_request_alone():
+    server = Server()
+    stream = server.stream()
+
+    def refuse(_chunk):
+        raise ZeroDivisionError("a bug")
+
+    (good,) = await asked(server, stream, b"good")
+    with stream.request(b"bad", refuse) as ended:
+        await until(lambda: b"bad" in server.asked)
+        server.send(b"bad", b"1")
+        with pytest.raises(RequestError, match="ZeroDivisionError"):
+            await ended
+    await until(lambda: server.cancelled == [b"bad"])
+    server.end(b"good")
+    await good.ended
+
+
+@pytest.mark.parametrize("side", ["caller", "server"])
+async def test_the_end_of_a_stream_ends_every_request_of_it(side):
+    server = Server()
+    stream = server.stream()
+    callers = await asked(server, stream, b"a", b"b")
+    if side == "caller":
+        stream.close()
+    else:
+        server.calls[0].cancel()
+    for caller in callers:
+        with pytest.raises(LostError):
+            await caller.ended
+    await until(lambda: sorted(server.cancelled) == [b"a", b"b"])
+    with pytest.raises(LostError), stream.request(b"late", print):
+        pass
+
+
+async def test_an_idle_stream_is_closed_by_its_caller():
+    server = Server()
+    stream = server.stream(idle_seconds=0.05)
+    first, second = await asked(server, stream, b"a", b"b")
+    server.end(b"a")
+    server.end(b"b")
+    for caller in (first, second):
+        await caller.ended
+    for caller in (first, second):
+        caller.leave()
+    third = Caller(stream, b"c")
+    await asyncio.sleep(0.2)
+    assert not stream.has_ended
+    third.leave()
+    await until(lambda: stream.has_ended)
+    with pytest.raises(LostError), stream.request(b"late", print):
+        pass
+
+
+async def served(*sent, bounds=None, then=None):
+    """Return the pieces that a server without patience sends for some frames, and its error."""
+    server = Server(**(bounds or {}))
+
+    async def send():
+        for frame in sent:
+            yield frame
+        if then is not None:
+            await then.wait()
+
+    pieces = []
+    try:
+        async for frame in frames.serve(send(), server.answer, **(bounds or {})):
+            pieces += pb.AnswerFrame.FromString(frame).pieces
+    except InvalidRequestError as error:
+        return pieces, str(error), server
+    return pieces, "", server
+
+
+def requests(*numbers):
+    return pb.RequestFrame(requests=[pb.NumberedRequest(number=n) for n in numbers]).SerializeToString()
+
+
+async def test_what_is_no_frame_ends_the_stream():
+    _, error, _ = await served(requests(1), b"\xff\xff")
+    assert "not a valid RequestFrame message" in error
+    _, error, _ = await served(requests(1, 1))
+    assert error == "number=1: a request of the stream that has not ended has it"
+    _, error, _ = await served()
+    assert error == "the call has ended without a request"
+
+
+async def test_a_stream_without_a_request_is_ended():
+    forever = asyncio.Event()
+    _, error, _ = await asyncio.wait_for(served(bounds={"idle_seconds": 0.05}, then=forever), PATIENCE)
+    assert error == "the call has had no request within 0 s"
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_is_no_timeout_is_none(timeout):
+    """Not a number would put the event loop's timers out of order."""
+    assert frames.ServedRequest(pb.NumberedRequest(timeout=timeout), None).timeout is None
+    assert frames.ServedRequest(pb.NumberedRequest(timeout=2.5), None).timeout == 2.5
+
+
+async def test_above_its_limit_requests_are_refused():
+    pieces, _, _ = await served(requests(1, 2, 3), b"\xff", bounds={"limit": 2})
+    assert [piece.number for piece in pieces] == [3]
+    assert type(wire.unpack_failure(pieces[0].failure)) is QueueFullError
