@@ -79,9 +79,15 @@ class Server(uvicorn.Server):
 
 
 def _listening(host: str, port: int) -> socket.socket:
+    # The protocol is named for asyncio, which else lets the kernel hold small answers back (Nagle), for 40 ms.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port))
+        listening.bind((host, port))
+        listening.listen()
+        return listening
     except OSError as error:
+        listening.close()
         why = os.strerror(error.errno or 0)
         raise ConfigError(f"port={port}: {host} cannot listen there: {why}; 0 takes any free one") from None
 

@@ -22,6 +22,7 @@ class Face:
 
     threaded: InThread
     url: str
+    server: Server
 
     @property
     def token(self) -> str:
@@ -43,7 +44,7 @@ def start(deploy_in_thread: Callable[..., InThread]) -> Iterator[Callable[..., F
         threaded = deploy_in_thread(**{"replica_num": 1, **shape})
         server, serving, url = threaded.do(_listen(threaded.config))
         running.append((threaded, server, serving))
-        return Face(threaded, url)
+        return Face(threaded, url, server)
 
     yield start
     for threaded, server, serving in running:

@@ -138,6 +138,14 @@ def test_who_hangs_up_frees_the_request(start, stream):
     eventually(deployment.is_idle)
 
 
+def test_small_pieces_are_not_held_back(face):
+    with face.http() as http:
+        assert http.get("/v1/models").status_code == 200
+        (connection,) = face.server.server_state.connections
+        taken = connection.transport.get_extra_info("socket")
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.fixture
 def many_files():
     """Let this process, which has both ends of each connection, open as many files as it may."""
