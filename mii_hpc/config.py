@@ -282,6 +282,10 @@ class EngineConfig(_Model):
     """Requests that may wait; more are refused with QueueFullError."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
+    step_timeout: float = Field(120.0, gt=0)
+    """Seconds after which a replica that has requests in hand and makes no step is formed anew. One step may be long:
+    a large prefill on CPUs, or the first of a shape, for which kernels are compiled. Processes that are stopped, and
+    ranks that are lost, are noticed within 10 seconds all the same."""
     attention: Literal["auto", "gather", "cpu", "triton"] = "auto"
     """How tokens attend to the KV cache. "auto" is the fastest that works; "gather" works everywhere; "cpu" is a kernel
     for CPUs, compiled at first use; "triton" are kernels for GPUs."""
@@ -457,6 +461,11 @@ class MIIConfig(_Model):
     """Seconds that a request waits while no replica can take it."""
     queue_timeout: float | None = Field(None, gt=0)
     """Seconds that the job may wait in the queue; None is no limit."""
+    uptime: Annotated[str, _Walltime] | None = None
+    """How long the name is served in all, written as `slurm.time`: before one job's walltime is over, another one takes
+    its place. None is as long as one job lasts."""
+    handover: float = Field(600.0, gt=0)
+    """With `uptime`: seconds before the end of a job's walltime by which the next job is to be ready."""
 
     @model_validator(mode="before")
     @classmethod
@@ -471,6 +480,16 @@ class MIIConfig(_Model):
         """The Unix group that the deployment is shared with."""
         return self.share.removeprefix("group:") if self.share else None
 
+    @model_validator(mode="after")
+    def _handover_fits(self) -> MIIConfig:
+        if self.uptime is not None and self.slurm.time is not None:
+            walltime = seconds_of(self.slurm.time)
+            if self.handover >= walltime:
+                raise ValueError(
+                    f"handover={self.handover:g}: must be less than slurm.time={self.slurm.time!r}, {walltime} seconds"
+                )
+        return self
+
     @field_validator("home")
     @classmethod
     def _absolute_home(cls, home: Path) -> Path:
@@ -482,6 +501,14 @@ class MIIConfig(_Model):
         if name and (len(name) > NAME_LENGTH or not plain_name(name)):
             raise ValueError(f"a name has 1 to {NAME_LENGTH} characters, a letter or digit among them")
         return plain_name(name)
+
+
+def seconds_of(walltime: str) -> int:
+    """Return the seconds of a walltime as Slurm writes it: "M", "M:S", "H:M:S", "D-H", "D-H:M" or "D-H:M:S"."""
+    days, dash, rest = walltime.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours, minutes, seconds = ([*parts, 0, 0] if dash else [0] * (len(parts) < 3) + [*parts, 0])[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def default_home() -> Path:

@@ -111,7 +111,7 @@ class RequestError(MIIError):
         host: the node of that replica's leader; "" where it came to none.
     """
 
-    facts = ("deployment_name", "replica", "host")
+    facts: "tuple[str, ...]" = ("deployment_name", "replica", "host")
 
     def __init__(
         self, message: str = "", *, deployment_name: str = "", replica: "int | None" = None, host: str = ""
@@ -142,7 +142,25 @@ class ReplicaLostError(RequestError):
 
 
 class DeploymentStoppingError(RequestError):
-    """The deployment is ending and admits no more requests."""
+    """The deployment is ending and admits no more requests.
+
+    Attributes:
+        comes_back: whether its name will be served again without anybody's help, or is already, by another job.
+    """
+
+    facts = ("deployment_name", "replica", "host", "comes_back")
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        deployment_name: str = "",
+        replica: "int | None" = None,
+        host: str = "",
+        comes_back: bool = False,
+    ) -> None:
+        super().__init__(message, deployment_name=deployment_name, replica=replica, host=host)
+        self.comes_back = comes_back
 
 
 class UnavailableError(RequestError):

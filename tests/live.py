@@ -26,6 +26,7 @@ from mii_hpc.job.rendezvous import Member, World
 from mii_hpc.job.supervisor import Supervisor
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
+from mii_hpc.schedulers import Job
 from mii_hpc.submission import submit as submission
 from tests.waiting import PATIENCE, until
 
@@ -132,8 +133,11 @@ class Deployment:
 
     Without a model, its engines are echo engines.
 
-    Its job, to whoever asks, is a process that waits for its standard input to close.
+    Its job, to whoever asks, is a process that waits for its standard input to close. `own_job` is what the balancer
+    knows of it.
     """
+
+    own_job: Job | None = None
 
     def __init__(
         self,
@@ -181,7 +185,7 @@ class Deployment:
         return self
 
     async def start_balancer(self, is_requeued: Callable[[], bool] = lambda: False) -> str:
-        self.balancer = Balancer(self.run, self.config, self.keys, self.run.begin(0))
+        self.balancer = Balancer(self.run, self.config, self.keys, self.run.begin(0), self.own_job)
         address = f"127.0.0.1:{await self.balancer.listen('127.0.0.1:0')}"
         self.entry = self.entry.model_copy(
             update={

@@ -18,6 +18,7 @@ from mii_hpc.config import (
     SlurmConfig,
     default_home,
     resolve,
+    seconds_of,
     validate,
 )
 from mii_hpc.errors import ConfigError, InvalidRequestError
@@ -375,3 +376,27 @@ def test_what_slurm_would_misread_is_answered_with_how_to_write_it(field, value,
     with pytest.raises(ConfigError) as caught:
         resolve("m", slurm={field: value})
     assert str(caught.value) == f"slurm.{field}='{value}': {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("walltime", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("8:00:00", 28800),
+        ("2-0", 172800),
+        ("1-2:30", 95400),
+        ("1-02:30:05", 95405),
+    ],
+)
+def test_a_walltime_in_seconds(walltime, seconds):
+    assert seconds_of(walltime) == seconds
+
+
+def test_a_handover_is_shorter_than_the_walltime():
+    assert resolve("m", uptime="7-0", slurm={"time": "8:00:00"}).handover == 600
+    assert resolve("m", slurm={"time": "5"}).uptime is None
+    with pytest.raises(ConfigError, match=r"^handover=600: must be less than slurm.time='5', 300 seconds$"):
+        resolve("m", uptime="7-0", slurm={"time": "5"})
+    with pytest.raises(ConfigError, match=r"^uptime='soon': must be minutes"):
+        resolve("m", uptime="soon")

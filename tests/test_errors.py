@@ -81,7 +81,7 @@ async def test_every_error_travels(kind):
 def test_facts_are_documented_and_have_defaults(kind):
     docs = " ".join(base.__doc__ for base in kind.__mro__ if issubclass(base, MIIError))
     assert [name for name in kind.facts if f"        {name}: " not in docs] == []
-    assert {getattr(kind("x"), name) for name in kind.facts} <= {"", None}
+    assert {getattr(kind("x"), name) for name in kind.facts} <= {"", None, False}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import typer
 
 from mii_hpc.cli.output import AsJson, HomeFolder, Name, counted, show
 from mii_hpc.cli.show import client, own_home
+from mii_hpc.deployments.lookup import runs_in_use
 from mii_hpc.deployments.rundir import RunDir
 
 
@@ -27,8 +28,7 @@ def prune(
 ) -> None:
     """Remove the run directories, with their logs, of deployments that have ended."""
     own = own_home(home)
-    in_use = {entry.run_dir for entry in own.entries()}
-    ended = RunDir.ended(own.path, older_than, in_use)
+    ended = RunDir.ended(own.path, older_than, runs_in_use(own.path))
     for run in ended if not dry_run else ():
         run.remove()
     said = "would be removed" if dry_run else "removed"

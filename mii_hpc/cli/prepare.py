@@ -32,6 +32,11 @@ def prepare(
 def _prepare(model: str, config: str, given: dict[str, Any]) -> Path:
     allocation = own_allocation()
     resolved = resolve(model, mii_config=config or None, cluster=Slurm.name, **given)
+    if resolved.uptime is not None:
+        raise ConfigError(
+            f"uptime={resolved.uptime!r}: no job follows one that was submitted with a script of your own; "
+            "use mii-hpc serve, or leave it out"
+        )
     replicas, left = divmod(allocation.tasks, resolved.model_conf.tensor_parallel)
     if left or not replicas:
         raise ConfigError(

@@ -43,18 +43,22 @@ def client(name: str, home: Path | None) -> MIIClient:
 def ls(home: HomeFolder = None, as_json: AsJson = False) -> None:
     """List the deployments: your own, and those shared with you (MII_HPC_PATH)."""
     listed = [(each, entry) for each in homes(home) for entry in each.entries()]
-    states = [
-        DeploymentState.ENDED if not schedulers.is_live(entry, each.is_own) else entry.state for each, entry in listed
-    ]
+    states = [schedulers.state_of(entry, each.is_own) for each, entry in listed]
     data = [
         {**entry.model_dump(mode="json"), "state": state, "home": str(each.path)}
         for (each, entry), state in zip(listed, states, strict=True)
     ]
     rows = [
-        (e.deployment_name, e.model, state, e.job_id, e.host, e.detail, since(e.submitted), until(e.ends))
+        (e.deployment_name, e.model, state, e.job_id, e.host, _detail(e, state), since(e.submitted), until(e.ends))
         for (_, e), state in zip(listed, states, strict=True)
     ]
     show(as_json, data, table(("name", "model", "state", "job", "host", "detail", "age", "left"), rows))
+
+
+def _detail(entry: Entry, state: DeploymentState) -> str:
+    if state == DeploymentState.UNRESPONSIVE:
+        return f"no sign of life for {since(entry.heartbeat)}"
+    return entry.detail if state != DeploymentState.ENDED else ""
 
 
 def status(
@@ -75,6 +79,8 @@ def status(
     heading = f"{answer.deployment_name}: {answer.state}, job {answer.job_id}"
     heading += f", on {answer.host}" if answer.host else ""
     heading += f", {duration(answer.ends - time.time())} left" if answer.ends else ""
+    heading += f", then job {answer.successor}" if answer.successor else ""
+    heading += f", up for {duration(answer.until - time.time())} more" if answer.until else ""
     if as_json or not answer.replicas:
         return show(as_json, dataclasses.asdict(answer), heading)
     show(False, None, heading)

@@ -8,7 +8,7 @@ import copy
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
@@ -26,6 +26,7 @@ from mii_hpc.errors import (
     ConfigError,
     DeploymentError,
     DeploymentNotFoundError,
+    DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
     QueueFullError,
@@ -174,20 +175,23 @@ class AsyncMIIClient:
     async def status(self) -> DeploymentStatus:
         """Return the state of the deployment and of its replicas.
 
-        Raises DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not answer.
+        Of one that does not answer the state alone is known. Raises DeploymentNotFoundError when there is no such
+        deployment.
         """
-        found = await asyncio.to_thread(self._find)
-        entry = found.entry
+        found = await self._found_anew()
         try:
-            if not entry.address:
-                await asyncio.to_thread(check_live, found)
-                return DeploymentStatus(entry.deployment_name, entry.state, entry.job_id, "", None, entry.ends, ())
-            return _status(entry, await self._call(lambda way: way.deployment.Status, pb.StatusRequest()))
+            if found.entry.address:
+                answer = await self._call(lambda way: way.deployment.Status, pb.StatusRequest())
+                return _status(found.entry, DeploymentState(answer.state), answer.replicas)
+            await asyncio.to_thread(check_live, found)
+            return _status(found.entry, found.entry.state)
         except DeploymentNotFoundError:
-            entry = self._find().entry
-            return DeploymentStatus(
-                entry.deployment_name, DeploymentState.ENDED, entry.job_id, entry.host, entry.started, entry.ends, ()
-            )
+            return _status(self._find().entry, DeploymentState.ENDED)
+        except UnavailableError:
+            found = await asyncio.to_thread(self._find)
+            if not await asyncio.to_thread(schedulers.is_live, found.entry, found.home.is_own):
+                return _status(found.entry, DeploymentState.ENDED)
+            return _status(found.entry, DeploymentState.UNRESPONSIVE if found.entry.address else found.entry.state)
 
     async def terminate_server(self) -> None:
         """End the deployment; return when its job has withdrawn it from the registry.
@@ -195,8 +199,7 @@ class AsyncMIIClient:
         Requests that run get a few seconds to finish. A job that still waits in the queue is cancelled. Raises
         DeploymentNotFoundError when there is no such deployment, UnavailableError when it does not end.
         """
-        found = self._find()
-        job = schedulers.job_of(found.entry)
+        found = await self._found_anew()
         if found.entry.address or not found.home.is_own:
             try:
                 # The balancer refuses it unless the deployment is ours.
@@ -204,9 +207,9 @@ class AsyncMIIClient:
             except (UnavailableError, DeploymentNotFoundError):
                 if not found.home.is_own:
                     raise
-                await asyncio.to_thread(job.cancel)  # the balancer does not answer; the scheduler may
+                await asyncio.to_thread(_cancel, found.entry)  # the balancer does not answer; the scheduler may
         else:
-            await asyncio.to_thread(job.cancel)
+            await asyncio.to_thread(_cancel, found.entry)
         deadline, asked = time.monotonic() + TERMINATE_SECONDS, 0.0
         while (entry := await asyncio.to_thread(self._entry_of_run, found)) is not None:
             if found.home.is_own and time.monotonic() > asked + SCHEDULER_SECONDS:
@@ -227,6 +230,7 @@ class AsyncMIIClient:
         `cancel_guests` ends the requests that guests have in hand, with RequestCancelledError.
         """
         message = pb.RotateTokenRequest(cancel_guests=cancel_guests)
+        await self._found_anew()
         try:
             await self._call(lambda way: way.deployment.RotateToken, message)
         finally:
@@ -362,7 +366,8 @@ class AsyncMIIClient:
         except RequestTimeoutError:
             raise self._located(deadline.passed(), replica) from None
         except MIIError as error:
-            raise self._located(error, replica) from None
+            located = self._located(error, replica)
+            raise (_BalancerLostError(located) if self._has_moved(error, connection) else located) from None
         if not received.ended:
             cut = RequestError("the answer was cut short: the stream ended before its last piece")
             raise self._located(cut, replica)
@@ -457,6 +462,14 @@ class AsyncMIIClient:
             return self._unavailable("has ended")
         return self._located(wire.error_of(failure), replica)
 
+    def _has_moved(self, error: MIIError, connection: transport.Connection) -> bool:
+        """Whether the name is, or will be, another job's; the next call looks it up again then."""
+        if not isinstance(error, DeploymentStoppingError) or not error.comes_back:
+            return False
+        if self._connection is connection:  # it is not closed, because other calls still run on it
+            self._connection = None
+        return True
+
     def _located(self, error: MIIError, replica: int | None = None) -> MIIError:
         """Return an error with the deployment and the replica that it is about, where the server has not said them."""
         if isinstance(error, DeploymentError | RequestError):
@@ -517,6 +530,13 @@ class AsyncMIIClient:
             if stale is not None:
                 await stale.channel.close()
             raise
+
+    async def _found_anew(self) -> Found:
+        """Return the deployment as it is now; a connection to a job that has given the name away is not used again."""
+        found = await asyncio.to_thread(self._find)
+        if found.entry.address and self._target[0] != self._way_to(found.entry):
+            self._connection = None
+        return found
 
     def _find(self) -> Found:
         return self._home.get(self.mii_config.deployment_name)
@@ -586,14 +606,23 @@ def check_live(found: Found) -> None:
         )
 
 
-def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
+def _cancel(entry: Entry) -> None:
+    """Ask the scheduler to end a deployment's job, and first the one that is to follow."""
+    if entry.successor:
+        schedulers.job_of(entry.model_copy(update={"job_id": entry.successor})).cancel()
+    schedulers.job_of(entry).cancel()
+
+
+def _status(entry: Entry, state: DeploymentState, replicas: Iterable[pb.ReplicaStatus] = ()) -> DeploymentStatus:
     return DeploymentStatus(
-        deployment_name=answer.deployment_name,
-        state=DeploymentState(answer.state),
-        job_id=answer.job_id,
+        deployment_name=entry.deployment_name,
+        state=state,
+        job_id=entry.job_id,
         host=entry.host,
         started=entry.started,
         ends=entry.ends,
+        until=entry.until,
+        successor=entry.successor,
         replicas=tuple(
             ReplicaStatus(
                 index=replica.index,
@@ -608,6 +637,6 @@ def _status(entry: Entry, answer: pb.StatusResponse) -> DeploymentStatus:
                 resumed=replica.resumed,
                 lost=replica.lost,
             )
-            for replica in answer.replicas
+            for replica in replicas
         ),
     )

@@ -39,7 +39,13 @@ class ReplicaStatus:
 
 @dataclass(frozen=True)
 class DeploymentStatus:
-    """A deployment. Times are seconds since the epoch."""
+    """A deployment. Times are seconds since the epoch.
+
+    Attributes:
+        ends: when the walltime of its job is over; None without one.
+        until: when its uptime is over, through all its jobs; None without one.
+        successor: the id of the job that is to follow; "" when there is none yet.
+    """
 
     deployment_name: str
     state: DeploymentState
@@ -48,3 +54,5 @@ class DeploymentStatus:
     started: float | None
     ends: float | None
     replicas: tuple[ReplicaStatus, ...]
+    until: float | None = None
+    successor: str = ""

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mii_hpc.deployments.files import check_private, write_atomically
+from mii_hpc.deployments.files import NewFile, check_private, write_atomically, write_together
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import RegistryError
 
@@ -181,6 +181,15 @@ def _pem(item: ec.EllipticCurvePrivateKey | x509.Certificate) -> str:
 def new_token() -> str:
     """Return a random token of 256 bits."""
     return secrets.token_urlsafe(32)
+
+
+def hand_on(run: RunDir, successor: RunDir) -> bool:
+    """Give a run's successor the credentials that its clients have now. Returns whether it had others."""
+    now, then = ([_read(path) for path in each.of_clients] for each in (run, successor))
+    if now == then:
+        return False
+    write_together(*(NewFile(path, text.decode()) for path, text in zip(successor.of_clients, now, strict=True)))
+    return True
 
 
 def new_identity() -> str:

@@ -212,6 +212,13 @@ def take_name(config: MIIConfig, run: RunDir, entry: Entry, is_live: Callable[[E
         raise
 
 
+def runs_in_use(home: Path) -> set[Path]:
+    """Return the directories of the runs that have a name, and of those that are to take it next."""
+    named = {entry.run_dir for entry in Registry(home).entries()}
+    successors = (RunDir(path).read_successor() for path in named)
+    return named | {successor.path for successor in successors if successor is not None}
+
+
 def free_name(home: Path, entry: Entry) -> None:
     """Withdraw the entry of a run, and what it shares. Nothing happens when the name is no longer the run's."""
     registry = Registry(home)

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 CLAIM_TURNS = 200
 """How often to try to replace a stale entry that others replace, too."""
 HEARTBEAT_SECONDS = 5.0
+SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
+"""A heartbeat older than this means that the balancer is down, or cannot write."""
 TEXT_LENGTH = 4096
 NOT_FOR_GUESTS = Path(os.devnull) / "not-for-guests"
 STALE_SECONDS = 60.0
@@ -58,6 +60,8 @@ class Entry(BaseModel):
         job_host: the only machine that knows the job's state; "" when every machine of the cluster does.
         run_dir: the run directory; it tells the runs of one name apart.
         ends: when the walltime is over; None without one.
+        until: when the uptime is over, through all its jobs; None without one.
+        successor: the id of the job that is to take the name next; "" when there is none yet, and to guests.
         detail: what it is doing now, in a few words.
     """
 
@@ -80,6 +84,8 @@ class Entry(BaseModel):
     submitted: Moment
     started: Moment | None = None
     ends: Moment | None = None
+    until: Moment | None = None
+    successor: Annotated[str, Field(pattern=r"^([0-9][0-9+_]{0,31})?$")] = ""
     heartbeat: Moment
     detail: Text = ""
 
@@ -113,7 +119,7 @@ class Entry(BaseModel):
 
     def for_guests(self) -> Self:
         """Return what of it users of a shared deployment read and believe: nothing that is for commands or paths."""
-        return self.model_copy(update={"job_id": "", "job_host": "", "run_dir": NOT_FOR_GUESTS})
+        return self.model_copy(update={"job_id": "", "job_host": "", "successor": "", "run_dir": NOT_FOR_GUESTS})
 
     @property
     def job(self) -> str:
@@ -169,13 +175,20 @@ class Registry:
         Raises DeploymentExistsError when the name is now another run's, and DeploymentNotFoundError when the
         entry was withdrawn: a deployment that has lost its name must not take it back.
         """
+        self.hand_over(entry.run_dir, entry)
+
+    def hand_over(self, run_dir: Path, entry: Entry) -> None:
+        """Replace the entry of a run by that of another, which has the name from then on; see publish().
+
+        Only for the one process that publishes the run's entry.
+        """
         path = self._path(entry.deployment_name)
         holder = self._read(path)
         if holder is None:
             raise DeploymentNotFoundError(
                 f"{path}: the entry is no longer there", deployment_name=entry.deployment_name
             )
-        if holder.run_dir != entry.run_dir:
+        if holder.run_dir != run_dir:
             raise DeploymentExistsError(
                 f"{path}: the name now belongs to job {holder.job_id}", deployment_name=entry.deployment_name
             )
@@ -244,6 +257,6 @@ class Registry:
         return Entry.parse(text, path)
 
 
-def heartbeat_is_fresh(entry: Entry) -> bool:
-    """Whether the deployment has written its heartbeat within STALE_SECONDS."""
-    return time.time() - entry.heartbeat < STALE_SECONDS
+def heartbeat_is_fresh(entry: Entry, seconds: float = STALE_SECONDS) -> bool:
+    """Whether the deployment has written its heartbeat within so many seconds."""
+    return time.time() - entry.heartbeat < seconds

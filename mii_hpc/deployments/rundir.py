@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from mii_hpc.config import MIIConfig
-from mii_hpc.deployments.files import check_private, private_folder, read_text, unless_stale, write_atomically
+from mii_hpc.deployments.files import (
+    check_private,
+    private_folder,
+    read_bounded,
+    read_text,
+    unless_stale,
+    write_atomically,
+)
+from mii_hpc.deployments.registry import Entry
 
 _STAMP = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(?P<deployment>.+)-(?P<stamp>\d{8}-\d{6})-[0-9a-f]{6}")
@@ -64,11 +72,28 @@ class Progress:
         incarnation: the start of the job that this is about; see Entry.
         started: when that was, in seconds since the epoch.
         ready: the replicas that have been ready, by index.
+        startup: how many seconds it took until all had been; None before that.
     """
 
     incarnation: int
     started: float
     ready: tuple[int, ...] = ()
+    startup: float | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The place of a run among those that serve one name, one after the other.
+
+    Attributes:
+        until: when the last of them ends, in seconds since the epoch.
+        predecessor: the run that this one takes the name from; None of the first.
+        predecessor_job: the scheduler's id of that one's job.
+    """
+
+    until: float
+    predecessor: Path | None = None
+    predecessor_job: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +208,11 @@ class RunDir:
         return self.credentials / "guest-token"
 
     @property
+    def of_clients(self) -> tuple[Path, ...]:
+        """What rotate_token() replaces."""
+        return self.owner_token, self.owner_identity, self.guest_token, self.guest_identity
+
+    @property
     def rank_token(self) -> Path:
         """The token of the job's own processes."""
         return self.credentials / "rank-token"
@@ -286,12 +316,72 @@ class RunDir:
         """Leave word for the balancer that comes next."""
         write_atomically(self.progress, json.dumps(asdict(progress)))
 
+    @property
+    def chain(self) -> Path:
+        """The run's place in a chain, as JSON."""
+        return self.path / "chain.json"
+
+    def write_chain(self, chain: Chain) -> None:
+        """Write the run's place in a chain."""
+        write_atomically(self.chain, json.dumps({**asdict(chain), "predecessor": str(chain.predecessor or "")}))
+
+    def read_chain(self) -> Chain | None:
+        """Return the run's place in a chain; None without one."""
+        with contextlib.suppress(FileNotFoundError):
+            told = json.loads(read_text(self.chain))
+            predecessor = Path(told["predecessor"]) if told["predecessor"] else None
+            return Chain(told["until"], predecessor, told["predecessor_job"])
+        return None
+
+    @property
+    def entry(self) -> Path:
+        """The registry entry that the run will have, while another one has the name."""
+        return self.path / "entry.json"
+
+    def write_entry(self, entry: Entry) -> None:
+        """Write the entry that the run will have."""
+        write_atomically(self.entry, entry.model_dump_json(indent=2))
+
+    def read_entry(self) -> Entry | None:
+        """Return the entry that the run will have; None before its job was submitted."""
+        with contextlib.suppress(FileNotFoundError):
+            return Entry.parse(read_bounded(self.entry, owner=os.geteuid()), self.entry)
+        return None
+
+    @property
+    def successor(self) -> Path:
+        """The directory of the run that takes the name next."""
+        return self.path / "successor"
+
+    def read_successor(self) -> RunDir | None:
+        """Return the run that takes the name next; None when there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return RunDir(Path(read_text(self.successor)))
+        return None
+
+    def create_successor(self, config: MIIConfig, chain: Chain) -> RunDir:
+        """Make the directory of the run that takes the name next, with the same credentials."""
+        model = config.model_conf
+        run = self.create(config)
+        try:
+            shutil.copytree(self.credentials, run.credentials, dirs_exist_ok=True)
+            if model.tokenizer == str(self.tokenizer):
+                shutil.copytree(self.tokenizer, run.tokenizer)
+                model = model.model_copy(update={"tokenizer": str(run.tokenizer)})
+                write_atomically(run.config, config.model_copy(update={"model_conf": model}).model_dump_json(indent=2))
+            run.write_chain(chain)
+            write_atomically(self.successor, str(run.path))
+        except BaseException:
+            run.remove()
+            raise
+        return run
+
     def begin(self, incarnation: int) -> Progress:
         """Return how far this start of the job has come; at its beginning, forget what an earlier one has written."""
         with contextlib.suppress(FileNotFoundError):
             told = json.loads(self.progress.read_text())
             if told["incarnation"] == incarnation:
-                return Progress(incarnation, told["started"], tuple(told["ready"]))
+                return Progress(incarnation, told["started"], tuple(told["ready"]), told["startup"])
             for path in self.failures.iterdir():
                 path.unlink(missing_ok=True)
         progress = Progress(incarnation, time.time())

@@ -23,6 +23,9 @@ class DeploymentState(StrEnum):
     """Every replica has been ready, and at least one is not: the others take its requests, until it is back."""
     STOPPING = "stopping"
     """No request is admitted any more; those that run get a few seconds."""
+    UNRESPONSIVE = "unresponsive"
+    """The job runs, and its balancer gives no sign of life: its node is gone, or it is about to be replaced. Written
+    nowhere; it is what a client finds."""
     ENDED = "ended"
     """The job has ended. Written nowhere, for the entry is withdrawn; it is what a client finds where nobody was left
     to withdraw it."""

@@ -22,16 +22,12 @@ from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.job import liveness
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank, raise_file_limit, tell
+from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 
 log = logging.getLogger(__name__)
-
-
-STEP_SECONDS = 120.0
-"""One step takes no longer: not even a large prefill on a CPU, or one that compiles a kernel."""
 
 
 class Tell(Protocol):
@@ -72,8 +68,9 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
     loading.cancel()
     if ended.done():
         return ended.result()
+    model = run.load_config().model_conf
     tasks = Tasks()
-    tasks.start(_live(engine if leads else None, tell))
+    tasks.start(_live(engine if leads else None, model.inference_engine_config.step_timeout, tell))
 
     async def work_on() -> None:
         await ended
@@ -83,7 +80,7 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
         return await tasks.guard(work_on())
     keys = credentials.load_server(run)
     server = transport.create_server(lambda _method, token: transport.same_token(token, keys.rank_token))
-    InferenceService(engine, codec_of(engine, run.load_config().model_conf)).add_to(server)
+    InferenceService(engine, codec_of(engine, model)).add_to(server)
     port = transport.listen(server, f"{listen_host}:0", keys)
     await server.start()
     tell(ready=f"{listen_host}:{port}")
@@ -95,22 +92,30 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
         await server.stop(0)
 
 
-async def _live(leader: Engine | None, tell: Tell) -> None:
+async def _live(leader: Engine | None, step_timeout: float, tell: Tell) -> None:
     """Give signs of life. Raises RuntimeError when the leader's engine makes no step with requests in hand."""
     steps, waits = -1, 0
     while True:
         tell(alive="")
         if leader is not None:
-            running, before, steps = leader.stats().running, steps, leader.steps
-            waits = waits + 1 if running and steps == before else 0
-            if waits * liveness.BEAT_SECONDS >= STEP_SECONDS:
-                raise RuntimeError(f"no step for {STEP_SECONDS:.0f} s with {running} requests running")
+            load, before, steps = leader.stats(), steps, leader.steps
+            in_hand = load.running + load.waiting
+            waits = waits + 1 if in_hand and steps == before else 0
+            if waits * liveness.BEAT_SECONDS >= step_timeout:
+                raise RuntimeError(f"no step within step_timeout={step_timeout:g} s with {in_hand} requests in hand")
         await asyncio.sleep(liveness.BEAT_SECONDS)
 
 
 async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
     """Serve until the supervisor ends it."""
-    serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, tell))
+    tasks = Tasks()
+
+    def told(**note: str) -> None:
+        tell(**note)
+        if "ready" in note:
+            tasks.start(collect_garbage())
+
+    serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, told))
     asyncio.get_running_loop().add_signal_handler(END_CHILD, serving.cancel)
     await asyncio.wait({serving})
     if not serving.cancelled():

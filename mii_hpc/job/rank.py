@@ -20,10 +20,11 @@ from pathlib import Path
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.files import write_atomically
 from mii_hpc.deployments.lookup import free_name
-from mii_hpc.deployments.registry import Entry, Registry
+from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.job import rendezvous
+from mii_hpc.job.balancer.succession import pass_on
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
 from mii_hpc.job.process import raise_file_limit
@@ -77,7 +78,7 @@ def live(run: RunDir, lost: int | None = None) -> None:
         try:
             asyncio.run(supervise(run, world, address, revive))
         except AbandonedError:
-            free_name(config.home, Entry.of(config, run.path, ""))
+            pass_on(run, config)
             job.cancel()  # also where no batch script is left to end it
             raise
         finally:
@@ -106,7 +107,7 @@ def _withdraw(run: RunDir, config: MIIConfig) -> None:
     entry = Registry(config.home).get(config.deployment_name)
     # A balancer that ended in order has withdrawn it, or left it as that of a job that is pending again.
     if entry is not None and entry.run_dir == run.path and entry.state != DeploymentState.PENDING:
-        free_name(config.home, entry)
+        pass_on(run, config)
 
 
 def main(run_path: str, lost: str = "") -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mii_hpc.deployments.registry import Entry, heartbeat_is_fresh
+from mii_hpc.deployments.registry import SILENT_SECONDS, Entry, heartbeat_is_fresh
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.schedulers.base import Job, JobState, Scheduler
 from mii_hpc.schedulers.local import Local
 from mii_hpc.schedulers.slurm import Slurm
 
-__all__ = ["Job", "JobState", "Scheduler", "choose", "is_live", "job_of", "scheduler"]
+__all__ = ["Job", "JobState", "Scheduler", "choose", "is_live", "job_of", "scheduler", "state_of"]
 
 
 def choose(cluster: str) -> Scheduler:
@@ -48,3 +48,11 @@ def is_live(entry: Entry, is_own: bool = True) -> bool:
             return True
         case _:  # a scheduler may take long to see that a job's processes are gone; the heartbeat tells
             return entry.state == DeploymentState.PENDING or heartbeat_is_fresh(entry)
+
+
+def state_of(entry: Entry, is_own: bool = True) -> DeploymentState:
+    """Return the state of an entry's deployment as it is now, also where nobody is left to write it."""
+    if not is_live(entry, is_own):
+        return DeploymentState.ENDED
+    is_down = entry.address and not heartbeat_is_fresh(entry, SILENT_SECONDS)
+    return DeploymentState.UNRESPONSIVE if is_down else entry.state

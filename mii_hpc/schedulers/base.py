@@ -66,15 +66,23 @@ class Job(ABC):
         """Whether this job, in which this process runs, is to be started again when it has ended. Never raises."""
         return False
 
+    def is_preempted(self) -> bool:
+        """Whether the scheduler is about to end this job for the sake of another. Never raises."""
+        return False
+
+    @abstractmethod
+    def hasten(self) -> None:
+        """Let a job start now that waits for a later moment; harmless otherwise."""
+
     @abstractmethod
     def ends(self) -> float | None:
         """Return when the walltime is over, in seconds since the epoch; None without one, or when it is not known."""
 
     @abstractmethod
-    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
-        """Start a rank of this job again on a node of it, without waiting. Nothing happens where that cannot be done.
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> bool:
+        """Start a rank of this job again on a node of it, without waiting.
 
-        Only for processes of the job.
+        Returns False when the job has lost the node, and it cannot be done ever again. Only for processes of the job.
         """
 
     @abstractmethod
@@ -88,10 +96,12 @@ class Scheduler(ABC):
     Attributes:
         name: what `cluster` calls it.
         serves_other_hosts: whether clients come from other hosts than those of the job.
+        has_walltime: whether it ends jobs after a while.
     """
 
     name: ClassVar[Literal["slurm", "local"]]
     serves_other_hosts: ClassVar[bool]
+    has_walltime: ClassVar[bool]
 
     @abstractmethod
     def check(self) -> None:

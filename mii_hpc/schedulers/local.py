@@ -32,6 +32,7 @@ class Local(Scheduler):
 
     name: ClassVar[Literal["local"]] = "local"
     serves_other_hosts: ClassVar[bool] = False
+    has_walltime: ClassVar[bool] = False
 
     def check(self) -> None:
         """Do nothing: a process can be started anywhere."""
@@ -105,8 +106,12 @@ class LocalJob(Job):
     def ends(self) -> None:
         """Return None: there is no walltime."""
 
-    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> bool:
         """Do nothing: mpiexec ends all ranks when one dies."""
+        return True
+
+    def hasten(self) -> None:
+        """Do nothing: it has started."""
 
     def cancel(self) -> None:
         """Send SIGTERM to the process, which tells the ranks."""

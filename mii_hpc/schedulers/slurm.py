@@ -32,6 +32,9 @@ COMMAND_SECONDS = 30.0
 """How long a Slurm command may take to answer."""
 WALLTIME_WARNING_SECONDS = 60
 """How long before the walltime Slurm tells the ranks to end."""
+UPTIME_SIGNAL = "CONT@1"
+"""What it tells them instead where another job follows: nothing. Slurm's warning may come a minute too early, and the
+balancer knows the time."""
 
 
 _TOO_MUCH = "the job asks for more than the partition allows or has, and does not start as it is"
@@ -65,6 +68,7 @@ class Slurm(Scheduler):
 
     name: ClassVar[Literal["slurm"]] = "slurm"
     serves_other_hosts: ClassVar[bool] = True
+    has_walltime: ClassVar[bool] = True
 
     @staticmethod
     def is_here() -> bool:
@@ -156,6 +160,19 @@ class SlurmJob(Job):
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return False
 
+    def is_preempted(self) -> bool:
+        """See Job: squeue tells of a job that has a grace time."""
+        try:
+            answer = _run("squeue", "--noheader", f"--jobs={self.id}", "--Format=PreemptTime")
+            return answer.returncode == 0 and answer.stdout.strip() not in ("", "N/A")
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+
+    def hasten(self) -> None:
+        """See Job."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            _run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
     def ends(self) -> float | None:
         """Ask squeue."""
         try:
@@ -164,11 +181,13 @@ class SlurmJob(Job):
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return None
 
-    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> None:
+    def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> bool:
         """See Job.start_rank(): a job step that shares what the first one has.
 
         The batch script, and with it the job, lasts as long as one of the ranks that it has started itself.
         """
+        if not self._has(node):
+            return False
         slurm = config.slurm
         gpus = [f"--gres={slurm.gres}"] if slurm.gres else []
         gpus += [f"--gpus-per-node={slurm.gpus_per_node}"] if slurm.gpus_per_node else []
@@ -192,6 +211,15 @@ class SlurmJob(Job):
                 start_new_session=True,
             )
         threading.Thread(target=step.wait, name="mii-step", daemon=True).start()  # so that it is no zombie
+        return True
+
+    def _has(self, node: str) -> bool:
+        """Whether the job still has a node: Slurm takes one that is down away from a job that goes on without it."""
+        try:
+            answer = _run("squeue", "--noheader", f"--jobs={self.id}", f"--nodelist={node}", "--format=%i")
+            return answer.returncode != 0 or bool(answer.stdout.strip())
+        except (OSError, subprocess.TimeoutExpired):
+            return True
 
     def cancel(self) -> None:
         """Run scancel."""
@@ -301,6 +329,8 @@ def executor_parameters(config: MIIConfig, placement: Placement) -> dict[str, An
     for name in ("time", "mem", "reservation", "gres"):
         if getattr(slurm, name) is not None:
             additional[name] = getattr(slurm, name)
+    if config.uptime is not None:
+        additional["signal"] = UPTIME_SIGNAL
     return {
         "job_name": f"mii-{config.deployment_name}",
         "partition": slurm.partition,
@@ -351,7 +381,8 @@ def _outside_of_any_job() -> Iterator[None]:
         yield
         return
     asked_for = {name: value for name, value in os.environ.items() if name.startswith(("SBATCH_", "SLURM_CONF"))}
-    with clean_env():
+    of_mpi = [name for name in os.environ if name.startswith(("PMIX_", "PMI_", "OMPI_", "PRTE_"))]
+    with clean_env(of_mpi):
         os.environ.update(asked_for)  # by the user, not by the job
         yield
 

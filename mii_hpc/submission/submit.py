@@ -8,12 +8,12 @@ import logging
 from mii_hpc import schedulers
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.lookup import free_name, take_name
+from mii_hpc.deployments.lookup import free_name, runs_in_use, take_name
 from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.deployments.sharing import Share
 from mii_hpc.deployments.state import DeploymentState
-from mii_hpc.errors import DeploymentError, RegistryError
+from mii_hpc.errors import ConfigError, DeploymentError, RegistryError
 from mii_hpc.placement import Placement, place
 from mii_hpc.submission.checkpoint import check_model
 
@@ -26,10 +26,15 @@ def check(config: MIIConfig) -> MIIConfig:
     Raises ConfigError, SubmissionError when there is no such cluster, or RegistryError when the home directory cannot
     be used.
     """
-    cluster = schedulers.choose(config.cluster).name
+    scheduler = schedulers.choose(config.cluster)
+    if config.uptime is not None and not scheduler.has_walltime:
+        raise ConfigError(
+            f"uptime={config.uptime!r}: with cluster={scheduler.name!r} no job has a walltime after which another "
+            "one would have to follow; leave it out"
+        )
     if config.shared_group is not None:
         Share(config.home, config.deployment_name, config.shared_group).check()
-    return config.model_copy(update={"cluster": cluster, "model_conf": check_model(config.model_conf)})
+    return config.model_copy(update={"cluster": scheduler.name, "model_conf": check_model(config.model_conf)})
 
 
 def shape(config: MIIConfig) -> tuple[MIIConfig, Placement]:
@@ -62,8 +67,7 @@ def prepare(config: MIIConfig, job_id: str = "") -> tuple[RunDir, Entry]:
     except BaseException:
         run.remove()
         raise
-    in_use = {entry.run_dir for entry in Registry(config.home).entries()}
-    for old in RunDir.ended(config.home, config.keep_runs, in_use):
+    for old in RunDir.ended(config.home, config.keep_runs, runs_in_use(config.home)):
         old.remove()
     return run, entry
 

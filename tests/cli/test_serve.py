@@ -95,6 +95,16 @@ def test_a_batch_script_prepares(run, slurm, home, monkeypatch):
     assert run("ls", "--json").data[0]["job_id"] == "4712"
 
 
+def test_no_job_follows_that_of_a_batch_script(run, slurm, home, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    file = _echo_file(home.parent)
+    file.write_text(file.read_text().rstrip("}") + "}}, uptime: '7-0'}")
+    ran = run("prepare", "--config", file)
+    assert ran.status == 2
+    assert "uptime='7-0': no job follows one that was submitted with a script of your own" in ran.errors
+
+
 def _echo_file(folder):
     file = folder / "echo.yaml"
     file.write_text("{deployment_name: chat, model_config: {inference_engine_config: {engine: echo}}}")

@@ -383,6 +383,16 @@ async def gone(deployment):
     deployment.balancer.lifetime._ended = True
 
 
+@pytest.mark.parametrize(("live", "state"), [(False, "ended"), (True, "unresponsive")])
+async def test_the_status_of_a_deployment_that_does_not_answer(deploy, monkeypatch, live, state):
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1,))
+    deployment = await deploy()
+    await gone(deployment)
+    Squeue(monkeypatch, live)
+    status = await deployment.client().status()
+    assert (status.state, status.host, status.replicas) == (state, "node0", ())
+
+
 @pytest.mark.parametrize("live", [False, True], ids=["dead", "silent"])
 async def test_many_calls_to_a_dead_deployment_learn_it_together(deploy, monkeypatch, live):
     """Each has its error after one wait, and a list has one for each prompt; the scheduler is asked once a wait."""

@@ -314,6 +314,8 @@ class Cluster:
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU",
             "GresTypes=gpu",
+            "PreemptType=preempt/partition_prio",
+            "PreemptMode=REQUEUE",
             # Quick decisions: a test waits for each of them.
             "SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1",
             "KillWait=10",
@@ -328,10 +330,13 @@ class Cluster:
                 + (f" Gres={GPUS[node]}" if node in GPUS else "")
                 for node in self.nodes
             ),
-            f"PartitionName=debug Nodes={plain} Default=YES MaxTime=UNLIMITED",
+            "PartitionName=DEFAULT MaxTime=UNLIMITED PreemptMode=OFF",
+            f"PartitionName=debug Nodes={plain} Default=YES",
             f"PartitionName=short Nodes={plain} MaxTime=00:02:00",
-            "PartitionName=gpu Nodes=g1,g2 MaxTime=UNLIMITED",
-            "PartitionName=typed Nodes=g3 MaxTime=UNLIMITED",
+            f"PartitionName=low Nodes={plain} PriorityTier=1 PreemptMode=REQUEUE",
+            f"PartitionName=high Nodes={plain} PriorityTier=2",
+            "PartitionName=gpu Nodes=g1,g2",
+            "PartitionName=typed Nodes=g3",
         ]
         return "\n".join(lines) + "\n"
 

@@ -343,6 +343,8 @@ def test_dead_node_takes_only_its_replica(cluster, home, ended):
     eventually(lambda: client.status().replicas[2].state != "ready", PATIENCE, "the replica is out")
     assert {answer.replica for answer in client(["x"] * 6)} == {0, 1}
     assert client.status().job_id == job_id
+    lost = f"the job has lost node {victim}, and rank 2 with it"
+    eventually(lambda: client.status().replicas[2].detail == lost, 2 * PATIENCE, "its node is not asked for again")
     client.terminate_server()
 
 

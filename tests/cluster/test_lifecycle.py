@@ -9,6 +9,7 @@ import pytest
 
 import mii_hpc as mii
 from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.rundir import RunDir
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -25,8 +26,12 @@ def ended(cluster):
 @pytest.fixture
 def serve(cluster, home, ended):
     """Serve replicas, each on a node of its own."""
-    given = {"home": home, "slurm": {"tasks_per_node": 1}, "startup_timeout": 120, **ECHO}
-    return lambda name, replica_num=2: mii.serve(deployment_name=name, replica_num=replica_num, **given)
+
+    def submit(name, replica_num=2, options=None, **slurm):
+        given = {"home": home, "slurm": {"tasks_per_node": 1, **slurm}, "startup_timeout": 120, **ECHO}
+        return mii.serve(deployment_name=name, replica_num=replica_num, **given, **(options or {}))
+
+    return submit
 
 
 def state_of(home, name):
@@ -80,10 +85,12 @@ def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, op
 
 
 def test_a_requeued_job_is_found_again(cluster, home, serve):
-    client = serve("requeued")
+    """By hand, and by a job of a partition that preempts its own."""
+    client = serve("requeued", partition="low")
     job_id = Registry(home).get("requeued").job_id
-    for incarnation in (1, 2):
-        subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=30)
+    preempt = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    for incarnation, requeue in enumerate((["scontrol", "requeue", job_id], preempt), 1):
+        subprocess.run(requeue, check=True, timeout=30)
 
         def is_pending():
             return [job.state for job in cluster.squeue() if str(job.id) == job_id] == ["PENDING"]
@@ -97,6 +104,27 @@ def test_a_requeued_job_is_found_again(cluster, home, serve):
         assert Registry(home).get("requeued").incarnation == incarnation
     client.terminate_server()
     eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
+
+
+def test_the_next_job_takes_the_name_before_the_walltime_is_over(cluster, home, serve):
+    """It is to be ready so long before that it is submitted, and starts, at once."""
+    client = serve("relieved", options={"uptime": "10:05", "handover": 590}, time="10")
+    first = Registry(home).get("relieved")
+    stream = client.stream("a", max_new_tokens=1500)
+    pieces, owners = [next(stream)], []
+    while len(set(owners)) < 2:
+        owners.append(Registry(home).get("relieved").job_id)
+        assert [str(answer) for answer in client(["x"] * 4, timeout=PATIENCE)] == ["x "] * 4
+    pieces += list(stream)
+    assert "".join(map(str, pieces)) == "a " * 1500
+    assert owners[0] == first.job_id
+    status = client.status()
+    assert (status.state, status.until) == ("ready", first.until)
+    assert RunDir(first.run_dir).read_failure() is None
+    client.terminate_server()
+    eventually(lambda: not processes(cluster), PATIENCE, "every process of every job is gone")
+    assert Registry(home).get("relieved") is None
+    assert {job.state for job in cluster.squeue() if job.name == "mii-relieved"} <= {"COMPLETED", "CANCELLED"}
 
 
 def test_the_last_survivor_ends_the_job(cluster, home, serve):

@@ -3,9 +3,9 @@ from typing import get_args
 
 import pytest
 
-from mii_hpc.deployments.registry import STALE_SECONDS, Entry
+from mii_hpc.deployments.registry import SILENT_SECONDS, STALE_SECONDS, Entry
 from mii_hpc.errors import SubmissionError
-from mii_hpc.schedulers import choose, is_live, job_of, scheduler
+from mii_hpc.schedulers import choose, is_live, job_of, scheduler, state_of
 from mii_hpc.schedulers.local import LocalJob
 from mii_hpc.schedulers.slurm import SlurmJob
 from mii_hpc.submission import submit as submission
@@ -50,6 +50,26 @@ def test_a_deployment_is_live_by_its_job_and_its_heartbeat(slurm, echo_config, s
     _, entry = submitted(echo_config())
     slurm(squeue=squeue)
     assert is_live(entry.model_copy(update={"state": state, "heartbeat": time.time() - beat})) is alive
+
+
+@pytest.mark.parametrize(
+    ("squeue", "written", "beat", "state"),
+    [
+        ("RUNNING", "ready", 0, "ready"),
+        ("RUNNING", "ready", SILENT_SECONDS + 1, "unresponsive"),
+        ("RUNNING", "ready", STALE_SECONDS + 1, "ended"),
+        ("COMPLETED", "ready", 0, "ended"),
+        ("PENDING", "pending", 10**6, "pending"),
+    ],
+)
+def test_the_state_is_what_is_written_unless_nobody_is_left_to_write_it(
+    slurm, echo_config, squeue, written, beat, state
+):
+    _, entry = submitted(echo_config())
+    slurm(squeue=f'echo "{squeue}|None"')
+    address = "" if written == "pending" else "10.0.0.1:5000"
+    update = {"state": written, "heartbeat": time.time() - beat, "address": address}
+    assert state_of(entry.model_copy(update=update)) == state
 
 
 def test_a_claim_without_a_job_is_live_for_a_minute(slurm, echo_config):

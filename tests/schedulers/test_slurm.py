@@ -348,8 +348,34 @@ def test_a_job_that_slurm_counts_another_start_of_is_requeued(slurm, monkeypatch
 def test_a_rank_that_is_started_again_imports_nothing_from_its_working_directory(slurm, echo_config):
     config = echo_config()
     run, _ = submitted(config)
-    SlurmJob("4711").start_rank(run, config, 2, "node3")
+    assert SlurmJob("4711").start_rank(run, config, 2, "node3")
     eventually(lambda: [call for call in calls(slurm) if call.startswith("srun --jobid")], what="srun is called")
     (call,) = [call for call in calls(slurm) if call.startswith("srun --jobid")]
     assert call.endswith(f"{sys.executable} -P -m mii_hpc.job.rank {run.path} 2")
     assert "--nodelist=node3" in call
+
+
+def test_no_rank_is_started_on_a_node_that_the_job_has_lost(slurm, echo_config):
+    config = echo_config()
+    run, _ = submitted(config)
+    slurm(squeue="true")
+    assert not SlurmJob("4711").start_rank(run, config, 2, "node3")
+    assert calls(slurm)[-1] == "squeue --noheader --jobs=4711 --nodelist=node3 --format=%i"
+
+
+def test_slurm_does_not_tell_the_ranks_of_the_walltime_where_another_job_follows(echo_config):
+    config = echo_config(uptime="7-0", slurm={"time": "8:00:00"})
+    parameters = executor_parameters(config, place(config.model_conf, config.slurm))
+    assert parameters["additional_parameters"]["signal"] == "CONT@1"
+
+
+@pytest.mark.parametrize(("squeue", "preempted"), [("2026-11-27T11:21:56", True), ("N/A", False), ("", False)])
+def test_a_job_with_a_preemption_time_is_preempted(slurm, squeue, preempted):
+    slurm(squeue=f"echo '{squeue}'")
+    assert SlurmJob("1").is_preempted() is preempted
+
+
+def test_a_job_that_waits_for_its_time_is_told_to_start(slurm):
+    slurm(scontrol="true")
+    SlurmJob("7").hasten()
+    assert calls(slurm)[-1] == "scontrol update JobId=7 StartTime=now"

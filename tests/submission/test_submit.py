@@ -159,3 +159,9 @@ def test_a_requeued_batch_script_prepares_itself_again(echo_config, monkeypatch)
     assert Registry(config.home).get("chat") == entry and entry.run_dir == second.path != first.path
     with pytest.raises(DeploymentExistsError):
         submission.prepare(config, "4712")
+
+
+def test_an_uptime_needs_a_walltime(echo_config):
+    config = echo_config(cluster="local").model_copy(update={"uptime": "7-0"})
+    with pytest.raises(ConfigError, match=r"^uptime='7-0': with cluster='local' no job has a walltime"):
+        submission.check(config)

@@ -18,9 +18,9 @@ from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError
 from mii_hpc.job import liveness
 from mii_hpc.job.balancer.balancer import Balancer
-from mii_hpc.job.balancer.lifetime import Ending
+from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank, raise_file_limit, tell
+from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,13 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     keys = credentials.load_server(run)
     job = schedulers.scheduler(config.cluster).own_job(run)
     progress = run.begin(job.incarnation)
-    balancer = Balancer(run, config, keys, progress, lambda rank, node: job.start_rank(run, config, rank, node))
+    balancer = Balancer(run, config, keys, progress, job)
     balancer.tasks.start(_live())
+    balancer.tasks.start(collect_garbage())
     # Of a deployment that was ready, whoever has not joined in a moment was lost while there was no balancer.
     for member in run.read_members() if progress.ready else ():
         balancer.replacements.lose(member["rank"], member["host"])
-    asyncio.get_running_loop().add_signal_handler(END_CHILD, balancer.ending.begin, "the balancer was told to end")
+    asyncio.get_running_loop().add_signal_handler(END_CHILD, balancer.ending.on_signal, "the balancer was told to end")
     host, port = address.rsplit(":", 1)
     # On several hosts, login nodes may come in by another interface than the ranks do.
     await balancer.listen(f"{'0.0.0.0' if spans_hosts else host}:{port}")
@@ -64,15 +65,20 @@ async def _live() -> None:
 
 
 def _claimed(config: MIIConfig, run: RunDir, fingerprint: str, ending: Ending) -> Entry:
-    """Return the run's entry; a run that has none takes its name again, or fails."""
+    """Return the run's entry; a run that has none takes its name again, or fails, or waits until it is given one."""
     claimed = Registry(config.home).get(config.deployment_name)
-    if claimed is None or claimed.run_dir != run.path:
-        claimed = Entry.of(config, run.path, fingerprint)
+    chain, successor = run.read_chain(), run.read_successor()
+    if claimed is not None and claimed.run_dir == run.path:
+        return claimed
+    own = Entry.of(config, run.path, fingerprint)
+    if claimed is not None and successor is not None and claimed.run_dir == successor.path:
+        ending.begin(f"job {claimed.job_id} has taken over", comes_back=True)
+    elif chain is None or chain.predecessor is None:
         try:
-            take_name(config, run, claimed, schedulers.is_live)
+            take_name(config, run, own, schedulers.is_live)
         except DeploymentExistsError as error:
             ending.fail(Failure(-1, socket.gethostname(), str(error), ""))
-    return claimed
+    return own
 
 
 def main(run_path: str, address: str, spans_hosts: str) -> None:

@@ -46,11 +46,17 @@ class Access:
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
         self._ranks = credentials.load_server(run).as_client
         self._rotating = threading.Lock()
-        owner, guest = (
-            _Keys(credentials.read_token(token), credentials.read_identity(identity).decode())
-            for token, identity in ((run.owner_token, run.owner_identity), (run.guest_token, run.guest_identity))
-        )
-        self._admit((owner,), (guest,))
+        self.read()
+
+    def read(self) -> None:
+        """Read the clients' keys from their files, which the run that had the name before may have rotated."""
+        with self._rotating:
+            run = self._run
+            owner, guest = (
+                _Keys(credentials.read_token(token), credentials.read_identity(identity).decode())
+                for token, identity in ((run.owner_token, run.owner_identity), (run.guest_token, run.guest_identity))
+            )
+            self._admit((owner,), (guest,))
 
     def admits(self, method: str, token: str) -> bool:
         """Whether a token may call a method. Takes the same time for every token that opens nothing."""

@@ -13,15 +13,18 @@ from mii_hpc.deployments.registry import Entry
 from mii_hpc.deployments.rundir import Progress, RunDir
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
-from mii_hpc.job.balancer.lifetime import Ending, Lifetime
+from mii_hpc.job.balancer.ending import Ending
+from mii_hpc.job.balancer.lifetime import Lifetime
 from mii_hpc.job.balancer.membership import Membership, Replica
 from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.replacement import Replacements
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.job.balancer.service import DeploymentService, MembershipService
+from mii_hpc.job.balancer.succession import Succession
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
+from mii_hpc.schedulers import Job
 
 STOP_SECONDS = 0.5
 """How long calls that are still open at the end may go on."""
@@ -36,7 +39,7 @@ class Balancer:
         config: MIIConfig,
         keys: ServerCredentials,
         progress: Progress,
-        start_rank: Callable[[int, str], None] = lambda rank, node: None,
+        job: Job | None = None,
     ) -> None:
         model = config.model_conf
         self._keys = keys
@@ -50,14 +53,24 @@ class Balancer:
             admit=self._admit,
             dismiss=self._dismiss,
             on_death=self.ending.on_death,
-            on_leaving=self.ending.begin,
+            on_leaving=self.ending.on_signal,
             tasks=self.tasks,
             ready=progress.ready,
             on_lost=lambda rank, host: self.replacements.lose(rank, host),
         )
+        succession = Succession(run, config, progress, job, on_name=self.access.read)
+
+        def start_rank(rank: int, node: str) -> bool:
+            if job is None or job.start_rank(run, config, rank, node):
+                return True
+            succession.hasten()  # which has all its nodes
+            return False
+
         self.replacements = Replacements(self.membership, self.ending, self.tasks, start_rank)
         self.relay = Relay(config, self.router, self.ending, self.access, on_broken=self.membership.lose)
-        self.lifetime = Lifetime(run, config, progress, self.ending, self.membership, self.router, self.tasks)
+        self.lifetime = Lifetime(
+            run, config, progress, self.ending, self.membership, self.router, succession, self.tasks
+        )
         deployment = DeploymentService(
             config.deployment_name,
             self.membership,

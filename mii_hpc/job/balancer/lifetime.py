@@ -18,8 +18,10 @@ from mii_hpc.deployments.sharing import Share
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentError, RegistryError
 from mii_hpc.heap import trim_heap
-from mii_hpc.job.balancer.membership import EngineDeath, Membership
+from mii_hpc.job.balancer.ending import Ending
+from mii_hpc.job.balancer.membership import Membership
 from mii_hpc.job.balancer.router import Router
+from mii_hpc.job.balancer.succession import Succession
 from mii_hpc.job.tasks import Tasks
 
 log = logging.getLogger(__name__)
@@ -28,48 +30,8 @@ DRAIN_SECONDS = 3.0
 """How long running requests may go on when the deployment ends."""
 LEAVE_SECONDS = 8.0
 """How long the ranks may take to leave."""
-
-
-class Ending:
-    """Whether the deployment ends, and why. The first reason counts."""
-
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
-        self._begun = asyncio.Event()
-        self.reason = ""
-        self.failure = ""
-        """Why the deployment has failed; empty when it ends well."""
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the deployment ends: no request is admitted any more."""
-        return self._begun.is_set()
-
-    async def wait(self) -> None:
-        """Return when the end has begun."""
-        await self._begun.wait()
-
-    def begin(self, reason: str) -> None:
-        """Begin to end the deployment, which has not failed."""
-        if not self.has_begun:
-            log.info("the deployment ends: %s", reason)
-            self.reason = reason
-            self._begun.set()
-
-    def fail(self, failure: Failure) -> None:
-        """Begin to end the deployment, because it has failed; write it to the run directory."""
-        if not self.has_begun:
-            self.failure = failure.message
-            self._run.write_failure(failure)
-            self.begin(failure.message)
-
-    def on_death(self, death: EngineDeath) -> None:
-        """Fail when an engine has died whose replica was never ready: it will die again."""
-        report = death.report
-        message = f"rank {report.rank} (replica {death.replica}, host {report.host}): {report.detail}"
-        log.error("%s", message)
-        if not death.replica_was_ready:
-            self.fail(Failure(report.rank, report.host, message, report.log))
+SETTLE_SECONDS = 3.0
+"""How long the scheduler is given to say what a signal means."""
 
 
 class Lifetime:
@@ -83,14 +45,15 @@ class Lifetime:
         ending: Ending,
         membership: Membership,
         router: Router,
+        succession: Succession,
         tasks: Tasks,
     ) -> None:
         self._run, self._config, self._progress, self._tasks = run, config, progress, tasks
-        self._ending, self._membership, self._router = ending, membership, router
+        self._ending, self._membership, self._router, self._succession = ending, membership, router, succession
         self._registry = Registry(config.home)
         self._share = config.shared_group and Share(config.home, config.deployment_name, config.shared_group)
         self._entry: Entry | None = None
-        self._ended = False
+        self._ended = self._has_handed_over = False
 
     @property
     def state(self) -> DeploymentState:
@@ -107,15 +70,19 @@ class Lifetime:
         return self._entry.job_id if self._entry else ""
 
     async def run(self, entry: Entry, is_requeued: Callable[[], bool] = lambda: False) -> None:
-        """Keep the entry until the end has begun; then drain, let the ranks leave, and withdraw the entry.
+        """Keep the entry until the end has begun; then drain, let the ranks leave, and see to the name.
 
-        Where the job `is_requeued`, as is asked at its end, the entry says that it is pending again.
+        The next job has it then, if there is one to come. Where the job `is_requeued`, as is asked at its end, the
+        entry says that it is pending again. Else it is withdrawn.
         """
         self._entry = entry
         keeping = self._tasks.start(self._keep_entry())
         watching = self._tasks.start(self._watch_deadlines())
+        succeeding = self._tasks.start(self._succession.keep(self._ending, lambda: self._progress.startup))
         await self._ending.wait()
         self._membership.changed.set()
+        if not self._ending.is_settled:
+            await self._settle(is_requeued)
         await self._drain()
         await self._membership.end(self._ending.failure, LEAVE_SECONDS)
         watching.cancel()
@@ -123,19 +90,40 @@ class Lifetime:
         self._ended = True
         self._membership.changed.set()
         await keeping
+        await asyncio.wait({succeeding}, timeout=LEAVE_SECONDS)
         for replica in self._router.live:
             await replica.close()
-        if not self._ending.failure and await asyncio.to_thread(is_requeued):
+        await self._leave_name(is_requeued)
+
+    async def _leave_name(self, is_requeued: Callable[[], bool]) -> None:
+        assert self._entry is not None
+        if self._has_handed_over:
+            return
+        if not self._succession.heir and not self._ending.failure and await asyncio.to_thread(is_requeued):
             pending = {"state": DeploymentState.PENDING, "address": "", "host": "", "detail": "its job was requeued"}
             with contextlib.suppress(DeploymentError):
                 await asyncio.to_thread(self._publish, self._entry.model_copy(update=pending))
+        elif self._ending.comes_back:
+            await asyncio.to_thread(self._succession.leave)
         else:
+            await asyncio.to_thread(self._succession.end)
             await asyncio.to_thread(free_name, self._config.home, self._entry)
+
+    async def _settle(self, is_requeued: Callable[[], bool]) -> None:
+        """Find out what becomes of the name after a signal."""
+        comes_back = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                comes_back = await self._succession.expects(is_requeued)
+        self._ending.settle(comes_back)
 
     async def _drain(self) -> None:
         """Let the requests that run end by themselves for a while, then cancel them."""
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while any(replica.in_flight for replica in self._router.live) and time.monotonic() < deadline:
+        began = time.monotonic()
+        seconds = max(DRAIN_SECONDS, self._succession.seconds_left) if self._has_handed_over else DRAIN_SECONDS
+        while any(replica.in_flight for replica in self._router.live) and time.monotonic() < began + seconds:
+            if self._ending.hurries:
+                seconds = DRAIN_SECONDS
             await asyncio.sleep(0.05)
         for replica in self._router.live:
             replica.cancel_requests()
@@ -164,34 +152,47 @@ class Lifetime:
             replicas = self._membership.replicas
             waiting = [replica.detail for replica in replicas if replica.state != "ready" and replica.detail]
             ready = sum(replica.state == "ready" for replica in replicas)
-            detail = f"{ready} of {len(replicas)} replicas ready" + (f"; {waiting[0]}" if waiting else "")
+            words = [f"{ready} of {len(replicas)} replicas ready", *waiting[:1], self._succession.detail]
             self._entry = self._entry.model_copy(
                 update={
                     "state": self.state,
                     "heartbeat": time.time(),
-                    "detail": detail,
+                    "detail": "; ".join(filter(None, words)),
+                    "successor": self._succession.next.job_id if self._succession.next else "",
+                    "until": self._succession.until,
                     "gateway": self._run.read_gateway_url(),
                 }
             )
+            heir = self._succession.heir
             try:
                 await asyncio.to_thread(self._remember, tuple(each.index for each in replicas if each.was_ready))
+                if heir is not None and not self._ending.has_begun:
+                    await asyncio.to_thread(self._succession.hand_over, heir)
+                    self._has_handed_over = True
+                    self._ending.begin(f"job {heir.job_id} has taken over", comes_back=True)
+                    return
                 await asyncio.to_thread(self._publish, self._entry)
             except DeploymentError as error:
-                self._ending.begin(f"it has lost its name: {error}")
+                self._ending.begin(f"it has lost its name: {error}", comes_back=True)
                 return
             except (OSError, RegistryError) as error:  # a full or absent filesystem must not end the deployment
                 log.warning("the registry entry could not be written: %s", error)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_SECONDS if not waiting else 0.5):
+                is_quiet = not waiting and self._succession.is_quiet
+                async with asyncio.timeout(HEARTBEAT_SECONDS if is_quiet else 0.5):
                     await changed.wait()
 
     def _remember(self, ready: tuple[int, ...]) -> None:
         if ready != self._progress.ready:
             progress = dataclasses.replace(self._progress, ready=ready)
+            if self._membership.has_been_ready and progress.startup is None:
+                progress = dataclasses.replace(progress, startup=time.time() - progress.started)
             self._run.write_progress(progress)
             self._progress = progress
 
     def _publish(self, entry: Entry) -> None:
+        if not self._succession.has_name(entry):
+            return
         self._registry.publish(entry)
         if self._share:
             self._share.publish(entry)

@@ -176,6 +176,11 @@ class Membership:
             self._break(replica, reason)
             self._advance(replica)
 
+    def give_up(self, rank: int, reason: str) -> None:
+        """Note why a rank does not come back."""
+        self._replica_of(rank).detail = reason
+        self.changed.set()
+
     def expire(self, deadline: float) -> None:
         """Break the replicas that have been forming or loading for more than `deadline` seconds."""
         for replica in self.replicas:

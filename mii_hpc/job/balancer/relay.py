@@ -25,7 +25,7 @@ from mii_hpc.errors import (
 from mii_hpc.generation import GUEST, OWNER, Received, new_seed
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
-from mii_hpc.job.balancer.lifetime import Ending
+from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import frames, transport, wire
 from mii_hpc.rpc.frames import LostError, ServedRequest
@@ -109,7 +109,7 @@ class Relay:
     async def _relay(self, asked: ServedRequest, caller: str) -> None:
         """Pass a caller's request to the next replica, and on from there while replicas are lost."""
         if self._ending.has_begun:
-            raise self._stopping("is ending")
+            raise await self._stopping("is ending")
         try:
             await self._live()
             replica = self._router.next(BatchPosition.parse(asked.position))
@@ -146,7 +146,7 @@ class Relay:
         """Return the replica where a request goes on. Raises the error that ends it if there is none."""
         what = f"lost replica {lost.index} on {lost.host} with the request in flight"
         if self._ending.has_begun:
-            raise self._stopping("has ended", lost)
+            raise await self._stopping("has ended", lost)
         request.move()
         if request.losses == SUSPECT_LOSSES:
             raise self._given_up(
@@ -191,7 +191,7 @@ class Relay:
             for task in waiting:
                 task.cancel()
         if self._ending.has_begun:
-            raise self._stopping("has ended")
+            raise await self._stopping("has ended")
 
     def passing(self, method: Method) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Return a handler that passes calls of a method to any replica, and the answers back."""
@@ -226,8 +226,10 @@ class Relay:
     def _late(self) -> MIIError:
         return self._located(RequestTimeoutError("the caller's timeout passed before the answer was complete"))
 
-    def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
-        return self._located(DeploymentStoppingError(self._says(f"{verb} ({self._ending.reason})")), replica)
+    async def _stopping(self, verb: str, replica: ReplicaConnection | None = None) -> MIIError:
+        await self._ending.settled()
+        words = self._says(f"{verb} ({self._ending.reason})")
+        return self._located(DeploymentStoppingError(words, comes_back=self._ending.comes_back), replica)
 
     def _given_up(self, what: str, replica: ReplicaConnection) -> MIIError:
         """Count a request as lost, and return the error that ends it."""

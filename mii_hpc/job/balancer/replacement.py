@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from mii_hpc.job.balancer.lifetime import Ending
+from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.balancer.membership import Membership
 from mii_hpc.job.tasks import Tasks
 
@@ -17,9 +17,13 @@ REPLACE_SECONDS = (5.0, 10.0, 30.0, 60.0)
 
 
 class Replacements:
-    """Starts ranks again. `start` is given a rank and its node; it does nothing where the old one still lives."""
+    """Starts ranks again.
 
-    def __init__(self, membership: Membership, ending: Ending, tasks: Tasks, start: Callable[[int, str], None]) -> None:
+    `start` is given a rank and its node. It does nothing where the old one still lives, and returns False when the job
+    has lost the node: the rank is not asked for again then.
+    """
+
+    def __init__(self, membership: Membership, ending: Ending, tasks: Tasks, start: Callable[[int, str], bool]) -> None:
         self._membership, self._ending, self._tasks, self._start = membership, ending, tasks, start
         self._missing: set[int] = set()
 
@@ -37,7 +41,10 @@ class Replacements:
                 if rank in self._membership.members or self._ending.has_begun:
                     return
                 log.warning("rank %d is lost: starting it again on %s", rank, node)
-                await asyncio.to_thread(self._start, rank, node)
+                if not await asyncio.to_thread(self._start, rank, node):
+                    log.warning("rank %d is lost for good: the job has lost %s", rank, node)
+                    self._membership.give_up(rank, f"the job has lost node {node}, and rank {rank} with it")
+                    return
                 attempt += 1
         finally:
             self._missing.discard(rank)

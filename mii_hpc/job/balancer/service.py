@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.job.balancer.access import Access
-from mii_hpc.job.balancer.lifetime import Ending, Lifetime
+from mii_hpc.job.balancer.ending import Ending
+from mii_hpc.job.balancer.lifetime import Lifetime
 from mii_hpc.job.balancer.membership import Membership
 from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.router import Router
