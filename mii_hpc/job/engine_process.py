@@ -22,7 +22,7 @@ from mii_hpc.engine.base import Engine, EngineSpec
 from mii_hpc.job import liveness
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank, raise_file_limit, tell
+from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
@@ -108,7 +108,14 @@ async def _live(leader: Engine | None, step_timeout: float, tell: Tell) -> None:
 
 async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
     """Serve until the supervisor ends it."""
-    serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, tell))
+    tasks = Tasks()
+
+    def told(**note: str) -> None:
+        tell(**note)
+        if "ready" in note:
+            tasks.start(collect_garbage())
+
+    serving = asyncio.ensure_future(serve(create_engine(spec), run, listen_host, spec.rank == 0, told))
     asyncio.get_running_loop().add_signal_handler(END_CHILD, serving.cancel)
     await asyncio.wait({serving})
     if not serving.cancelled():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -25,6 +26,7 @@ _PIPE_BYTES = 65536
 _NOTE_CHARACTERS = 16384
 """What a note says is cut to this; a long error's beginning and end tell."""
 _LINE_BYTES = 2**20
+GARBAGE_SECONDS = 1.0
 
 
 class ChildProcess(Protocol):
@@ -152,6 +154,18 @@ def raise_file_limit() -> None:
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def collect_garbage() -> None:
+    """Free calls that have failed, again and again: for a process that answers calls, once all that stays is there.
+
+    gRPC and its error refer to each other, and hold the request, of up to 16 MB; a process that makes few objects
+    collects them seldom by itself.
+    """
+    gc.freeze()  # what is there by now is not looked at again, so that it takes no more than milliseconds
+    while True:
+        await asyncio.sleep(GARBAGE_SECONDS)
+        gc.collect()
 
 
 def tell(**note: Any) -> None:

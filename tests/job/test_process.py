@@ -1,11 +1,14 @@
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 
+from mii_hpc.job import process
 from mii_hpc.job.process import Child, tell
 from mii_hpc.job.signals import DRAIN, END_CHILD
 from tests.waiting import PATIENCE, next_line, until
@@ -188,3 +191,21 @@ async def test_a_very_long_note_is_cut_and_arrives(child):
     note = await said(talker)
     assert len(note["failed"]) < 2**16 and note["failed"].startswith("aaa") and note["failed"].endswith("the end")
     assert await said(talker) == {"ready": "here"}
+
+
+async def test_what_refers_to_itself_is_freed_soon(monkeypatch):
+    class Call:
+        """As a call of gRPC's that has failed: its error holds it."""
+
+        def __init__(self):
+            self.itself = self
+
+    monkeypatch.setattr(process, "GARBAGE_SECONDS", 0.01)
+    collecting = asyncio.create_task(process.collect_garbage())
+    try:
+        await until(lambda: gc.get_freeze_count())
+        call = weakref.ref(Call())
+        await until(lambda: call() is None)
+    finally:
+        collecting.cancel()
+        gc.unfreeze()

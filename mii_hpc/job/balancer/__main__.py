@@ -20,7 +20,7 @@ from mii_hpc.job import liveness
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.logs import log_to_stderr
-from mii_hpc.job.process import end_with_rank, raise_file_limit, tell
+from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ async def serve(run: RunDir, address: str, spans_hosts: bool) -> int:
     progress = run.begin(job.incarnation)
     balancer = Balancer(run, config, keys, progress, job)
     balancer.tasks.start(_live())
+    balancer.tasks.start(collect_garbage())
     # Of a deployment that was ready, whoever has not joined in a moment was lost while there was no balancer.
     for member in run.read_members() if progress.ready else ():
         balancer.replacements.lose(member["rank"], member["host"])
