@@ -132,10 +132,9 @@ def _silence(run: RunDir, job: Job, state: JobState, missing: int, timeout: floa
         return Finding("job", "bad", f"job {job.id} waits after {timeout:g} s: {state.reason}", remedy)
     lines = [line for path in run.outputs() for line in tail(path).splitlines() if line.strip()]
     said = f"; the last that it said: {lines[-1].strip()}" if lines else ""
-    remedy = (
-        f"put {run.path.parent.parent} and this Python where all nodes see them, or give --home and --python; "
-        f"logs: {run.submitit}"
-    )
+    remedy = f"put {run.path.parent.parent} where all nodes see it, or choose another --home"
+    if lines:
+        remedy = f"see {run.submitit}; --setup and --python say in what the ranks run"
     return Finding("job", "bad", f"job {job.id}: no report from {counted(missing, 'rank')}{said}", remedy, host="")
 
 

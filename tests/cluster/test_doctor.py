@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mii_hpc.cli import doctor
 from mii_hpc.cli.main import app
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def own_memory(tmp_path):
     ("options", "said", "remedy"),
     [
         (("--python", "/nowhere/python"), "/nowhere/python: No such file", "--python"),
-        (("--setup", "module load nothing"), "slurm.setup: 'module load nothing' ended with status", "logs: "),
+        (("--setup", "module load nothing"), "slurm.setup: 'module load nothing' ended with status", "--setup"),
         (("--partition", "nowhere"), "invalid partition specified: nowhere", "--partition"),
         (("--nodes", "20", "--timeout", "0"), "waits after 0 s", "--nodes"),
     ],

@@ -1,5 +1,6 @@
 """A real model with its real tokenizer, where `make test-real` has made it."""
 
+import math
 import os
 
 import pytest
@@ -56,4 +57,30 @@ def test_answers_of_two_ranks_are_generates_own(expected):
 def test_bfloat16_says_the_same_at_first(expected):
     with running(make(dtype="bfloat16", **MODEL)) as engine:
         first = [submit(engine, prompt, **OPTIONS).wait().token_ids()[0] for prompt in PROMPTS]
+    assert sum(one == other[0] for one, other in zip(first, expected, strict=True)) >= len(PROMPTS) - 1
+
+
+def test_small_weights_cost_little_perplexity():
+    from pydoc_data.topics import topics
+
+    texts = [text[:1200] for text in topics.values() if len(text) > 1200][:4]
+
+    def perplexity(**fields):
+        values = []
+        with running(make(dtype="float32", **MODEL, **fields)) as engine:
+            for text in texts:
+                answer = submit(engine, text, do_sample=False, max_new_tokens=1, prompt_logprobs=True).wait()
+                values += answer.of()[0].prompt_logprobs
+        return math.exp(-sum(values) / len(values))
+
+    plain = perplexity()
+    for mode, bound in {"int8": 1.01, "fp8": 1.03, "int4": 1.35}.items():
+        assert perplexity(quantization_mode=mode) < bound * plain
+
+
+def test_two_ranks_of_small_weights(expected):
+    with Replica(dtype="float32", quantization_mode="int8", **MODEL) as replica:
+        assert replica.ready() is None
+        answers = replica.answers([(prompt, OPTIONS) for prompt in PROMPTS])
+    first = [token_ids[0] for _, token_ids, _ in answers]
     assert sum(one == other[0] for one, other in zip(first, expected, strict=True)) >= len(PROMPTS) - 1

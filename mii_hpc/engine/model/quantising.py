@@ -40,7 +40,7 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, share: Share, mode: str) -> None:
         super().__init__()
-        quantised, scales = _QUANTISE[mode](share.weight.float())
+        quantised, scales = _QUANTISE[mode](share.weight.float().contiguous())
         self.quantised = nn.Parameter(quantised, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = share.bias

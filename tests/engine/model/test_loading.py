@@ -59,17 +59,6 @@ def test_a_quantised_checkpoint_is_served_as_what_it_stands_for(tmp_path, kind, 
             assert submit(engine, prompt, **GREEDY).wait().token_ids() == reference.greedy(prompt, max_new_tokens=8)
 
 
-def test_two_ranks_share_a_quantised_checkpoint(tmp_path):
-    plain = tiny_model(tmp_path / "plain")
-    quantise_checkpoint(plain, "fp8", tmp_path / "quantised")
-    reference = Reference(plain)
-    with Replica(model_name_or_path=str(tmp_path / "quantised")) as replica:
-        assert replica.ready() is None
-        answers = replica.answers([(prompt, GREEDY) for prompt in PROMPTS])
-    for prompt, (_, token_ids, _) in zip(PROMPTS, answers, strict=True):
-        assert token_ids == reference.greedy(prompt, max_new_tokens=8)
-
-
 def test_a_dropped_scale_is_refused_by_name(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -99,9 +88,9 @@ def test_an_adapter_is_merged(tmp_path, changes, scale):
     assert answers != [without.greedy(prompt, max_new_tokens=8) for prompt in PROMPTS]
 
 
-def test_two_ranks_merge_an_adapter_into_quantised_weights(tmp_path):
+def test_two_ranks_share_a_quantised_checkpoint_and_an_adapter(tmp_path):
     plain = tiny_model(tmp_path / "plain", num_key_value_heads=1)
-    quantise_checkpoint(plain, "compressed-tensors", tmp_path / "base")
+    quantise_checkpoint(plain, "fp8", tmp_path / "base")
     adapter = save_adapter(plain, tmp_path / "adapter", ("q_proj", "k_proj", "down_proj", "lm_head"))
     merge_adapter(plain, adapter, 2)
     reference = Reference(plain)
