@@ -6,6 +6,7 @@ last: processes, open files and threads of this one, /dev/shm, run directories.
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import threading
@@ -29,18 +30,24 @@ class Left:
 
 
 def left(home: Path) -> Left:
-    """Count what is there; `processes` are all that have the home in their arguments."""
+    """Count what is there.
+
+    `processes` are all that have the home in their arguments, `shared_memory` what no process maps: others' comes and
+    goes, but is in use.
+    """
     processes = 0
+    mapped = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             processes += str(home / "runs") in path.read_text()
+            mapped |= set(re.findall(r"/dev/shm/\S+", path.with_name("maps").read_text()))
         except OSError:
             continue
     return Left(
         processes=processes,
         open_files=len(list(Path("/proc/self/fd").iterdir())),
         threads=threading.active_count(),
-        shared_memory=len(list(Path("/dev/shm").iterdir())),
+        shared_memory=len({str(path) for path in Path("/dev/shm").iterdir()} - mapped),
         runs=len(list((home / "runs").iterdir())),
         registry=len(list((home / "registry").iterdir())),
     )

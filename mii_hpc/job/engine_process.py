@@ -7,6 +7,7 @@ On the leader it also answers requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -52,15 +53,19 @@ async def serve(engine: Engine, run: RunDir, listen_host: str, leads: bool, tell
         if not ended.done():  # else it was cancelled, and nothing waits for it
             ended.set_exception(error) if error else ended.set_result(None)
 
+    def tell_end(error: Exception | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: likewise
+            loop.call_soon_threadsafe(end, error)
+
     def work() -> None:
         try:
             engine.load(lambda sentence: tell(progress=sentence))
             loop.call_soon_threadsafe(loaded.set)
             engine.run()
         except BaseException as error:  # noqa: BLE001 (the thread's boundary: whatever it is ends the process)
-            loop.call_soon_threadsafe(end, error if isinstance(error, Exception) else RuntimeError(repr(error)))
+            tell_end(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
-            loop.call_soon_threadsafe(end, None)
+            tell_end(None)
 
     threading.Thread(target=work, name="engine", daemon=True).start()
     loading = asyncio.ensure_future(loaded.wait())

@@ -83,6 +83,8 @@ class Lifetime:
         self._membership.changed.set()
         if not self._ending.is_settled:
             await self._settle(is_requeued)
+        if not self._ending.comes_back:
+            await asyncio.to_thread(self._succession.end)  # first, so that none takes the name when it is free
         await self._drain()
         await self._membership.end(self._ending.failure, LEAVE_SECONDS)
         watching.cancel()
@@ -90,7 +92,7 @@ class Lifetime:
         self._ended = True
         self._membership.changed.set()
         await keeping
-        await asyncio.wait({succeeding}, timeout=LEAVE_SECONDS)
+        await asyncio.wait({succeeding}, timeout=SETTLE_SECONDS)
         for replica in self._router.live:
             await replica.close()
         await self._leave_name(is_requeued)

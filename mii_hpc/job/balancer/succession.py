@@ -75,6 +75,7 @@ class Succession:
             chain = Chain(progress.started + seconds_of(config.uptime))
             run.write_chain(chain)
         self._chain = chain
+        self._predecessor_job = chain.predecessor_job if chain else ""
         self._has_name = chain is None or chain.predecessor is None
         self.until = chain.until if chain else None
         self.next = self._submitted()
@@ -149,6 +150,9 @@ class Succession:
                 ending.begin("its uptime is over")
             elif self._ends is None or self._ends >= self.until:
                 pass
+            elif now > self._ends - LAST_SECONDS and startup() is None:
+                words = "it was not ready before its walltime was over; ask for a longer one (slurm.time)"
+                ending.fail(Failure(-1, socket.gethostname(), words, ""))
             elif now > self._ends - LAST_SECONDS:
                 ending.begin("its walltime is over", comes_back=self.next is not None)
             elif (took := startup()) is None:
@@ -186,13 +190,14 @@ class Succession:
         pass_on(self._run, self._config)
 
     def end(self) -> None:
-        """End the jobs before and after this one. On any thread."""
+        """End the job after this one, and the one before it, if this one has the name. On any thread."""
         self._run.successor.unlink(missing_ok=True)
         if self.next is not None:
             job_of(self.next).cancel()
-        if self._chain is not None and self._chain.predecessor_job and self._job is not None:
-            own = Entry.of(self._config, self._run.path, "", self._chain.predecessor_job)
-            job_of(own).cancel()
+            self.next = None
+        if self._has_name and self._predecessor_job:
+            job_of(Entry.of(self._config, self._run.path, "", self._predecessor_job)).cancel()
+            self._predecessor_job = ""
 
     def _submitted(self) -> Entry | None:
         """Return the entry of the job that a balancer before this one has submitted."""

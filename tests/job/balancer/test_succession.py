@@ -195,6 +195,18 @@ async def test_a_job_whose_predecessor_was_terminated_ends(deploy, jobs):
     await following.stop()
 
 
+async def test_a_job_that_ends_before_it_has_the_name_ends_no_other(deploy, jobs):
+    first = await deploy(First)
+    await until(lambda: first.registry.get("chat").successor)
+    following = Next(jobs.submitted[-1])
+    await following.start_balancer()
+    following.balancer.ending.on_signal("it fails, or somebody ends it")
+    await asyncio.wait_for(following.working, PATIENCE)
+    assert job_of_name(first) == first.run.path
+    assert jobs.cancelled == []
+    await following.stop()
+
+
 async def test_at_the_end_of_the_walltime_the_name_is_that_of_the_job_that_waits(deploy, jobs, monkeypatch):
     monkeypatch.setattr(lifetime, "DRAIN_SECONDS", 0.1)
     first = await deploy(First, echo_delay=0.01)
@@ -260,6 +272,15 @@ async def test_a_job_that_cannot_be_submitted_or_fails_is_told_of_and_tried_agai
     last = first.registry.get("chat").successor
     monkeypatch.setattr(LocalJob, "state", lambda job: JobState("gone" if job.id == last else "running"))
     await until(lambda: first.registry.get("chat").successor not in ("", last))
+
+
+async def test_a_job_that_is_not_ready_in_its_walltime_fails(tmp_path, jobs):
+    first = First(tmp_path)
+    first.own_job.at = time.time() + 10
+    await first.start_balancer()
+    await asyncio.wait_for(first.working, PATIENCE)
+    assert first.run.read_failure().message.startswith("it was not ready before its walltime was over")
+    await first.stop()
 
 
 async def test_the_uptime_ends_it(deploy, jobs):
