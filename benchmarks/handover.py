@@ -39,8 +39,8 @@ async def watch(home: Path, seen: Seen, seconds: float) -> list[str]:
         entry = Registry(home).get(NAME)
         found = (entry.job_id, entry.state, entry.successor) if entry else ("nothing",)
         if found != last:
-            if last[:1] != found[:1]:
-                seen.kills.append(seen.now())
+            if last and last[0] != found[0]:
+                seen.disturbed.append(seen.now())
             last = found
             then = f", then job {entry.successor}" if entry and entry.successor else ""
             words = f"job {entry.job_id}, {entry.state}{then}" if entry else "nothing"
@@ -98,9 +98,9 @@ def main(
         seen, changes = serve_on(folder, engine, seconds, walltime, handover)
     for change in changes:
         console.print(change, highlight=False)
-    report(seen, "nothing, but hand-overs")
+    report(seen, "another job has the name")
     with contextlib.suppress(ImportError):
-        draw_picture(seen, plot)
+        draw_picture(seen, "when another job has the name", plot)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Seen:
     pause: float = 0.0
     slowest: float = 0.0
     tokens: list[tuple[float, int]] = field(default_factory=list)
-    kills: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
 
     def now(self) -> float:
         return time.monotonic() - self.began
@@ -120,7 +120,7 @@ async def kill_some(cluster: Cluster, module: str, seen: Seen, seconds: float, e
     while seen.now() < seconds - every / 2:
         victims = processes(cluster, module)
         if victims:
-            seen.kills.append(seen.now())
+            seen.disturbed.append(seen.now())
             with contextlib.suppress(ProcessLookupError):
                 os.kill(draw.choice(victims), signal.SIGKILL)
         await asyncio.sleep(every)
@@ -149,10 +149,10 @@ async def disturb(cluster: Cluster, home: Path, module: str, seconds: float, eve
     return seen
 
 
-def report(seen: Seen, module: str) -> None:
+def report(seen: Seen, disturbance: str) -> None:
     generated = sum(count for _, count in seen.tokens)
     console.print(
-        f"{len(seen.kills)} times SIGKILL to {module} in {seen.now():.0f} s: {seen.answers} answers, "
+        f"{len(seen.disturbed)} times {disturbance} in {seen.now():.0f} s: {seen.answers} answers, "
         f"{generated} tokens, {seen.moved} answers moved; {len(seen.errors)} failed, {len(seen.wrong)} differ from the "
         f"undisturbed; longest pause of a stream {seen.pause:.1f} s, slowest answer {seen.slowest:.1f} s",
         highlight=False,
@@ -165,8 +165,8 @@ def report(seen: Seen, module: str) -> None:
             console.print(f"{len(ids)} tokens ({why}) for {len(others)} ({other_why}); first different: {same}")
 
 
-def draw_picture(seen: Seen, path: Path) -> None:
-    """Draw tokens/s over time, with the kills."""
+def draw_picture(seen: Seen, disturbance: str, path: Path) -> None:
+    """Draw tokens/s over time, with what disturbed it."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -177,9 +177,9 @@ def draw_picture(seen: Seen, path: Path) -> None:
         counts[int(at)] += count
     figure, axes = pyplot.subplots(figsize=(9, 3))
     axes.plot(counts)
-    for at in seen.kills:
+    for at in seen.disturbed:
         axes.axvline(at, color="tab:red", linewidth=0.8)
-    axes.set_xlabel("seconds; a red line is a kill")
+    axes.set_xlabel(f"seconds; a red line is {disturbance}")
     axes.set_ylabel("tokens/s that callers have got")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", dpi=120)
@@ -211,9 +211,9 @@ def main(
         folder = Path(name)
         folder.chmod(0o755)
         seen = serve_and_kill(folder, kill, seconds, every)
-    report(seen, kill)
+    report(seen, f"SIGKILL to {kill}")
     with contextlib.suppress(ImportError):
-        draw_picture(seen, plot)
+        draw_picture(seen, f"a SIGKILL to {kill}", plot)
 
 
 if __name__ == "__main__":
