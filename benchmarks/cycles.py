@@ -54,7 +54,7 @@ def left(home: Path) -> Left:
 
 
 def cycle(home: Path) -> Left:
-    """Serve, ask, end; return what is there when the job has ended."""
+    """Serve, ask, end; return what is there when the job has ended, and the threads of the client."""
     client = mii.serve(
         deployment_name="cycle", home=home, cluster="local", startup_timeout=120,
         inference_engine_config={"engine": "echo"}, keep_runs=1e-6,
@@ -63,7 +63,7 @@ def cycle(home: Path) -> Left:
     client.terminate_server()
     client.close()
     deadline = time.monotonic() + 60
-    while (now := left(home)).processes and time.monotonic() < deadline:
+    while (now := left(home)).processes + now.threads > 1 and time.monotonic() < deadline:
         time.sleep(0.1)
     return now
 

@@ -124,7 +124,7 @@ async def hear(child: ChildProcess, on_note: Callable[[dict[str, Any]], None]) -
 
     One that has begun to give signs of life ("alive") and stops to is killed.
     """
-    pulse = Pulse()
+    pulse, was_silent = Pulse(), asyncio.Event()
     silence: asyncio.Task[None] | None = None
     try:
         while (note := await child.next_note()) is not None:
@@ -132,10 +132,10 @@ async def hear(child: ChildProcess, on_note: Callable[[dict[str, Any]], None]) -
             if "alive" not in note:
                 on_note(note)
             elif silence is None:
-                silence = asyncio.create_task(_kill_when_silent(child, pulse))
+                silence = asyncio.create_task(_kill_when_silent(child, pulse, was_silent))
         status = await child.wait()
-        if silence is not None and silence.done():
-            silence.result()
+        if silence is not None and was_silent.is_set():
+            await silence
             return f"gave no sign of life for {liveness.SILENT_SECONDS:.0f} s, and was killed"
         return _ended(status) if status else ""
     finally:
@@ -143,8 +143,9 @@ async def hear(child: ChildProcess, on_note: Callable[[dict[str, Any]], None]) -
             silence.cancel()
 
 
-async def _kill_when_silent(child: ChildProcess, pulse: Pulse) -> None:
+async def _kill_when_silent(child: ChildProcess, pulse: Pulse, was_silent: asyncio.Event) -> None:
     await pulse.lost()
+    was_silent.set()
     log.error("process %d gives no sign of life", child.pid)
     await child.end(0.0)
 

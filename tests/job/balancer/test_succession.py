@@ -162,7 +162,7 @@ async def test_terminating_ends_the_jobs_before_and_after(deploy, jobs):
     following.own_job.at = time.time() + 3600
     await until(lambda: len(jobs.submitted) == 2 and following.registry.get("chat").successor)
     await first.client().terminate_server()
-    assert jobs.cancelled == ["4712", first.own_job.id]
+    assert list(dict.fromkeys(jobs.cancelled)) == ["4712", first.own_job.id]
     assert job_of_name(first) is None
     first.ranks[0].leave("SIGTERM")
     with pytest.raises((DeploymentStoppingError, UnavailableError)):
@@ -243,7 +243,8 @@ async def test_what_a_signal_means(deploy, jobs, left, preempted, passes_on):
     first.ranks[0].leave("SIGTERM")
     await asyncio.wait_for(first.working, PATIENCE)
     assert job_of_name(first) == (jobs.submitted[0].path if passes_on else None)
-    assert (jobs.hastened, jobs.cancelled) == ((["4711"], []) if passes_on else ([], ["4711"]))
+    # Perhaps twice: once more when the requests have ended, lest another was submitted meanwhile.
+    assert (jobs.hastened, set(jobs.cancelled)) == ((["4711"], set()) if passes_on else ([], {"4711"}))
 
 
 async def test_the_tokens_that_were_rotated_are_those_of_the_next_job(deploy, jobs):
