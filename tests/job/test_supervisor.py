@@ -64,6 +64,7 @@ def impatient(monkeypatch):
 TALKING = """
 import time
 from mii_hpc.job.process import tell
+tell(alive="")
 tell(ready="here")
 while True:
     tell(alive="")
