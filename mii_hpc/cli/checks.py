@@ -19,6 +19,7 @@ from typing import Literal
 
 from mii_hpc.deployments.files import private_folder
 from mii_hpc.errors import RegistryError
+from mii_hpc.schedulers.base import SAFE_PATH
 
 COMMAND_SECONDS = 60.0
 SKEW_SECONDS = 5.0
@@ -188,7 +189,7 @@ def _run(*command: str) -> str | None:
 def _python(code: str) -> str | None:
     """Return what a Python process like this one prints; None when it fails."""
     try:
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, *SAFE_PATH, "-c", code]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

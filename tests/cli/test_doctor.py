@@ -33,6 +33,12 @@ def test_nothing_is_wrong(find, run, tmp_path):
     assert list((tmp_path / "home").iterdir()) == []
 
 
+def test_what_lies_in_the_working_directory_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text("print('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert checks._python("import planted") is None
+
+
 def is_bad(found, check, said, remedy):
     assert found[check]["state"] == "bad"
     assert said in found[check]["found"]
