@@ -597,9 +597,18 @@ class _Deadline:
 
 
 def check_live(found: Found) -> None:
-    """Raise DeploymentNotFoundError when the job of a deployment that is in the registry no longer runs."""
+    """Raise DeploymentNotFoundError when the job of a deployment that is in the registry no longer runs.
+
+    Where another job is to follow it is UnavailableError: that takes the name in a moment.
+    """
     entry = found.entry
     if not schedulers.is_live(entry, found.home.is_own):
+        if entry.successor:
+            raise UnavailableError(
+                f"deployment '{entry.deployment_name}' does not answer: its {entry.job} no longer runs, and job "
+                f"{entry.successor} is to follow",
+                deployment_name=entry.deployment_name,
+            )
         raise DeploymentNotFoundError(
             f"deployment '{entry.deployment_name}' has ended: its {entry.job} no longer runs",
             deployment_name=entry.deployment_name,

@@ -183,6 +183,25 @@ async def test_a_job_whose_predecessor_is_lost_takes_the_name(deploy, jobs):
     await following.stop()
 
 
+async def test_callers_wait_for_the_next_job_where_theirs_is_lost(deploy, jobs):
+    """Also in the moment when that has no job any more, and the next one has not taken the name yet."""
+    first = await deploy(First, echo_delay=0.005)
+    await until(lambda: first.registry.get("chat").successor)
+    running = asyncio.create_task(first.client().generate("a", max_new_tokens=300, ignore_eos=True))
+    await until(lambda: not first.is_idle())
+    await first.kill_balancer()
+    first.end_job()
+    entry = first.registry.get("chat")
+    first.registry.publish(entry.model_copy(update={"heartbeat": time.time() - 3600}))
+    with pytest.raises(UnavailableError, match=r"its job \d+ no longer runs, and job 4711 is to follow"):
+        await first.client().generate("b")
+    following = Next(jobs.submitted[-1])
+    await following.begin()
+    (answer,) = await asyncio.wait_for(running, PATIENCE)
+    assert (str(answer), answer.migrations) == ("a " * 300, 1)
+    await following.stop()
+
+
 async def test_a_job_whose_predecessor_was_terminated_ends(deploy, jobs):
     first = await deploy(First)
     await until(lambda: first.registry.get("chat").successor)
