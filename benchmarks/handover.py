@@ -8,7 +8,6 @@ that of a run which nothing disturbed, and the name must be in the registry all 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 import tempfile
@@ -99,8 +98,7 @@ def main(
     for change in changes:
         console.print(change, highlight=False)
     report(seen, "another job has the name")
-    with contextlib.suppress(ImportError):
-        draw_picture(seen, "when another job has the name", plot)
+    draw_picture(seen, "when another job has the name", plot)
 
 
 if __name__ == "__main__":

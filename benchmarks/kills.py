@@ -166,9 +166,11 @@ def report(seen: Seen, disturbance: str) -> None:
 
 
 def draw_picture(seen: Seen, disturbance: str, path: Path) -> None:
-    """Draw tokens/s over time, with what disturbed it."""
-    import matplotlib
-
+    """Draw tokens/s over time, with what disturbed it; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -212,8 +214,7 @@ def main(
         folder.chmod(0o755)
         seen = serve_and_kill(folder, kill, seconds, every)
     report(seen, f"SIGKILL to {kill}")
-    with contextlib.suppress(ImportError):
-        draw_picture(seen, f"a SIGKILL to {kill}", plot)
+    draw_picture(seen, f"a SIGKILL to {kill}", plot)
 
 
 if __name__ == "__main__":
