@@ -8,7 +8,7 @@ Triton's interpreter runs the same kernel on CPU, for tests (TRITON_INTERPRET=1 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class TritonSampling:
     def __init__(self, drawn: torch.Tensor, vocabulary: int, eos_token_ids: Sequence[int]) -> None:
         """Draw for the slots of `drawn` [slots], the tokens that are drawn last."""
         self._drawn = drawn
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._ends = torch.tensor(list(eos_token_ids) or [-1], dtype=torch.int32, device=drawn.device)
         self._vocabulary = vocabulary
         self._seen: torch.Tensor | None = None  # [slots, vocabulary], once a penalty is asked for
@@ -47,6 +48,7 @@ class TritonSampling:
         rows = len(step.slices)
         numbers = np.zeros((rows, PARAMETERS), dtype=np.int32)
         floats = numbers.view(np.float32)
+        forbidden: dict[int, list[int]] = {}  # beside those that end every answer, which the kernel knows
         for row, (part, sampler) in enumerate(zip(step.slices, samplers, strict=True)):
             flags = 0
             if part.fresh and sampler.penalty != 1.0:
@@ -60,6 +62,8 @@ class TritonSampling:
                     floats[row, 5] = sampler.penalty
                 if sampler.forbidden:
                     flags |= ENDLESS.value
+                    if own := [token_id for token_id in sampler.forbidden if token_id not in self._eos_token_ids]:
+                        forbidden[row] = own
                 if sampler.greedy:
                     flags |= GREEDY.value
                 else:
@@ -75,18 +79,23 @@ class TritonSampling:
             numbers[row, 0] = part.slot
             numbers[row, 1] = flags
         sampled = [(row, samplers[row]) for row, part in enumerate(step.slices) if part.sample]
-        adding = [row for row, sampler in sampled if sampler.adds]
-        scores = self._added(logits, adding, step, samplers) if adding else logits
+        adding = [row for row, sampler in sampled if sampler.adds or row in forbidden]
+        scores = self._added(logits, adding, step, samplers, forbidden) if adding else logits
         results = self._launch(scores, upload(numbers, logits.device))
         self._count([step.slices[row].slot for row in adding if samplers[row].counts])
         # The kernel tells of the scores that it was given, and of no other token.
-        told = [row for row, sampler in sampled if sampler.logprobs and (sampler.adds or sampler.top_logprobs)]
+        told = [row for row, sampler in sampled if sampler.logprobs and (row in adding or sampler.top_logprobs)]
         return _Drawing(results, step, samplers, told, _scores_of(logits, results, told, samplers) if told else None)
 
     def _added(
-        self, logits: torch.Tensor, rows: Sequence[int], step: Step, samplers: Sequence[Sampler]
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        step: Step,
+        samplers: Sequence[Sampler],
+        forbidden: Mapping[int, list[int]],
     ) -> torch.Tensor:
-        """Return the logits with what some rows' options add."""
+        """Return the logits with what some rows' options add, and without the tokens that are forbidden in them."""
         scores = logits.float()  # a copy, unless they are that already
         scores = scores.clone() if scores is logits else scores
         for row in rows:
@@ -98,6 +107,8 @@ class TritonSampling:
                 assert self._counts is not None, "counted since the slice that was fresh"
                 counts = self._counts[part.slot]
                 scores[row] -= counts * sampler.frequency_penalty + (counts > 0) * sampler.presence_penalty
+            if row in forbidden:
+                scores[row, upload(np.array(forbidden[row], dtype=np.int64), logits.device)] = -torch.inf
         return scores
 
     def _recount(self, slot: int, answer: Sequence[int]) -> None:

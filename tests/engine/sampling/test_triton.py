@@ -13,6 +13,10 @@ from tests.engine.interpreter import CUDA, DEVICE, runs_kernels  # noqa: E402
 
 pytestmark = [pytest.mark.engine, runs_kernels]
 ENDS = (3, 17)
+OWN_END = 11
+"""Ends the answers of the requests that name it."""
+BORDER = 1e-5
+"""By so much of the whole may the sums of tens of thousands of weights differ in float32."""
 OPTIONS = [
     {"do_sample": False},
     {"top_p": 1.0},
@@ -27,6 +31,8 @@ OPTIONS = [
     {"top_p": 0.7, "repetition_penalty": 0.5},
     {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 9},
     {"top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 9},
+    {"do_sample": False, "min_new_tokens": 2, "max_new_tokens": 9, "stop_token_ids": [OWN_END]},
+    {"top_p": 0.9, "min_new_tokens": 1, "max_new_tokens": 9, "stop_token_ids": [OWN_END], "top_logprobs": 2},
     {"do_sample": False, "frequency_penalty": 1.5, "presence_penalty": 0.5},
     {"top_p": 0.9, "frequency_penalty": -1.0, "repetition_penalty": 1.2},
     {"top_p": 1.0, "logit_bias": {3: -100.0, 5: 14.0}},
@@ -45,7 +51,20 @@ def kernels():
 
 def samplers(vocabulary, count, tokens=(5, 6, 7)):
     options = [GenerateParamsConfig(logprobs=True, seed=row, **OPTIONS[row % len(OPTIONS)]) for row in range(count)]
-    return [Sampler(params, [*tokens], vocabulary, ENDS, 0) for params in options]
+    return [Sampler(params, [*tokens], vocabulary, (*ENDS, *params.stop_token_ids), index=0) for params in options]
+
+
+class Shifted:
+    """A sampler whose numbers are others by a little."""
+
+    def __init__(self, shift, sampler):
+        self._shift, self._sampler = shift, sampler
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
+
+    def draw(self):
+        return min(max(self._sampler.draw() + self._shift, 0.0), 1.0)
 
 
 def step(count, fresh=True, sample=True):
@@ -63,11 +82,17 @@ def test_it_draws_what_the_host_draws(kernels, vocabulary, dtype):
     backend = kernels.TritonSampling(drawn, vocabulary, ENDS)
     ours, theirs = samplers(vocabulary, rows), samplers(vocabulary, rows)
     generator = torch.Generator().manual_seed(vocabulary)
-    for number in range(3):
+    for number in range(3 if vocabulary < 10_000 else 1):
         logits = (torch.randn(rows, vocabulary, generator=generator) * 3).to(dtype)
         logits[:, ENDS[0]] = 14  # the most likely token, where it may come
+        logits[:, OWN_END] = 13
         expected = choose(logits, theirs)
         choices = backend.draw(logits.to(DEVICE), step(rows, fresh=number == 0), ours).wait()
+        if vocabulary > 10_000:  # at the border of two tokens, either
+            for shift in (-BORDER, BORDER):
+                near = choose(logits, [Shifted(shift, sampler) for sampler in samplers(vocabulary, rows)])
+                three = zip(choices, near, expected, strict=True)
+                expected = [other if choice.token_id == other.token_id else one for choice, other, one in three]
         assert [choice.token_id for choice in choices] == [choice.token_id for choice in expected]
         assert drawn[:rows].tolist() == [choice.token_id for choice in expected]
         for choice, wanted in zip(choices, expected, strict=True):
