@@ -11,6 +11,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+import torch
+
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
@@ -22,6 +25,8 @@ class Replica:
     """Starts the ranks; `answers` sends requests to the leader, all at once, and waits for all."""
 
     def __init__(self, ranks: int = 2, **model: Any) -> None:
+        if 0 < torch.cuda.device_count() < ranks:
+            pytest.skip(f"{ranks} ranks take as many GPUs, and there are {torch.cuda.device_count()}")
         context = multiprocessing.get_context("spawn")
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]

@@ -64,7 +64,7 @@ def test_a_step_gives_the_logits_after_each_slice_and_zeroes_what_it_is_told_to(
     model = ModelConfig(model_name_or_path=folder, inference_engine_config=SMALL)
     progress = []
     one = runner.ModelRunner(EngineSpec.alone(model), progress.append)
-    assert progress[-1] == "KV cache: 512 blocks of 8 tokens"
+    assert "KV cache: 512 blocks of 8 tokens" in progress
     assert (one.vocabulary, one.context, one.budget.num_blocks) == (512, 256, 512)
     tokens = tuple(range(5, 25))
     whole = one.execute(Step((Slice(0, tokens, (3, 1, 2), sample=True),))).clone()

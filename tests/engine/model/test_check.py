@@ -12,11 +12,11 @@ from mii_hpc.engine.model import check  # noqa: E402
 from mii_hpc.errors import ConfigError  # noqa: E402
 from tests.engine.collect import make  # noqa: E402
 from tests.engine.families import FAMILIES  # noqa: E402
+from tests.engine.interpreter import DEVICE  # noqa: E402
 from tests.engine.shards import FAULTS, shardings  # noqa: E402
 from tests.models import tiny_config, tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def records(monkeypatch, tmp_path):
 def served(architecture="mistral", **changes):
     config = tiny_config(architecture, **{"sliding_window": 16, **changes})
     model = ModelConfig(model_name_or_path="none", inference_engine_config={"attention": "gather"})
-    return check.choose_serving(config, model, 1, CPU)
+    return check.choose_serving(config, model, 1, DEVICE)
 
 
 @pytest.fixture
