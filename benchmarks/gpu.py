@@ -83,7 +83,8 @@ def way(name: str, model: Path, output: Annotated[Path, typer.Option()]) -> None
 def available() -> list[str]:
     """Return the ways that can run on this machine."""
     several = [ranks for ranks in (2, 4, 8) if ranks <= torch.cuda.device_count()]
-    names = ["card", "engine:1", "deployment:1", *(f"deployment:{ranks}" for ranks in several), "generate", "padded"]
+    deployments = [f"deployment:{ranks}" for ranks in (1, *several)]
+    names = ["card", "engine:1", *deployments, "generate", "generate_batch", "padded"]
     return names + ["fastgen"] * (importlib.util.find_spec("dskernels") is not None)
 
 
@@ -205,6 +206,27 @@ def plain_generate(model: Path, ranks: int, began: float) -> Measurements:
         return {"steps": steps(generate, [(1, 128), (16, 128), (64, 128)], rounds=1), "attention": attention}
 
 
+def generate_batch(model: Path, ranks: int, began: float) -> Measurements:
+    """Transformers' continuous batching, with the attention that it finds here (flash-attention has no wheel)."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=LONG, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    result = {}
+    with plain(model) as module:
+        for count, length in CASES:
+            outputs = module.generate_batch(
+                prompts(count, length), generation_config=config, record_timestamps=True
+            ).values()
+            # Steps of decoding alone: from when all have a token until one has its last.
+            began_last = max((output.timestamps for output in outputs), key=lambda times: times[0])
+            ended_first = min(output.timestamps[-1] for output in outputs)
+            within = [at for at in began_last if at <= ended_first]
+            if len(within) > 1:
+                result[f"{count}x{length}"] = 1e3 * (within[-1] - within[0]) / (len(within) - 1)
+                console.print(f"  {count} of {length} tokens: {result[f'{count}x{length}']:.2f} ms")
+        return {"steps": result, "attention": module.config._attn_implementation}
+
+
 def padded(model: Path, ranks: int, began: float) -> Measurements:
     """One forward pass of transformers over all prompts of the time to the first token."""
     with plain(model) as module, torch.inference_mode():
@@ -265,6 +287,7 @@ WAYS = {
     "engine": engine,
     "deployment": deployment,
     "generate": plain_generate,
+    "generate_batch": generate_batch,
     "padded": padded,
     "fastgen": fastgen,
 }
@@ -294,7 +317,7 @@ def report(results: dict[str, Measurements], title: str, plot: Path) -> None:
             pairs.append((mine.get("first"), theirs.get("first")))
             table.add_row(label, *(cell(a / b) if a and b else "" for a, b in pairs), "")
     console.print(table)
-    for name in ("card", "generate"):
+    for name in ("card", "generate", "generate_batch"):
         if name in results:
             console.print({key: value for key, value in results[name].items() if key != "steps"})
     draw(results, cases, plot)
