@@ -33,6 +33,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
+from tests.processes import program
+
 PREFIX = "mii-"
 BRIDGE = f"{PREFIX}br"
 NETWORK = ipaddress.IPv4Network("10.213.0.0/24")
@@ -224,7 +226,7 @@ class Cluster:
         def waiting_for() -> str:
             # Nobody waits here for KillWait. slurmstepd is spared: it has to report the end.
             everywhere = (pid for node in self.nodes for pid in self.job_processes(node))
-            pids = [pid for pid in everywhere if _name(pid) != "slurmstepd"]
+            pids = [pid for pid in everywhere if program(pid) != "slurmstepd"]
             _kill(pids)
             return self._slurm("squeue", "--noheader") or (f"processes {pids}" if pids else "")
 
@@ -478,13 +480,6 @@ def _namespaces() -> list[str]:
 
 def _pids(namespace: str) -> list[int]:
     return [int(pid) for pid in _run("ip", "netns", "pids", namespace).split()]
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _kill(pids: Iterable[int]) -> None:

@@ -31,6 +31,7 @@ from mii_hpc.schedulers import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
 from tests.planted import imported, plant
+from tests.processes import command_line, program
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -98,7 +99,7 @@ def engines(cluster, run_dir):
     found = {}
     for node in cluster.nodes:
         for pid in cluster.job_processes(node):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            words = command_line(pid)
             if "mii_hpc.job.engine_process" in words and str(run_dir) in words:
                 spec = words[words.index("mii_hpc.job.engine_process") + 2]
                 found[node, json.loads(spec)["rank"]] = pid
@@ -109,7 +110,7 @@ def balancer(cluster, run_dir):
     """The balancer's process."""
     for node in cluster.nodes:
         for pid in cluster.job_processes(node):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            words = command_line(pid)
             if "mii_hpc.job.balancer" in words and str(run_dir) in words:
                 return pid
     raise LookupError(run_dir)
@@ -321,10 +322,11 @@ def test_two_deployments_and_a_stale_entry(cluster, home, ended):
         mii.serve(deployment_name="first", cluster="slurm", home=home, **ECHO)
     with pytest.raises(mii.DeploymentNotFoundError, match="several"):
         mii.client("echo", mii_config={"home": home})
-    for pid in job_processes(cluster):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may end with another
-            if Path(f"/proc/{pid}/comm").read_text().strip() != "slurmstepd":  # Slurm's own, which reports the end
-                os.kill(pid, signal.SIGKILL)
+    ours = [pid for pid in job_processes(cluster) if program(pid) != "slurmstepd"]  # Slurm's own, which reports the end
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, for none is to tell of another's end
+        for pid in ours:
+            with contextlib.suppress(ProcessLookupError):  # it may end with another
+                os.kill(pid, number)
     eventually(lambda: not job_processes(cluster), PATIENCE, "every process is gone")
     assert Registry(home).get("first").state == "ready"
     eventually(lambda: not is_live(Registry(home).get("first")), PATIENCE, "Slurm knows that the job is gone")
@@ -386,8 +388,10 @@ def test_an_unchanged_script_gets_gpus_where_there_are_some(
         mii.serve(str(llama), tensor_parallel=2, replica_num=2, home=home)
     given = {"gpu": "2 GPU(s) on g[12]", "typed": "4 GPU(s) on g3"}[partition].replace("(s)", r"\(s\)")
     assert re.search(f"Slurm has given this job {given}, but torch finds none that it can use on g", str(caught.value))
-    shape = [_show(caught.value.job_id, field) for field in ("NumNodes", "NumTasks", "TresPerNode")]
-    assert shape == [nodes, "4", gres]
+    job_id = caught.value.job_id
+    going_on = {"RUNNING", "COMPLETING"}  # as it ends, Slurm counts but the nodes that have not left it
+    eventually(lambda: _show(job_id, "JobState") not in going_on, PATIENCE, "the job has ended")
+    assert [_show(job_id, field) for field in ("NumNodes", "NumTasks", "TresPerNode")] == [nodes, "4", gres]
     assert Registry(home).get("tiny-llama") is None
 
 

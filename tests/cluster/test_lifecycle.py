@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
 import mii_hpc as mii
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
+from tests.processes import command_line
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -45,7 +45,7 @@ def processes(cluster):
 
 def supervisor(cluster, node):
     for pid in cluster.job_processes(node):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        words = command_line(pid)
         if "srun" not in words[0] and {"submitit.core._submit", "mii_hpc.job.rank"} & set(words):
             return pid
     raise LookupError(node)
@@ -124,7 +124,11 @@ def test_the_next_job_takes_the_name_before_the_walltime_is_over(cluster, home, 
     client.terminate_server()
     eventually(lambda: not processes(cluster), PATIENCE, "every process of every job is gone")
     assert Registry(home).get("relieved") is None
-    assert {job.state for job in cluster.squeue() if job.name == "mii-relieved"} <= {"COMPLETED", "CANCELLED"}
+
+    def states():
+        return {job.state for job in cluster.squeue() if job.name == "mii-relieved"}
+
+    eventually(lambda: states() <= {"COMPLETED", "CANCELLED"}, PATIENCE, "Slurm knows of no job that goes on")
 
 
 def test_the_last_survivor_ends_the_job(cluster, home, serve):

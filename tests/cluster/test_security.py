@@ -15,7 +15,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from tests.models import tiny_model
 from tests.planted import imported
+from tests.processes import command_line, program
 from tests.waiting import PATIENCE, eventually
 
 from .cluster import Cluster
@@ -86,7 +86,7 @@ def ports_of_the_job(cluster):
     found = {}
     for node in cluster.nodes:
         for listening in cluster.listening_sockets(node):
-            names = {Path(f"/proc/{pid}/comm").read_text().strip() for pid in listening.pids}
+            names = {program(pid) for pid in listening.pids}
             if not names & set(SLURM):
                 address = listening.address.removeprefix("::ffff:")
                 address = cluster.address(node) if address in ("0.0.0.0", "*", "::") else address
@@ -94,8 +94,10 @@ def ports_of_the_job(cluster):
     return found
 
 
-def processes_of(cluster, run):
-    return [pid for pid in job_processes(cluster) if str(run.path).encode() in cmdline(pid)]
+def processes_of(cluster, run, *modules):
+    """The processes whose command lines name a run's directory, and these modules."""
+    words = {pid: command_line(pid) for pid in job_processes(cluster)}
+    return [pid for pid, given in words.items() if str(run.path) in " ".join(given) and set(modules) <= set(given)]
 
 
 def stranger(cluster, node, user, task):
@@ -146,7 +148,7 @@ def test_second_user_gets_nowhere(cluster, second_user, sharded, home):
 
 def test_the_ranks_of_a_replica_meet_where_nobody_else_can(cluster, second_user, sharded):
     """Their store is a file in memory, to which there is no way but through the processes that have it."""
-    engines = [pid for pid in processes_of(cluster, run_dir_of(sharded)) if b"engine_process" in cmdline(pid)]
+    engines = processes_of(cluster, run_dir_of(sharded), "mii_hpc.job.engine_process")
     stores = {
         str(descriptor): descriptor.stat()
         for pid in engines
@@ -341,16 +343,16 @@ def test_false_server_on_the_port_gets_nothing(cluster, echo, home, tmp_path, mo
 def test_thousand_idle_connections(cluster, echo):
     entry = Registry(echo.mii_config.home).get("echo")
     host, port = entry.address.split(":")
-    (balancer,) = [pid for pid in processes_of(cluster, run_dir_of(echo)) if b"mii_hpc.job.balancer" in cmdline(pid)]
+    (balancer,) = processes_of(cluster, run_dir_of(echo), "mii_hpc.job.balancer")
     echo(["warm"] * 16)
     before = resources(balancer)
     with contextlib.ExitStack() as opened, concurrent.futures.ThreadPoolExecutor(16) as threads:
-        crowd = opened.enter_context(Crowd((host, int(port)), size=1000, seconds=30))
+        crowd = opened.enter_context(Crowd((host, int(port)), size=1000))
         words = " ".join(str(number) for number in range(200))
         asked = [threads.submit(echo, words, timeout=120) for _ in range(16)]
         assert [str(future.result()[0]).strip() for future in asked] == [words] * 16
-        crowd.join()
-    assert crowd.most_at_once >= 900 and crowd.closed_by_server > 1000
+        eventually(lambda: crowd.most_at_once >= 900, PATIENCE, "they are a crowd")
+        eventually(lambda: crowd.closed_by_server > 1000, PATIENCE, "each is sent away")
     eventually(lambda: resources(balancer)["files"] <= before["files"] + 8, PATIENCE, "its open files are back")
     eventually(lambda: resources(balancer)["memory"] < before["memory"] * 1.25, PATIENCE, "its memory is back")
 
@@ -392,13 +394,6 @@ with open(heard, "wb", buffering=0) as out:
         except OSError as error:
             out.write(repr(error).encode() + b"\\n")
 """
-
-
-def cmdline(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b""
 
 
 def resources(pid):
@@ -447,8 +442,9 @@ class Capture:
 class Crowd:
     """Connections that say nothing, or nonsense, and come again when they are closed."""
 
-    def __init__(self, address, size, seconds):
-        self._address, self._size, self._seconds = address, size, seconds
+    def __init__(self, address, size):
+        self._address, self._size = address, size
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._press)
         self.most_at_once = self.closed_by_server = 0
 
@@ -457,18 +453,16 @@ class Crowd:
         return self
 
     def __exit__(self, *_):
-        self._thread.join()
-
-    def join(self):
+        self._done.set()
         self._thread.join()
 
     def _press(self):
-        ends, opened, number = time.monotonic() + self._seconds, set(), 0
+        opened, number = set(), 0
         poller = select.poll()
         by_descriptor = {}
-        while time.monotonic() < ends:
+        while not self._done.is_set():
             for _ in range(min(100, self._size - len(opened))):
-                connection = socket.create_connection(self._address, timeout=5)
+                connection = socket.create_connection(self._address, timeout=PATIENCE)
                 number += 1
                 if number % 2:
                     connection.sendall(os.urandom(64))

@@ -21,6 +21,7 @@ from mii_hpc.schedulers import is_live, job_of
 from mii_hpc.schedulers.local import JOB_ID
 from mii_hpc.submission import submit as submission
 from tests.planted import imported, plant
+from tests.processes import command_line
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.mpi
@@ -35,13 +36,6 @@ client = mii_hpc.serve(
 print(*(response.replica for response in client(["a", "b", "c", "d"])))
 """
 """A script that serves and exits."""
-
-
-def command_line(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
 
 
 class Served:
