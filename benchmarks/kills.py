@@ -2,7 +2,8 @@
 
 `python benchmarks/kills.py [--kill engine_process] [--seconds 600] [--every 20]`, as root. Two replicas of two ranks
 serve a tiny model in float32. The callers ask for streams and whole answers, greedy and with a seed, with stop strings
-and with several answers; each must be, token for token, that of a run which nothing disturbed.
+and with several answers; each must be, token for token, that of a run which nothing disturbed. Once a minute it prints
+what the deployment holds: memory, open files, and what is in the nodes' /dev/shm.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -117,7 +119,11 @@ async def call(client: AsyncMIIClient, requests: list[Request], seen: Seen, seco
 async def kill_some(cluster: Cluster, module: str, seen: Seen, seconds: float, every: float) -> None:
     draw = random.Random(0)
     await asyncio.sleep(5)
+    minutes = 0
     while seen.now() < seconds - every / 2:
+        if seen.now() // 60 > minutes:  # just before a kill, when the last one's victim is back
+            minutes = int(seen.now() // 60)
+            console.print(f"{await asyncio.to_thread(held, cluster)}; {progress(seen)}", highlight=False)
         victims = processes(cluster, module)
         if victims:
             seen.disturbed.append(seen.now())
@@ -137,6 +143,31 @@ def processes(cluster: Cluster, module: str) -> list[int]:
                 if wanted & set(words) and "srun" not in words[0]:
                     found.append(pid)
     return sorted(found)
+
+
+def held(cluster: Cluster) -> str:
+    """Say what the deployment's processes, those who call, and the nodes' /dev/shm hold."""
+    kinds = {module: processes(cluster, module) for module in ("balancer", "rank", "engine_process")}
+    parts = []
+    for kind, pids in {**kinds, "callers": [os.getpid()]}.items():
+        memory = files = 0
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                memory, files = memory + process.memory_info().rss, files + process.num_fds()
+        parts.append(f"{len(pids)} {kind} {memory >> 20} MiB {files} files")
+    count = size = 0
+    for node in cluster.nodes:
+        shown = cluster.run_on(node, ["find", "/dev/shm", "-type", "f", "-printf", "%k\\n"]).stdout.split()
+        count, size = count + len(shown), size + sum(map(int, shown))
+    return f"{', '.join(parts)}, /dev/shm {count} files {size} KiB"
+
+
+def progress(seen: Seen) -> str:
+    return (
+        f"at {seen.now():.0f} s {len(seen.disturbed)} kills, {seen.answers} answers, {seen.moved} moved, "
+        f"{len(seen.errors)} failed, {len(seen.wrong)} differ, longest pause {seen.pause:.1f} s"
+    )
 
 
 async def disturb(cluster: Cluster, home: Path, module: str, seconds: float, every: float) -> Seen:
