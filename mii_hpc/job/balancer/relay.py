@@ -34,7 +34,8 @@ from mii_hpc.rpc.wire import BatchPosition, Context, Method
 SUSPECT_LOSSES = 2
 """A request is given up when so many replicas in a row were lost before they gave it a token: it may be the cause."""
 TRIAL_SECONDS = 1.0
-"""A suspect has this long to get its first token before the next is tried."""
+"""A suspect has this long to get its first token before the next is tried beside it, and twice as long each time."""
+DOUBLINGS = 6
 
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
@@ -47,7 +48,8 @@ class Relay:
 
     A request moves with what has come of it, so that its answer is what it would have been. One of which a lost replica
     had not given a token yet may be what killed it: such requests are tried one after the other, so that one that kills
-    engines is found out at its second, and no other is blamed for it.
+    engines is found out at its second, and no other is blamed for it. When that takes long, others are tried beside it,
+    and none of those that a replica is lost with is blamed.
 
     `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
 
@@ -71,8 +73,7 @@ class Relay:
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
         self._suspects = asyncio.Lock()
-        self._tried = asyncio.Event()
-        self._tried.set()
+        self._on_trial: list[_Request] = []
         self.migrations: collections.Counter[int] = collections.Counter()
         self.resumed: collections.Counter[int] = collections.Counter()
         self.lost: collections.Counter[int] = collections.Counter()
@@ -148,7 +149,7 @@ class Relay:
         if self._ending.has_begun:
             raise await self._stopping("has ended", lost)
         request.move()
-        if request.losses == SUSPECT_LOSSES:
+        if request.losses >= SUSPECT_LOSSES and request.is_alone:
             raise self._given_up(
                 f"{what}, the second in a row before it gave a token: the request may be the reason", lost
             )
@@ -170,12 +171,17 @@ class Relay:
         return replica
 
     async def _take_turn(self, suspect: _Request) -> None:
-        """Wait until the suspect before this one has a token, or has had the time for it."""
+        """Wait until the suspects before this one have a token, or have had the time for it."""
         async with self._suspects:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TRIAL_SECONDS):
-                    await self._tried.wait()
-            self._tried = suspect.tried = asyncio.Event()
+                async with asyncio.timeout(TRIAL_SECONDS * 2 ** min(suspect.losses - 1, DOUBLINGS)):
+                    for other in self._on_trial:
+                        await other.tried.wait()
+            self._on_trial = [other for other in self._on_trial if not other.tried.is_set()]
+            self._on_trial.append(suspect)
+            suspect.tried = asyncio.Event()
+            for each in self._on_trial:
+                each.is_alone = len(self._on_trial) == 1
 
     async def _live(self) -> None:
         """Wait for a live replica, or for the time that a request is held to be over.
@@ -256,6 +262,7 @@ class _Request:
         losses: how many replicas in a row were lost before they gave it a token.
         is_proven: whether the replica that has it has given it a token.
         tried: set once that is known, or it has ended.
+        is_alone: whether no other suspect was tried beside it.
         is_resumed: whether another balancer had it before.
     """
 
@@ -272,7 +279,7 @@ class _Request:
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._served_by = b""
         self.migrations = self.losses = 0
-        self.is_proven = False
+        self.is_proven = self.is_alone = False
         self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()
 

@@ -199,6 +199,7 @@ async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(d
 
 
 async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, monkeypatch):
+    monkeypatch.setattr(relay, "TRIAL_SECONDS", PATIENCE)
     deployment = await deploy(replica_num=3, echo_delay=0.01)
     submit = EchoEngine.submit
 
@@ -255,6 +256,33 @@ async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
     for answer in answers:
         assert_repeated(answer, 20)
     assert sorted(answer.migrations for answer in answers) == [0] * 4 + [1] * 4
+
+
+async def test_what_waited_at_two_lost_replicas_is_not_blamed(deploy, monkeypatch):
+    """More than one was tried at once, for each had its time; so none of them is the reason."""
+    monkeypatch.setattr(relay, "TRIAL_SECONDS", 0.01)
+    deployment = await deploy(replica_num=2, echo_delay=0.01, max_batch_size=1)
+    first, second = deployment.ranks
+    client = deployment.client()
+    busy = [asyncio.create_task(client.generate(WORDS, max_new_tokens=10**6)) for _ in range(2)]
+    await until(lambda: [stats.running for stats in deployment.stats()] == [1, 1])
+    calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=20)) for _ in range(6)]
+    await until(lambda: [stats.waiting for stats in deployment.stats()] == [3, 3])
+    second.comes_back = False
+    second.engine.die()
+    await until(lambda: first.engine.engine.stats().waiting == 7)
+    second.comes_back = True
+    second.engine.die()
+    await until(lambda: deployment.balancer.membership.are_ready)
+    first.comes_back = False
+    first.engine.die()
+    await until(lambda: second.engine.engine.stats().waiting + second.engine.engine.stats().running == 8)
+    for call in busy:
+        call.cancel()
+    for call in calls:
+        assert_repeated((await call)[0], 20)
+    assert sum(replica.lost for replica in (await client.status()).replicas) == 0
+    await asyncio.gather(*busy, return_exceptions=True)
 
 
 async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
