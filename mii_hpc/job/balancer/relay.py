@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
@@ -36,6 +37,8 @@ SUSPECT_LOSSES = 2
 TRIAL_SECONDS = 1.0
 """A suspect has this long to get its first token before the next is tried beside it, and twice as long each time."""
 DOUBLINGS = 6
+RECENT_SECONDS = 60.0
+"""Where more replicas were lost in this time than those that had a request in hand, it is not the reason."""
 
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
@@ -49,7 +52,7 @@ class Relay:
     A request moves with what has come of it, so that its answer is what it would have been. One of which a lost replica
     had not given a token yet may be what killed it: such requests are tried one after the other, so that one that kills
     engines is found out at its second, and no other is blamed for it. When that takes long, others are tried beside it,
-    and none of those that a replica is lost with is blamed.
+    and none of those that a replica is lost with is blamed. Neither is any while replicas are lost without it, too.
 
     `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
 
@@ -74,6 +77,8 @@ class Relay:
         self._router, self._ending, self._on_broken = router, ending, on_broken
         self._suspects = asyncio.Lock()
         self._on_trial: list[_Request] = []
+        self._losses: dict[tuple[int, int], float] = {}
+        """When replicas were lost with requests in hand, by index and epoch."""
         self.migrations: collections.Counter[int] = collections.Counter()
         self.resumed: collections.Counter[int] = collections.Counter()
         self.lost: collections.Counter[int] = collections.Counter()
@@ -149,7 +154,8 @@ class Relay:
         if self._ending.has_begun:
             raise await self._stopping("has ended", lost)
         request.move()
-        if request.losses >= SUSPECT_LOSSES and request.is_alone:
+        recent = self._count_loss(lost)
+        if request.losses >= SUSPECT_LOSSES and request.is_alone and request.migrations >= recent:
             raise self._given_up(
                 f"{what}, the second in a row before it gave a token: the request may be the reason", lost
             )
@@ -169,6 +175,13 @@ class Relay:
             raise self._located(error, lost) from None
         self.migrations[lost.index] += 1
         return replica
+
+    def _count_loss(self, lost: ReplicaConnection) -> int:
+        """Return how many replicas were lost of late, now that this one is."""
+        now = time.monotonic()
+        self._losses.setdefault((lost.index, lost.epoch), now)
+        self._losses = {replica: at for replica, at in self._losses.items() if at > now - RECENT_SECONDS}
+        return len(self._losses)
 
     async def _take_turn(self, suspect: _Request) -> None:
         """Wait until the suspects before this one have a token, or have had the time for it."""

@@ -182,7 +182,14 @@ async def test_a_request_is_held_for_a_while(deploy):
     assert (failure.value.replica, failure.value.host) == (0, "node0")
 
 
-async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(deploy):
+async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(deploy, monkeypatch):
+    pass_on, held_at_balancer = Relay._relay, []
+
+    async def noted(self, asked, caller):
+        held_at_balancer.append(asked.payload)
+        await pass_on(self, asked, caller)
+
+    monkeypatch.setattr(Relay, "_relay", noted)
     deployment, call = await without_a_replica(deploy)
     client = deployment.client()
     with pytest.raises(RequestTimeoutError):
@@ -190,8 +197,8 @@ async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(d
     stream = asyncio.ensure_future(anext(client.stream("x")))
     await asyncio.wait({stream}, timeout=0.1)
     stream.cancel()
-    late = asyncio.create_task(client.generate("x"))
-    await asyncio.wait({late}, timeout=0.1)
+    late = asyncio.create_task(client.generate("late"))
+    await until(lambda: any(b"late" in payload for payload in held_at_balancer))
     await deployment.stop_balancer()
     for held in (call, late):
         with pytest.raises(DeploymentStoppingError, match=r"^deployment 'chat' has ended \(the test is over\)$"):
@@ -283,6 +290,35 @@ async def test_what_waited_at_two_lost_replicas_is_not_blamed(deploy, monkeypatc
         assert_repeated((await call)[0], 20)
     assert sum(replica.lost for replica in (await client.status()).replicas) == 0
     await asyncio.gather(*busy, return_exceptions=True)
+
+
+async def test_while_replicas_are_lost_without_it_no_request_is_blamed(deploy, monkeypatch):
+    """Here one that is alone, and gets no token from two replicas in a row."""
+    monkeypatch.setattr(relay, "RECENT_SECONDS", 3600.0)
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    (rank,) = deployment.ranks
+    submit, late = EchoEngine.submit, []
+
+    def submit_late(engine, request, deliver):
+        if request.prompt == "late":
+            late.append(request)
+        if request.prompt != "late" or len(late) == 3:
+            submit(engine, request, deliver)
+
+    monkeypatch.setattr(EchoEngine, "submit", submit_late)
+    client = deployment.client()
+    other = asyncio.create_task(client.generate("other", max_new_tokens=10**6))
+    await until(lambda: deployment.stats()[0].running)
+    rank.engine.die()
+    await until(lambda: len(rank.epochs) == 2 and deployment.balancer.membership.are_ready)
+    call = asyncio.create_task(client.generate("late"))
+    for times in (1, 2):
+        await until(lambda times=times: len(late) == times)
+        rank.engine.die()
+    (answer,) = await call
+    assert (str(answer), answer.migrations) == ("late ", 2)
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
 
 
 async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
