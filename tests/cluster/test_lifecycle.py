@@ -46,7 +46,7 @@ def processes(cluster):
 def supervisor(cluster, node):
     for pid in cluster.job_processes(node):
         words = command_line(pid)
-        if "srun" not in words[0] and {"submitit.core._submit", "mii_hpc.job.rank"} & set(words):
+        if words and "srun" not in words[0] and {"submitit.core._submit", "mii_hpc.job.rank"} & set(words):
             return pid
     raise LookupError(node)
 
@@ -66,7 +66,7 @@ def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
     os.kill(supervisor(cluster, hosts[1]), signal.SIGKILL)
     eventually(lambda: state_of(home, "replaced") == "degraded", PATIENCE, "a replica is out")
     eventually(lambda: state_of(home, "replaced") == "ready", PATIENCE, "it is back")
-    assert answered(client, {0, 1, 2})
+    eventually(lambda: answered(client, {0, 1, 2}), PATIENCE, "all replicas answer")
     os.kill(supervisor(cluster, hosts[0]), signal.SIGKILL)
     eventually(lambda: answered(client, {0, 1, 2}), PATIENCE, "the others have started rank 0 again")
     assert Registry(home).get("replaced").job_id == entry.job_id
