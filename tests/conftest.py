@@ -10,8 +10,9 @@ import pytest
 
 from mii_hpc.config import MIIConfig, resolve
 from mii_hpc.engine.echo import EchoEngine
-from mii_hpc.job.balancer import membership
+from mii_hpc.job.balancer import connection, membership
 from tests.live import Deployment, InThread
+from tests.waiting import PATIENCE
 
 # As from a terminal, also where a shell, nohup, cron or a batch script has started the tests: those have SIGINT
 # ignored, which every process that a test starts would inherit. SIGHUP stays as it is, for nohup to mean something.
@@ -22,11 +23,15 @@ signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture
-async def deploy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Callable[..., Awaitable[Deployment]]]:
-    """Start deployments in the test's event loop; arguments are those of Deployment."""
+def paces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Form lost replicas again at once, and wait for what a busy machine is slow to say of a replica's load."""
     monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
+    monkeypatch.setattr(connection, "LOAD_SECONDS", PATIENCE)
+
+
+@pytest.fixture
+async def deploy(tmp_path: Path, paces: None) -> AsyncIterator[Callable[..., Awaitable[Deployment]]]:
+    """Start deployments in the test's event loop; arguments are those of Deployment."""
     running: list[Deployment] = []
 
     async def start(kind: type[Deployment] = Deployment, **shape: Any) -> Deployment:
@@ -40,9 +45,8 @@ async def deploy(
 
 
 @pytest.fixture
-def deploy_in_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InThread]]:
+def deploy_in_thread(tmp_path: Path, paces: None) -> Iterator[Callable[..., InThread]]:
     """Start deployments on threads of their own; arguments are those of Deployment."""
-    monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
     running: list[InThread] = []
 
     def start(**shape: Any) -> InThread:

@@ -78,7 +78,7 @@ def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
 def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, options):
     serve("signalled")
     entry = Registry(home).get("signalled")
-    subprocess.run(["scancel", *options, entry.job_id], check=True, timeout=30)
+    subprocess.run(["scancel", *options, entry.job_id], check=True, timeout=PATIENCE)
     eventually(lambda: Registry(home).get("signalled") is None, PATIENCE, "the name is free")
     eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
     assert not list((entry.run_dir / "failures").iterdir())
@@ -90,7 +90,7 @@ def test_a_requeued_job_is_found_again(cluster, home, serve):
     job_id = Registry(home).get("requeued").job_id
     preempt = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
     for incarnation, requeue in enumerate((["scontrol", "requeue", job_id], preempt), 1):
-        subprocess.run(requeue, check=True, timeout=30)
+        subprocess.run(requeue, check=True, timeout=PATIENCE)
 
         def is_pending():
             return [job.state for job in cluster.squeue() if str(job.id) == job_id] == ["PENDING"]

@@ -48,15 +48,15 @@ SLURM = ("slurmd", "slurmstepd", "srun")
 @pytest.fixture(scope="module")
 def group_member(cluster):
     """An ordinary user who is in the group that deployments are shared with."""
-    subprocess.run(["groupadd", "--force", GROUP], check=True, timeout=30)
+    subprocess.run(["groupadd", "--force", GROUP], check=True, timeout=PATIENCE)
     try:
         pwd.getpwnam(MEMBER)
     except KeyError:
-        subprocess.run(["useradd", "--create-home", "--groups", GROUP, MEMBER], check=True, timeout=30)
+        subprocess.run(["useradd", "--create-home", "--groups", GROUP, MEMBER], check=True, timeout=PATIENCE)
     assert MEMBER in grp.getgrnam(GROUP).gr_mem
     yield MEMBER
-    subprocess.run(["userdel", "--remove", "--force", MEMBER], check=True, capture_output=True, timeout=30)
-    subprocess.run(["groupdel", GROUP], check=True, capture_output=True, timeout=30)
+    subprocess.run(["userdel", "--remove", "--force", MEMBER], check=True, capture_output=True, timeout=PATIENCE)
+    subprocess.run(["groupdel", GROUP], check=True, capture_output=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,9 @@ def test_secrets_are_in_no_file_but_theirs_and_in_no_process(cluster, echo, home
                     yield str(path), path.read_bytes()
 
     job_id = echo.status().job_id
-    shown = subprocess.run(["scontrol", "show", "job", job_id], check=True, capture_output=True, timeout=30).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job_id], check=True, capture_output=True, timeout=PATIENCE
+    ).stdout
     processes = list(shown_by_processes())
     assert len(job_processes(cluster)) > 5 and any(b"mii_hpc.job.engine_process" in text for _, text in processes)
     echo.terminate_server()
