@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,15 +27,15 @@ import torch
 
 from mii_hpc.engine.answer import Answer, Scored, answer_limit
 from mii_hpc.engine.base import EngineSpec
+from mii_hpc.engine.quotas import Quotas
 from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.sampling import create_sampling
 from mii_hpc.engine.sampling.base import Choice, Draw, Sampler, scores_of
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
-from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
+from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.generation import (
-    GUEST,
     LATENCY_BOUNDS,
     Caller,
     Deliver,
@@ -50,8 +50,6 @@ _log = logging.getLogger(__name__)
 
 LONG_BYTES = 2**16
 """A longer prompt is tokenised beside the others."""
-WAITING_BYTES = 2**28
-"""No more than this, or one request, waits."""
 
 
 class BatchingEngine:
@@ -60,13 +58,10 @@ class BatchingEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._runner: ModelRunner | None = None
-        self._queue_bound = spec.model.inference_engine_config.queue_bound
         # Guards what follows. Pieces are delivered under it, so that none comes once cancel() has returned.
         self._changed = threading.Condition()
         self._requests: dict[str, _Request] = {}
-        # By role.
-        self._unstarted: Counter[str] = Counter()
-        self._unstarted_bytes: Counter[str] = Counter()
+        self._quotas = Quotas(spec)
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
         self._queue_time = Observed(LATENCY_BOUNDS)
@@ -83,7 +78,10 @@ class BatchingEngine:
         config = self._spec.model.inference_engine_config
         self._tokenizer = Tokenizer(self._spec.model, runner.vocabulary, runner.eos_token_ids)
         self._scheduler: Scheduler[_Sequence] = Scheduler(
-            runner.budget, config.prefix_sharing and runner.recompute_beyond is None, runner.recompute_beyond
+            runner.budget,
+            config.prefix_sharing and runner.recompute_beyond is None,
+            runner.recompute_beyond,
+            self._quotas.running,
         )
         self._context = min(runner.context, self._scheduler.allocator.capacity)
         self._runner = runner
@@ -105,33 +103,18 @@ class BatchingEngine:
         """Queue a request. Raises QueueFullError when too many wait."""
         entry = _Request(request, deliver)
         with self._changed:
-            if not request.admitted:
-                self._check_room(entry)
             if self._closed:
                 return
             if request.id in self._requests:
                 error = InvalidRequestError(f"a request with the id {request.id} exists already")
                 self._tokenising.submit(deliver, error)
                 return
-            self._unstarted[entry.role] += 1
-            self._unstarted_bytes[entry.role] += entry.size
+            self._quotas.enter(request)
             self._requests[request.id] = entry
-            if entry.size > LONG_BYTES:
+            if size_of(request.prompt) > LONG_BYTES:
                 self._tokenising_long.submit(self._tokenise_long, entry)
             else:
                 self._tokenising.submit(self._tokenise, entry, self._tokenizer)
-
-    def _check_room(self, entry: _Request) -> None:
-        """Raise QueueFullError when too much waits; guests have half of the room, so that the owner always gets in."""
-        of_guests = entry.role == GUEST
-        waiting, size = (
-            each[GUEST] if of_guests else each.total() for each in (self._unstarted, self._unstarted_bytes)
-        )
-        bound, most = (-(-each // 2) if of_guests else each for each in (self._queue_bound, WAITING_BYTES))
-        if waiting >= bound:
-            raise QueueFullError(f"{waiting} requests are waiting; try again later")
-        if size + entry.size > most and waiting:
-            raise QueueFullError(f"{size} bytes of requests are waiting; try again later")
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its KV cache within a step. Its `deliver` is not called again."""
@@ -160,8 +143,8 @@ class BatchingEngine:
         with self._changed:
             allocator = self._scheduler.allocator
             return Load(
-                running=len(self._requests) - self._unstarted.total(),
-                waiting=self._unstarted.total(),
+                running=len(self._requests) - self._quotas.waiting,
+                waiting=self._quotas.waiting,
                 free_blocks=allocator.free,
                 total_blocks=allocator.total,
                 generated_tokens=self._generated,
@@ -233,8 +216,7 @@ class BatchingEngine:
             if not sequence.request.started:
                 sequence.request.started = True
                 self._queue_time.add(time.monotonic() - sequence.request.arrived)
-                self._unstarted[sequence.request.role] -= 1
-                self._unstarted_bytes[sequence.request.role] -= sequence.request.size
+                self._quotas.leave(sequence.request.request)
         return step, sequences
 
     def _accept(self, sequence: _Sequence, choice: Choice) -> None:
@@ -327,8 +309,8 @@ class BatchingEngine:
 
     def _remove(self, entry: _Request) -> None:
         del self._requests[entry.request.id]
-        self._unstarted[entry.role] -= not entry.started
-        self._unstarted_bytes[entry.role] -= 0 if entry.started else entry.size
+        if not entry.started:
+            self._quotas.leave(entry.request)
         self._cancelled.append(entry)
         self._changed.notify_all()
 
@@ -346,16 +328,6 @@ class _Request:
     unfinished: int = 0
     started: bool = False
     arrived: float = field(default_factory=time.monotonic)
-    size: int = field(init=False)
-    """Of its prompt: characters, or bytes of token ids."""
-
-    def __post_init__(self) -> None:
-        self.size = size_of(self.request.prompt)
-
-    @property
-    def role(self) -> str:
-        """Of its caller."""
-        return self.request.caller[0]
 
 
 @dataclass(eq=False)

@@ -279,7 +279,10 @@ async def test_what_a_client_says_goes_on_is_bounded_like_what_is_new(deploy):
     params = pb.GenerateParams(max_new_tokens=9)
     message = pb.GenerateRequest(id="x", prompt="a", params=params, resume=[pb.ResumedAnswer()], admitted=True)
     error = await Handler(deployment).error(message.SerializeToString())
-    assert (type(error), str(error)) == (QueueFullError, "1 requests are waiting; try again later")
+    assert (type(error), str(error)) == (
+        QueueFullError,
+        "1 requests are waiting, and queue_bound=1 are allowed; try again later",
+    )
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
