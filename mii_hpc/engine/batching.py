@@ -3,7 +3,7 @@
 The life of a request here:
 
 1. `submit` counts it against the queue's bound and returns.
-2. A thread of its own tokenises it, one prompt after the other, off the step loop.
+2. A thread tokenises it, one prompt after the other, off the step loop.
 3. The scheduler starts it when there is room in the batch and a block in the cache, behind those blocks of
    its beginning that the cache holds already.
 4. Each step computes some tokens of some sequences, on all ranks alike (runner.py).
@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,7 +35,9 @@ from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.generation import (
+    GUEST,
     LATENCY_BOUNDS,
+    OWNER,
     Caller,
     Deliver,
     GenerationRequest,
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 
 LONG_BYTES = 2**16
 """A longer prompt is tokenised beside the others."""
+_LONG = "long"
 
 
 class BatchingEngine:
@@ -68,9 +70,11 @@ class BatchingEngine:
         self._generated = 0
         self._steps = 0
         self._closed = False
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
-        # A long prompt takes seconds, during which the others' need not wait.
-        self._tokenising_long = ThreadPoolExecutor(1, thread_name_prefix="tokenise-long")
+        # The owner's need not wait for a thousand of guests, nor any for a long one, which takes seconds.
+        self._tokenising = {
+            line: ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{line}") for line in (OWNER, GUEST, _LONG)
+        }
+        self._tokenizers: dict[str, Tokenizer] = {}
 
     def load(self, progress: Callable[[str], None]) -> None:
         """Load this rank's shard and make the cache. Raises ConfigError for a model that cannot be served."""
@@ -107,14 +111,12 @@ class BatchingEngine:
                 return
             if request.id in self._requests:
                 error = InvalidRequestError(f"a request with the id {request.id} exists already")
-                self._tokenising.submit(deliver, error)
+                self._tokenising[OWNER].submit(deliver, error)
                 return
             self._quotas.enter(request)
             self._requests[request.id] = entry
-            if size_of(request.prompt) > LONG_BYTES:
-                self._tokenising_long.submit(self._tokenise_long, entry)
-            else:
-                self._tokenising.submit(self._tokenise, entry, self._tokenizer)
+            line = _LONG if size_of(request.prompt) > LONG_BYTES else request.caller[0]
+            self._tokenising[line].submit(self._tokenise, entry, line)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its KV cache within a step. Its `deliver` is not called again."""
@@ -160,7 +162,7 @@ class BatchingEngine:
             for entry in list(self._requests.values()):
                 self._remove(entry)
             self._changed.notify_all()
-        for threads in (self._tokenising, self._tokenising_long):
+        for threads in self._tokenising.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _lead(self, runner: ModelRunner) -> None:
@@ -246,16 +248,11 @@ class BatchingEngine:
         if piece:
             entry.deliver(piece)
 
-    @cached_property
-    def _tokenizer_of_long(self) -> Tokenizer:
-        return self._tokenizer.copy()
-
-    def _tokenise_long(self, entry: _Request) -> None:
-        self._tokenise(entry, self._tokenizer_of_long)
-
-    def _tokenise(self, entry: _Request, tokenizer: Tokenizer) -> None:
+    def _tokenise(self, entry: _Request, line: str) -> None:
         try:
-            sequences = self._sequences(entry, tokenizer)
+            if line not in self._tokenizers:
+                self._tokenizers[line] = self._tokenizer if line == OWNER else self._tokenizer.copy()
+            sequences = self._sequences(entry, self._tokenizers[line])
         except InvalidRequestError as error:
             self._refuse(entry, error)
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
