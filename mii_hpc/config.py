@@ -279,7 +279,7 @@ class EngineConfig(_Model):
     memory_fraction: float = Field(0.8, gt=0, le=1)
     """The part of this rank's free memory that weights and KV cache may take together."""
     queue_bound: int = Field(1024, ge=1)
-    """Requests that may wait; more are refused with QueueFullError."""
+    """Requests that may wait; more are refused with QueueFullError. Those of guests are counted apart, see `limits`."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
     step_timeout: float = Field(120.0, gt=0)
