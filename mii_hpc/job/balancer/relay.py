@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
@@ -16,6 +17,7 @@ from mii_hpc.errors import (
     DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
+    QueueFullError,
     ReplicaLostError,
     RequestCancelledError,
     RequestError,
@@ -36,6 +38,9 @@ SUSPECT_LOSSES = 2
 TRIAL_SECONDS = 1.0
 """A suspect has this long to get its first token before the next is tried."""
 
+FULL_SECONDS = 0.1
+"""For so long guests are refused by what a replica has said of its queue: to refuse costs an engine, which has a step
+to make meanwhile, more than the balancer."""
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
 MAX_REQUESTS = 16_384
@@ -67,6 +72,8 @@ class Relay:
     ) -> None:
         self._access = access
         self._of_guests: set[ServedRequest] = set()
+        self._full: dict[int, tuple[float, str]] = {}
+        """Until when guests are refused by a replica, by its index, and what it says."""
         self._deployment_name = config.deployment_name
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
@@ -115,6 +122,10 @@ class Relay:
             replica = self._router.next(BatchPosition.parse(asked.position))
         except MIIError as error:
             raise self._located(error) from None
+        is_guest = asked in self._of_guests
+        until, refusal = self._full.get(replica.index, (0.0, ""))
+        if is_guest and time.monotonic() < until:
+            raise self._located(QueueFullError(refusal), replica)
         try:
             request = _Request(asked, caller)
         except InvalidRequestError as error:
@@ -130,6 +141,8 @@ class Relay:
                     if lost.is_of_connection:  # before the rank's supervisor could report the end of its engine
                         self._on_broken(replica.index, replica.epoch, "its connection broke")
                 except MIIError as error:
+                    if is_guest and isinstance(error, QueueFullError):
+                        self._full[replica.index] = time.monotonic() + FULL_SECONDS, str(error)
                     raise self._located(error, replica) from None
                 if request.ended:
                     return
