@@ -17,6 +17,7 @@ from mii_hpc.errors import (
     DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
+    QueueFullError,
     ReplicaLostError,
     RequestCancelledError,
     RequestError,
@@ -40,6 +41,9 @@ DOUBLINGS = 6
 RECENT_SECONDS = 60.0
 """Where more replicas were lost in this time than those that had a request in hand, it is not the reason."""
 
+FULL_SECONDS = 0.1
+"""For so long guests are refused by what a replica has said of its queue: to refuse costs an engine, which has a step
+to make meanwhile, more than the balancer."""
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
 MAX_REQUESTS = 16_384
@@ -72,6 +76,8 @@ class Relay:
     ) -> None:
         self._access = access
         self._of_guests: set[ServedRequest] = set()
+        self._full: dict[int, tuple[float, str]] = {}
+        """Until when guests are refused by a replica, by its index, and what it says."""
         self._deployment_name = config.deployment_name
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
@@ -121,6 +127,10 @@ class Relay:
             replica = self._router.next(BatchPosition.parse(asked.position))
         except MIIError as error:
             raise self._located(error) from None
+        is_guest = asked in self._of_guests
+        until, refusal = self._full.get(replica.index, (0.0, ""))
+        if is_guest and time.monotonic() < until:
+            raise self._located(QueueFullError(refusal), replica)
         try:
             request = _Request(asked, caller)
         except InvalidRequestError as error:
@@ -136,6 +146,8 @@ class Relay:
                     if lost.is_of_connection:  # before the rank's supervisor could report the end of its engine
                         self._on_broken(replica.index, replica.epoch, "its connection broke")
                 except MIIError as error:
+                    if is_guest and isinstance(error, QueueFullError):
+                        self._full[replica.index] = time.monotonic() + FULL_SECONDS, str(error)
                     raise self._located(error, replica) from None
                 if request.ended:
                     return

@@ -353,10 +353,34 @@ async def test_what_a_client_says_goes_on_is_bounded_like_what_is_new(deploy):
     params = pb.GenerateParams(max_new_tokens=9)
     message = pb.GenerateRequest(id="x", prompt="a", params=params, resume=[pb.ResumedAnswer()], admitted=True)
     error = await Handler(deployment).error(message.SerializeToString())
-    assert (type(error), str(error)) == (QueueFullError, "1 requests are waiting; try again later")
+    assert (type(error), str(error)) == (
+        QueueFullError,
+        "1 requests are waiting, and queue_bound=1 are allowed; try again later",
+    )
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_connection_has_so_many_streams_at_once_and_the_others_wait(deploy, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_STREAMS_PER_CONNECTION", 3)
+    deployment = await deploy(replica_num=1, echo_delay=0.001)
+    owner = credentials.load_owner(deployment.run)
+    params = pb.GenerateParams(max_new_tokens=10**6, stream=True)
+    message = pb.NumberedRequest(request=pb.GenerateRequest(id="x", prompt="a", params=params).SerializeToString())
+    frame = pb.RequestFrame(requests=[message]).SerializeToString()
+    async with transport.open_channel(deployment.address, owner) as channel:
+        call = channel.unary_stream(Method.GENERATE)
+        calls = [call(frame, metadata=transport.authorization(owner), timeout=PATIENCE) for _ in range(4)]
+        reads = {asyncio.create_task(each.read()): each for each in calls}
+        await until(lambda: sum(read.done() for read in reads) == 3)
+        await deployment.client().generate("x")
+        assert deployment.stats()[0].running == 3
+        next(each for read, each in reads.items() if read.done()).cancel()
+        await until(lambda: all(read.done() for read in reads))
+        for each in calls:
+            each.cancel()
+    await until(deployment.is_idle)
 
 
 async def test_an_idle_connection_is_closed_but_for_the_balancer_s_own(deploy, monkeypatch):
