@@ -39,8 +39,7 @@ TRIAL_SECONDS = 1.0
 """A suspect has this long to get its first token before the next is tried beside it, and twice as long each time."""
 DOUBLINGS = 6
 RECENT_SECONDS = 60.0
-"""Where more replicas were lost in this time than those that had a request in hand, it is not the reason."""
-
+"""Where another replica was lost in this time, which had not a request in hand, it is not the reason."""
 FULL_SECONDS = 0.1
 """For so long guests are refused by what a replica has said of its queue: to refuse costs an engine, which has a step
 to make meanwhile, more than the balancer."""
@@ -84,7 +83,9 @@ class Relay:
         self._suspects = asyncio.Lock()
         self._on_trial: list[_Request] = []
         self._losses: dict[tuple[int, int], float] = {}
-        """When replicas were lost with requests in hand, by index and epoch."""
+        """When replicas were lost of late for no known reason, by index and epoch."""
+        self._explained: set[tuple[int, int]] = set()
+        """Those that were lost for a request which was given up."""
         self.migrations: collections.Counter[int] = collections.Counter()
         self.resumed: collections.Counter[int] = collections.Counter()
         self.lost: collections.Counter[int] = collections.Counter()
@@ -166,8 +167,9 @@ class Relay:
         if self._ending.has_begun:
             raise await self._stopping("has ended", lost)
         request.move()
-        recent = self._count_loss(lost)
-        if request.losses >= SUSPECT_LOSSES and request.is_alone and request.migrations >= recent:
+        self._note_loss(request, lost)
+        if request.losses >= SUSPECT_LOSSES and request.is_alone and self._explains_losses(request):
+            self._explained |= request.lost
             raise self._given_up(
                 f"{what}, the second in a row before it gave a token: the request may be the reason", lost
             )
@@ -188,12 +190,17 @@ class Relay:
         self.migrations[lost.index] += 1
         return replica
 
-    def _count_loss(self, lost: ReplicaConnection) -> int:
-        """Return how many replicas were lost of late, now that this one is."""
-        now = time.monotonic()
-        self._losses.setdefault((lost.index, lost.epoch), now)
-        self._losses = {replica: at for replica, at in self._losses.items() if at > now - RECENT_SECONDS}
-        return len(self._losses)
+    def _note_loss(self, request: _Request, lost: ReplicaConnection) -> None:
+        now, replica = time.monotonic(), (lost.index, lost.epoch)
+        request.lost.add(replica)
+        self._losses.setdefault(replica, now)
+        self._losses = {
+            each: at for each, at in self._losses.items() if at > now - RECENT_SECONDS and each not in self._explained
+        }
+
+    def _explains_losses(self, request: _Request) -> bool:
+        """Whether it was in hand where any replica was lost of late, and no other was found to be the reason."""
+        return request.lost >= self._losses.keys() and request.lost.isdisjoint(self._explained)
 
     async def _take_turn(self, suspect: _Request) -> None:
         """Wait until the suspects before this one have a token, or have had the time for it."""
@@ -285,6 +292,7 @@ class _Request:
     Attributes:
         migrations: how often it went on at another replica.
         losses: how many replicas in a row were lost before they gave it a token.
+        lost: all that were lost with it in hand, by index and epoch.
         is_proven: whether the replica that has it has given it a token.
         tried: set once that is known, or it has ended.
         is_alone: whether no other suspect was tried beside it.
@@ -304,6 +312,7 @@ class _Request:
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._served_by = b""
         self.migrations = self.losses = 0
+        self.lost: set[tuple[int, int]] = set()
         self.is_proven = self.is_alone = False
         self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()

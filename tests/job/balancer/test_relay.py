@@ -236,6 +236,25 @@ async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, he
     assert sum(replica.lost for replica in (await client.status()).replicas) == 1
 
 
+async def test_what_one_request_has_killed_does_not_speak_for_the_next(deploy, monkeypatch):
+    monkeypatch.setattr(relay, "RECENT_SECONDS", 3600.0)
+    deployment = await deploy(replica_num=1)
+    (rank,) = deployment.ranks
+    submit = EchoEngine.submit
+
+    def dies(engine, request, deliver):
+        if request.prompt == "poison":
+            rank.engine.die()
+        else:
+            submit(engine, request, deliver)
+
+    monkeypatch.setattr(EchoEngine, "submit", dies)
+    for deaths in (2, 4):
+        with pytest.raises(ReplicaLostError, match="the second in a row"):
+            await deployment.client().generate("poison")
+        assert len(rank.epochs) in (deaths, deaths + 1)  # the last may be formed again already
+
+
 async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(deploy, held, monkeypatch):
     """A request without a seed gets one; all it is asked for stays as it is."""
     deployment = await deploy(replica_num=1, echo_delay=0.01)
@@ -320,14 +339,14 @@ async def test_while_replicas_are_lost_without_it_no_request_is_blamed(deploy, m
     await until(lambda: deployment.stats()[0].running)
     rank.engine.die()
     await until(lambda: len(rank.epochs) == 2 and deployment.balancer.membership.are_ready)
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
     call = asyncio.create_task(client.generate("late"))
     for times in (1, 2):
         await until(lambda times=times: len(late) == times)
         rank.engine.die()
     (answer,) = await call
     assert (str(answer), answer.migrations) == ("late ", 2)
-    other.cancel()
-    await asyncio.gather(other, return_exceptions=True)
 
 
 async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
