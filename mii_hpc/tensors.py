@@ -17,8 +17,10 @@ from mii_hpc.reading import read_bounded
 
 _QUANTISED_NAMES = re.compile(
     r"\.(weight_packed|weight_zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.[^.]+|\w+_blocks"
-    r"|\w+_scales|\w+_scale_inv|\w+_scale|SCB|weight_format)$"
+    r"|(input|activation|k|v)_scale|SCB|weight_format)$"
 )
+_SCALES_OF = re.compile(r"(.+)_scale(s|_inv)?")
+"""Scales of the tensor of that name; some models have parameters of their own that are called so."""
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 _SCALES = {
     ("fp8", "F8_E4M3"): "weight_scale_inv",
@@ -133,7 +135,9 @@ def find_scales(tensors: Mapping[str, Tensor], quantisation: Quantisation | None
     used = set(found.values())
     for name in tensors:
         activations = quantisation is not None and _OF_ACTIVATIONS.search(name)
-        if _QUANTISED_NAMES.search(name) and name not in used and not activations:
+        scaled = _SCALES_OF.fullmatch(name)
+        is_quantised = _QUANTISED_NAMES.search(name) or (scaled is not None and scaled[1] in tensors)
+        if is_quantised and name not in used and not activations:
             raise ConfigError(f"{_UNREAD}: it has {one_line(name)}{_READ}")
     return found
 

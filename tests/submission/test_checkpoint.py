@@ -183,6 +183,7 @@ FP8 = quantised(quant_method="fp8")
         (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "transform_config={'R1'"),
         (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two"),
         ({}, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
+        ({}, {"mlp.experts": ("BF16", [2, 4, 4]), "mlp.experts_scale": ("F32", [2])}, "it has mlp.experts_scale"),
         ({}, {**PLAIN, "model.layers.0.mlp.SCB": ("F32", [4])}, "it has model.layers.0.mlp.SCB"),
         ({}, {WEIGHT: ("F8_E4M3", [4, 4])}, f"it has {WEIGHT} as F8_E4M3"),
         ({"num_hidden_layers": 4}, PLAIN, "no tensors of layer 2, 3, of num_hidden_layers=4"),
@@ -221,7 +222,8 @@ def test_several_ranks_may_hold_the_same_kv_head(model):
 
 def test_plain_tensors_are_accepted(model):
     folder = model({**LLAMA, "num_hidden_layers": 2})
-    write_tensors(folder / "model.safetensors", **PLAIN)
+    # Gemma 3n has a parameter that is called so.
+    write_tensors(folder / "model.safetensors", **PLAIN, **{"model.layers.0.altup.correct_output_scale": ("BF16", [4])})
     assert checked(folder)
 
 
