@@ -1,5 +1,7 @@
+import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,10 @@ from typing import Any
 import pytest
 
 from mii_hpc.config import MIIConfig, resolve
-from mii_hpc.job.balancer import membership
+from mii_hpc.engine.echo import EchoEngine
+from mii_hpc.job.balancer import connection, membership
 from tests.live import Deployment, InThread
+from tests.waiting import PATIENCE
 
 # As from a terminal, also where a shell, nohup, cron or a batch script has started the tests: those have SIGINT
 # ignored, which every process that a test starts would inherit. SIGHUP stays as it is, for nohup to mean something.
@@ -19,11 +23,15 @@ signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 @pytest.fixture
-async def deploy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Callable[..., Awaitable[Deployment]]]:
-    """Start deployments in the test's event loop; arguments are those of Deployment."""
+def paces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Form lost replicas again at once, and wait for what a busy machine is slow to say of a replica's load."""
     monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
+    monkeypatch.setattr(connection, "LOAD_SECONDS", PATIENCE)
+
+
+@pytest.fixture
+async def deploy(tmp_path: Path, paces: None) -> AsyncIterator[Callable[..., Awaitable[Deployment]]]:
+    """Start deployments in the test's event loop; arguments are those of Deployment."""
     running: list[Deployment] = []
 
     async def start(kind: type[Deployment] = Deployment, **shape: Any) -> Deployment:
@@ -37,9 +45,8 @@ async def deploy(
 
 
 @pytest.fixture
-def deploy_in_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InThread]]:
+def deploy_in_thread(tmp_path: Path, paces: None) -> Iterator[Callable[..., InThread]]:
     """Start deployments on threads of their own; arguments are those of Deployment."""
-    monkeypatch.setattr(membership, "REFORM_BACKOFF_SECONDS", (0.0,))
     running: list[InThread] = []
 
     def start(**shape: Any) -> InThread:
@@ -52,6 +59,36 @@ def deploy_in_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What this package says; not what asyncio or gRPC say of other tests' objects, whenever those are freed."""
+    ours = logging.Filter("mii_hpc")
+    caplog.handler.addFilter(ours)
+    yield caplog
+    caplog.handler.removeFilter(ours)
+
+
+HELD = 5
+"""So many tokens each answer has when it is held."""
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """An event for which all answers of echo engines wait once they have a few tokens.
+
+    So what is to happen while requests run does, however slow the machine is.
+    """
+    gate = threading.Event()
+    generate = EchoEngine._generate
+
+    def generate_a_few(engine: EchoEngine, echo: Any) -> None:
+        if gate.is_set() or min(answer.generated for answer in echo.answers) < HELD:
+            generate(engine, echo)
+
+    monkeypatch.setattr(EchoEngine, "_generate", generate_a_few)
+    return gate
+
+
+@pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Put commands on PATH that answer as the test says: slurm(sbatch="shell script", ...)."""
     folder = tmp_path / "bin"
@@ -61,13 +98,16 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         monkeypatch.delenv(name)
 
     def commands(**scripts: str) -> Path:
-        for name, script in {"srun": "exit 1", **scripts}.items():
-            path = folder / name
-            path.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{script}\n')
-            path.chmod(0o755)
+        for name, script in scripts.items():
+            # Aside, since another process may be about to read the one that is there.
+            aside = folder / f"{name}.new"
+            aside.write_text(f'#!/bin/sh\necho "{name} $*" >> {folder}/calls\n{script}\n')
+            aside.chmod(0o755)
+            aside.rename(folder / name)
         return folder
 
     commands(
+        srun="exit 1",
         sbatch="echo Submitted batch job 4711",
         squeue='echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
         scancel="exit 0",

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -263,16 +264,23 @@ class InThread:
     """A deployment in an event loop on a thread of its own, for tests that block."""
 
     def __init__(self, home: Path, **shape: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        started: Future[asyncio.AbstractEventLoop] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
+        self._loop = started.result(PATIENCE)
         self.deployment = Deployment(home, **shape)
         self.config = self.deployment.config
         self.do(self.deployment.start())
 
+    @staticmethod
+    def _run(started: "Future[asyncio.AbstractEventLoop]") -> None:
+        with asyncio.Runner() as runner:  # at its end no task is left, to be told of in some later test
+            started.set_result(runner.get_loop())
+            runner.get_loop().run_forever()
+
     def do(self, awaitable: Coroutine[Any, Any, T]) -> T:
         """Run something in the deployment's event loop."""
-        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(PATIENCE)
+        return asyncio.run_coroutine_threadsafe(awaitable, self._loop).result(2 * PATIENCE)
 
     def until(self, condition: Callable[[], T]) -> T:
         return self.do(until(condition))
@@ -281,4 +289,3 @@ class InThread:
         self.do(self.deployment.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE)
-        self._loop.close()

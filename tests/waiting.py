@@ -12,12 +12,12 @@ PATIENCE = 60
 T = TypeVar("T")
 
 
-def eventually(condition: Callable[[], T], seconds: float = PATIENCE, what: str = "") -> T:
+def eventually(condition: Callable[[], T], seconds: float = PATIENCE, what: str = "", pause: float = 0.02) -> T:
     """Return what `condition` gives once it is true; fail when it is not in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
-        time.sleep(0.02)
+        time.sleep(pause)
     return value
 
 

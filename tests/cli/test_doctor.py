@@ -2,6 +2,8 @@
 
 import errno
 import os
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,6 +87,19 @@ def test_a_filesystem_without_hard_links_whose_clock_is_off(find, monkeypatch):
     found = find()
     assert is_bad(found, "hard links", "Operation not permitted", "another filesystem")
     assert is_bad(found, "clock", "s off", "synchronise")
+
+
+def test_a_filesystem_that_is_slow_has_a_right_clock(find, monkeypatch):
+    """It took a minute to write the file, and tells when that was."""
+    real, asked = time.time, []
+
+    def told():
+        asked.append(real() - (0 if asked else 60))
+        return asked[-1]
+
+    monkeypatch.setattr(checks, "time", SimpleNamespace(time=told))
+    assert find()["clock"]["state"] == "good"
+    assert len(asked) == 2
 
 
 def test_proxies_in_the_way(find, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import httpx
 import pytest
 
-from tests.waiting import eventually, next_line
+from tests.waiting import PATIENCE, eventually, next_line
 
 
 @contextlib.contextmanager
@@ -33,7 +33,8 @@ def test_it_answers_until_it_is_told_to_end(run, chat, tmp_path, by):
         else:
             transport = httpx.HTTPTransport()
         key = run("env", "chat", "--json").data["OPENAI_API_KEY"]
-        with httpx.Client(base_url=address, transport=transport, headers={"authorization": f"Bearer {key}"}) as http:
+        headers = {"authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=address, transport=transport, headers=headers, timeout=PATIENCE) as http:
             assert http.get("/v1/models").json()["data"][0]["id"] == "chat"
         face.send_signal(signal.SIGINT)
         assert eventually(lambda: face.poll() is not None)

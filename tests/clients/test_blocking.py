@@ -134,12 +134,14 @@ say(done[0][0].generated_length, client("parent"))
 """
 
 
-def test_after_a_fork_while_busy(deploy_in_thread):
+def test_after_a_fork_while_busy(deploy_in_thread, held):
     script = in_a_process(FORKED_WHILE_BUSY, deploy_in_thread(echo_delay=0.01))
+    child = next_line(script.stdout)
+    held.set()
     output, errors = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, errors
-    child, parent = output.splitlines()
     assert child.startswith("this process was forked while requests of its parent were running")
+    (parent,) = output.splitlines()
     assert parent == "100 [parent ]"
 
 

@@ -43,7 +43,7 @@ CONTROLLER = "ctl"
 # One cluster at a time: names and addresses are fixed. The kernel drops the lock when its holder dies.
 LOCK = Path("/run/mii-cluster.lock")
 
-START_DEADLINE = 30.0
+START_DEADLINE = 90.0
 COMMAND_DEADLINE = 60.0
 PROGRAMS = ["slurmctld", "slurmd", "srun", "munged", "mpiexec", "ip", "ss", "nsenter", "unshare", "setpriv"]
 
@@ -360,7 +360,7 @@ class Cluster:
         self._start_daemon(
             "munged", CONTROLLER, "munged", "--foreground", *(f"--{k}={folder}/{v}" for k, v in files.items())
         )
-        self._wait(lambda: "" if (folder / "munge.socket").exists() else "munged made no socket", 10)
+        self._wait(lambda: "" if (folder / "munge.socket").exists() else "munged made no socket", START_DEADLINE)
 
     def _start_slurmd(self, node: str) -> None:
         self._start_daemon(node, node, "slurmd", "-D", "-N", node)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.lacking import lacking
+from tests.waiting import PATIENCE
 
 from .cluster import Cluster, missing
 
@@ -35,9 +36,9 @@ def second_user(cluster: Cluster) -> Iterator[str]:
     try:
         pwd.getpwnam(GUEST)
     except KeyError:
-        subprocess.run(["useradd", "--create-home", GUEST], check=True, timeout=30)
+        subprocess.run(["useradd", "--create-home", GUEST], check=True, timeout=PATIENCE)
     yield GUEST
-    subprocess.run(["userdel", "--remove", "--force", GUEST], check=True, capture_output=True, timeout=30)
+    subprocess.run(["userdel", "--remove", "--force", GUEST], check=True, capture_output=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

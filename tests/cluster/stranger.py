@@ -5,6 +5,7 @@ Runs as root until grpc is loaded, then as the user: it is the kernel that must 
 
 import asyncio
 import concurrent.futures.thread  # noqa: F401 (the user could not load it later, nor the next)
+import contextlib
 import encodings.idna  # noqa: F401
 import grp
 import json
@@ -24,6 +25,7 @@ from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.rpc import transport
 from mii_hpc.rpc.wire import Method
 from tests.planted import plant
+from tests.waiting import PATIENCE
 
 Outcome = tuple[str, str, str, str, str]
 """Address, way, token, method, and the status that came of it."""
@@ -47,10 +49,10 @@ def become(user: str) -> None:
     os.environ["HOME"] = entry.pw_dir
 
 
-async def call(channel: grpc.aio.Channel, method: str, metadata: tuple[tuple[str, str], ...]) -> str:
+async def call(channel: grpc.aio.Channel, method: str, metadata: tuple[tuple[str, str], ...], timeout: float) -> str:
     """The status of one call, whatever its kind; all calls look alike on the wire."""
     ask: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
-    answer = ask(b"", metadata=metadata, timeout=4)
+    answer = ask(b"", metadata=metadata, timeout=timeout)
     try:
         return "ANSWERED" if [part async for part in answer] else "OK"
     except grpc.aio.AioRpcError as error:
@@ -64,6 +66,7 @@ async def knock(address: str, own: bytes) -> list[Outcome]:
     """
     host, port = address.rsplit(":", 1)
     certificate = await asyncio.to_thread(certificate_of, host, int(port))
+    timeout = PATIENCE if certificate else 4  # what speaks no TLS may answer nothing, ever
     channels = {"plain": grpc.aio.insecure_channel(address)}
     if certificate:
         for way, identity in (("tls", b""), ("own", own)):
@@ -74,7 +77,9 @@ async def knock(address: str, own: bytes) -> list[Outcome]:
         for token in TOKENS
         for method in (METHODS[:1] if way == "plain" else METHODS)
     ]
-    statuses = await asyncio.gather(*(call(channels[way], method, TOKENS[token]) for way, token, method in tried))
+    statuses = await asyncio.gather(
+        *(call(channels[way], method, TOKENS[token], timeout) for way, token, method in tried)
+    )
     for channel in channels.values():
         await channel.close()
     return [(address, way, token, method, status) for (way, token, method), status in zip(tried, statuses, strict=True)]
@@ -85,10 +90,10 @@ async def knock_everywhere(addresses: Sequence[str], own: bytes) -> list[list[Ou
 
 
 def certificate_of(host: str, port: int) -> bytes | None:
-    try:
-        return ssl.get_server_certificate((host, port), timeout=4).encode()
-    except (OSError, ssl.SSLError):
-        return None
+    for _ in range(3):  # a busy machine may be slow to answer
+        with contextlib.suppress(OSError):
+            return ssl.get_server_certificate((host, port), timeout=4).encode()
+    return None
 
 
 def read(path: str) -> str | list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import submitit
 
-from tests.waiting import eventually, next_line
+from tests.waiting import PATIENCE, eventually, next_line
 
 from .cluster import Cluster, ClusterError
 
@@ -183,7 +183,7 @@ def test_listening_sockets_and_processes_of_a_node(cluster: Cluster):
         assert cluster.job_processes("n4") == [server.pid]
     finally:
         server.kill()
-        server.wait(10)
+        server.wait(PATIENCE)
 
 
 def test_a_node_dies_and_comes_back(cluster: Cluster, tmp_path: Path):

@@ -46,7 +46,7 @@ def processes(cluster):
 def supervisor(cluster, node):
     for pid in cluster.job_processes(node):
         words = command_line(pid)
-        if "srun" not in words[0] and {"submitit.core._submit", "mii_hpc.job.rank"} & set(words):
+        if words and "srun" not in words[0] and {"submitit.core._submit", "mii_hpc.job.rank"} & set(words):
             return pid
     raise LookupError(node)
 
@@ -66,7 +66,7 @@ def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
     os.kill(supervisor(cluster, hosts[1]), signal.SIGKILL)
     eventually(lambda: state_of(home, "replaced") == "degraded", PATIENCE, "a replica is out")
     eventually(lambda: state_of(home, "replaced") == "ready", PATIENCE, "it is back")
-    assert answered(client, {0, 1, 2})
+    eventually(lambda: answered(client, {0, 1, 2}), PATIENCE, "all replicas answer")
     os.kill(supervisor(cluster, hosts[0]), signal.SIGKILL)
     eventually(lambda: answered(client, {0, 1, 2}), PATIENCE, "the others have started rank 0 again")
     assert Registry(home).get("replaced").job_id == entry.job_id
@@ -78,7 +78,7 @@ def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
 def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, options):
     serve("signalled")
     entry = Registry(home).get("signalled")
-    subprocess.run(["scancel", *options, entry.job_id], check=True, timeout=30)
+    subprocess.run(["scancel", *options, entry.job_id], check=True, timeout=PATIENCE)
     eventually(lambda: Registry(home).get("signalled") is None, PATIENCE, "the name is free")
     eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
     assert not list((entry.run_dir / "failures").iterdir())
@@ -90,7 +90,7 @@ def test_a_requeued_job_is_found_again(cluster, home, serve):
     job_id = Registry(home).get("requeued").job_id
     preempt = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
     for incarnation, requeue in enumerate((["scontrol", "requeue", job_id], preempt), 1):
-        subprocess.run(requeue, check=True, timeout=30)
+        subprocess.run(requeue, check=True, timeout=PATIENCE)
 
         def is_pending():
             return [job.state for job in cluster.squeue() if str(job.id) == job_id] == ["PENDING"]

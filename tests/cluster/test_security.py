@@ -28,7 +28,7 @@ from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import RunDir
 from tests.models import tiny_model
 from tests.planted import imported
-from tests.processes import command_line, program
+from tests.processes import command_line, open_files, program
 from tests.waiting import PATIENCE, eventually
 
 from .cluster import Cluster
@@ -48,15 +48,15 @@ SLURM = ("slurmd", "slurmstepd", "srun")
 @pytest.fixture(scope="module")
 def group_member(cluster):
     """An ordinary user who is in the group that deployments are shared with."""
-    subprocess.run(["groupadd", "--force", GROUP], check=True, timeout=30)
+    subprocess.run(["groupadd", "--force", GROUP], check=True, timeout=PATIENCE)
     try:
         pwd.getpwnam(MEMBER)
     except KeyError:
-        subprocess.run(["useradd", "--create-home", "--groups", GROUP, MEMBER], check=True, timeout=30)
+        subprocess.run(["useradd", "--create-home", "--groups", GROUP, MEMBER], check=True, timeout=PATIENCE)
     assert MEMBER in grp.getgrnam(GROUP).gr_mem
     yield MEMBER
-    subprocess.run(["userdel", "--remove", "--force", MEMBER], check=True, capture_output=True, timeout=30)
-    subprocess.run(["groupdel", GROUP], check=True, capture_output=True, timeout=30)
+    subprocess.run(["userdel", "--remove", "--force", MEMBER], check=True, capture_output=True, timeout=PATIENCE)
+    subprocess.run(["groupdel", GROUP], check=True, capture_output=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def test_the_ranks_of_a_replica_meet_where_nobody_else_can(cluster, second_user,
     stores = {
         str(descriptor): descriptor.stat()
         for pid in engines
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir()
-        if str(descriptor.readlink()).startswith("/memfd:store")
+        for descriptor, leads_to in open_files(pid).items()
+        if leads_to.startswith("/memfd:store")
     }
     assert len(engines) == 4 and len(stores) == 2, "each leader has one"
     assert {(status.st_mode & 0o777, status.st_uid) for status in stores.values()} == {(0o600, os.geteuid())}
@@ -217,7 +217,9 @@ def test_secrets_are_in_no_file_but_theirs_and_in_no_process(cluster, echo, home
                     yield str(path), path.read_bytes()
 
     job_id = echo.status().job_id
-    shown = subprocess.run(["scontrol", "show", "job", job_id], check=True, capture_output=True, timeout=30).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job_id], check=True, capture_output=True, timeout=PATIENCE
+    ).stdout
     processes = list(shown_by_processes())
     assert len(job_processes(cluster)) > 5 and any(b"mii_hpc.job.engine_process" in text for _, text in processes)
     echo.terminate_server()
@@ -360,7 +362,10 @@ def test_thousand_idle_connections(cluster, echo):
 @pytest.mark.parametrize("way", ["silent", "rubbish", "tls"])
 def test_connection_without_a_token_is_closed(echo, way):
     host, port = Registry(echo.mii_config.home).get("echo").address.split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as raw:
+    with (
+        socket.create_connection((host, int(port)), timeout=PATIENCE) as raw,
+        contextlib.suppress(ConnectionError, ssl.SSLError),  # wherever it is when it is closed
+    ):
         connection = raw
         if way == "rubbish":
             raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -369,10 +374,8 @@ def test_connection_without_a_token_is_closed(echo, way):
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             context.set_alpn_protocols(["h2"])
             connection = context.wrap_socket(raw)
-        connection.settimeout(PATIENCE)
-        with contextlib.suppress(ConnectionError):
-            while connection.recv(4096):
-                pass
+        while connection.recv(4096):
+            pass
 
 
 FALSE_SERVER = """
@@ -433,8 +436,12 @@ class Capture:
 
     def _read(self):
         packets = []
-        while not self._done.is_set() or packets is None:
+        while not self._done.is_set():
             with contextlib.suppress(TimeoutError):
+                packets.append(self._socket.recv(65536))
+        self._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # what has come by then
+            while True:
                 packets.append(self._socket.recv(65536))
         self.bytes = b"".join(packets)
 

@@ -1,7 +1,7 @@
 """What the tests of every engine share: running one on a thread, and gathering its answers."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -16,8 +16,10 @@ attention = "auto"
 
 
 @contextmanager
-def running(engine: Engine) -> Iterator[Engine]:
+def running(engine: Engine, asked: Callable[[], object] = lambda: None) -> Iterator[Engine]:
+    """Load an engine and run it; what is `asked` before its first step is in hand in that."""
     engine.load(lambda sentence: None)
+    asked()
     thread = threading.Thread(target=engine.run)
     thread.start()
     try:

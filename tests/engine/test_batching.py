@@ -210,7 +210,7 @@ def test_whatever_a_client_sends_fails_alone(engine, reference):
 
 
 def test_an_id_that_exists_is_refused(engine):
-    first = submit(engine, "a", id="same", max_new_tokens=100, ignore_eos=True)
+    first = submit(engine, "a", id="same", max_new_tokens=10**6, ignore_eos=True)
     with pytest.raises(InvalidRequestError, match="exists already"):
         submit(engine, "b", id="same").wait()
     first.wait()

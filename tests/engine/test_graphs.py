@@ -11,6 +11,7 @@ from mii_hpc.engine import runner  # noqa: E402
 from mii_hpc.engine.blocks import NULL_BLOCK  # noqa: E402
 from mii_hpc.engine.graphs import DecodeGraphs, bucket, sequence_buckets  # noqa: E402
 from mii_hpc.engine.step import Slice, Step  # noqa: E402
+from mii_hpc.errors import InvalidRequestError  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of  # noqa: E402
 from tests.models import tiny_model  # noqa: E402
@@ -83,11 +84,18 @@ def test_padded_steps_give_generates_own_answers(tmp_path, use, architecture, at
     folder = str(tiny_model(tmp_path, architecture, **WINDOWS.get(architecture, {})))
     reference = Reference(folder)
     config = {**SMALL, "attention": attention}
-    with running(make(model_name_or_path=folder, inference_engine_config=config)) as engine:
-        # Each ends at another time, so that the batch gets smaller while the texts get longer.
-        options = [{"do_sample": False, "max_new_tokens": 10 + 9 * number} for number in range(10)]
-        prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
-        answers = [submit(engine, prompt, **chosen) for prompt, chosen in zip(prompts, options, strict=True)]
+    engine, answers = make(model_name_or_path=folder, inference_engine_config=config), []
+    # Each ends at another time, so that the batch gets smaller while the texts get longer.
+    options = [{"do_sample": False, "max_new_tokens": 10 + 9 * number} for number in range(10)]
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(10)]
+
+    def ask():
+        answers.extend(submit(engine, prompt, **chosen) for prompt, chosen in zip(prompts, options, strict=True))
+        # Prompts are tokenised one after the other: when this one is refused, all of them are ready.
+        with pytest.raises(InvalidRequestError):
+            submit(engine, "x" * 10_000).wait()
+
+    with running(engine, ask):
         for prompt, chosen, answer in zip(prompts, options, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, **chosen)
         (graphs,) = made
@@ -139,7 +147,7 @@ def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path, use):
         for _ in range(3):
             good = [submit(engine, "A!", max_new_tokens=20 + number, **options) for number in range(3)]
             poison = submit(engine, bad)
-            assert poison.done.wait(30)
+            assert poison.done.wait(PATIENCE)
             assert "finite" in str(poison.error)
             for number, answer in enumerate(good):
                 assert len(answer.wait().token_ids()) == 20 + number

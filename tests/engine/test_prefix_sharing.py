@@ -1,5 +1,4 @@
 import logging
-import threading
 
 import pytest
 
@@ -100,17 +99,18 @@ def test_prompts_that_come_together_share_in_the_step_that_computes_them(
     folder, reference, attention, steps, ids, text
 ):
     engine = engine_of(folder, max_batch_tokens=512, max_batch_size=64, attention=attention)
-    engine.load(lambda sentence: None)
     # Among the rests are some of a single token, as if it were generated.
     ends = range(PAGE, len(ids(SYSTEM)), 3)
     prompts = [SYSTEM + PROMPTS[1], *(text(ids(SYSTEM)[:end]) for end in ends), SYSTEM + PROMPTS[0]]
-    answers = [submit(engine, prompt, **GREEDY) for prompt in prompts]
-    # Prompts are tokenised one after the other: when this one is refused, all of them are ready.
-    with pytest.raises(InvalidRequestError):
-        submit(engine, "x" * 10_000).wait()
-    thread = threading.Thread(target=engine.run)
-    thread.start()
-    try:
+    answers = []
+
+    def ask():
+        answers.extend(submit(engine, prompt, **GREEDY) for prompt in prompts)
+        # Prompts are tokenised one after the other: when this one is refused, all of them are ready.
+        with pytest.raises(InvalidRequestError):
+            submit(engine, "x" * 10_000).wait()
+
+    with running(engine, ask):
         for prompt, answer in zip(prompts, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, **GREEDY)
         first = steps[0]
@@ -119,9 +119,6 @@ def test_prompts_that_come_together_share_in_the_step_that_computes_them(
         rest = sum(len(part.token_ids) for part in first.slices)
         assert rest < len(ids(prompts[0])) + PAGE * len(prompts) + len(ids(PROMPTS[0]))
         drained(engine)
-    finally:
-        engine.close()
-        thread.join(PATIENCE)
 
 
 def test_several_answers_to_one_prompt_compute_it_once(folder, steps, ids):

@@ -1,3 +1,4 @@
+import itertools
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class Answer:
     scores: bool = False
     drawn: int = 0
     caller: tuple = ("owner", "")
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 class Machine:
@@ -283,7 +285,7 @@ def test_nobody_ever_reads_what_is_not_his(seed, lag):
                 tokens.insert(draw.randrange(len(tokens)), BAD)
             machine.add(tokens, limit=draw.randrange(1, 14), caller=(draw.choice("ab"), draw.choice("cd")))
         if machine.answers and draw.random() < 0.05:
-            machine.drop(draw.choice(sorted(machine.answers, key=id)))
+            machine.drop(draw.choice(sorted(machine.answers, key=lambda answer: answer.number)))
             machine.check()
         if machine.scheduler.has_work() or machine.begun:
             machine.step()

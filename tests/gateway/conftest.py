@@ -12,6 +12,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.lookup import OwnHome
 from mii_hpc.gateway.server import Listening, Server, create_server
 from tests.live import InThread
+from tests.waiting import PATIENCE
 
 Running = list[tuple[InThread, Server, asyncio.Task[None]]]
 
@@ -32,7 +33,12 @@ class Face:
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": self.token, "max_retries": 0, **options})
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.token}"}, **options)
+        headers = {"authorization": f"Bearer {self.token}"}
+        return httpx.Client(base_url=self.url, headers=headers, **{"timeout": PATIENCE, **options})
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """Ask on a connection of its own, without the token."""
+        return httpx.get(f"{self.url}{path}", timeout=PATIENCE, **options)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ BEGUN = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer TOKE
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer wrong", "Basic {token}", "{token}", "Bearer {token}x"])
 def test_without_the_token_every_route_but_health_refuses(face, key):
     headers = {} if key is None else {"authorization": key.format(token=face.token)}
-    with httpx.Client(base_url=face.url, headers=headers) as http:
+    with httpx.Client(base_url=face.url, headers=headers, timeout=PATIENCE) as http:
         for method, path in ROUTES:
             answer = http.request(method, f"{face.url}{path}")
             assert answer.status_code == 401, path
@@ -46,14 +46,14 @@ def test_other_tokens_of_the_deployment_open_nothing(face):
     run = face.threaded.deployment.run
     for file in (run.rank_token, run.guest_token):
         headers = {"authorization": f"Bearer {credentials.read_token(file)}"}
-        assert httpx.get(f"{face.url}/v1/models", headers=headers).status_code == 401
+        assert face.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_a_rotated_token_opens_nothing_soon(face):
     old = {"authorization": f"Bearer {face.token}"}
-    assert httpx.get(f"{face.url}/v1/models", headers=old).status_code == 200
+    assert face.get("/v1/models", headers=old).status_code == 200
     face.threaded.do(face.threaded.deployment.client().rotate_token())
-    eventually(lambda: httpx.get(f"{face.url}/v1/models", headers=old).status_code == 401, TOKEN_SECONDS + PATIENCE)
+    eventually(lambda: face.get("/v1/models", headers=old).status_code == 401, TOKEN_SECONDS + PATIENCE)
     with face.http() as http:
         assert http.get("/v1/models").status_code == 200
         assert http.post("/v1/completions", json={"model": "chat", "prompt": "a", "max_tokens": 1}).status_code == 200
@@ -175,11 +175,12 @@ def test_it_follows_the_name_to_another_run(start, deploy_in_thread):
     with face.openai() as api:
         assert api.completions.create(model="chat", prompt="a", max_tokens=1).choices[0].text == "a "
     face.threaded.do(face.threaded.deployment.stop())
-    eventually(lambda: httpx.get(f"{face.url}/health").status_code == 503)
+    eventually(lambda: face.get("/health").status_code == 503)
     again = deploy_in_thread(replica_num=1)
     token = credentials.read_token(again.deployment.run.owner_token)
-    eventually(lambda: httpx.get(f"{face.url}/health").status_code == 200)
+    eventually(lambda: face.get("/health").status_code == 200)
     headers = {"authorization": f"Bearer {token}"}
     body = {"model": "chat", "prompt": "b", "max_tokens": 1}
-    eventually(lambda: httpx.get(f"{face.url}/v1/models", headers=headers).status_code == 200)
-    assert httpx.post(f"{face.url}/v1/completions", headers=headers, json=body).json()["choices"][0]["text"] == "b "
+    eventually(lambda: face.get("/v1/models", headers=headers).status_code == 200)
+    answer = httpx.post(f"{face.url}/v1/completions", headers=headers, json=body, timeout=PATIENCE)
+    assert answer.json()["choices"][0]["text"] == "b "

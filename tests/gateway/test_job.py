@@ -37,12 +37,12 @@ def test_it_answers_with_the_deployments_certificate_and_ends_with_it(tmp_path):
         trust = ssl.create_default_context(cafile=str(home.certificate(found.entry)))
         trust.verify_flags |= ssl.VERIFY_X509_STRICT
         headers = {"authorization": f"Bearer {found.credentials.token}"}
-        with httpx.Client(base_url=url, verify=trust, headers=headers) as http:
+        with httpx.Client(base_url=url, verify=trust, headers=headers, timeout=PATIENCE) as http:
             api = openai.OpenAI(base_url=f"{url}/v1", api_key=found.credentials.token, http_client=http)
             assert api.completions.create(model="chat", prompt="a", max_tokens=2).choices[0].text == "a a "
             assert http.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{url}/health")
+            httpx.get(f"{url}/health", timeout=PATIENCE)
     finally:
         client.terminate_server()
     eventually(lambda: not listens(url))

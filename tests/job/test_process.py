@@ -11,6 +11,7 @@ import pytest
 from mii_hpc.job import process
 from mii_hpc.job.process import Child, tell
 from mii_hpc.job.signals import DRAIN, END_CHILD
+from tests.processes import is_running
 from tests.waiting import PATIENCE, next_line, until
 
 
@@ -45,14 +46,6 @@ async def ended(child):
     return await asyncio.wait_for(child.process.wait(), PATIENCE)
 
 
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 async def test_notes(child):
     talker = await child("tell(progress='half', of='it ü')\ntell(ready='here')\n")
     assert await said(talker) == {"progress": "half", "of": "it ü"}
@@ -84,7 +77,7 @@ async def test_the_end_is_noticed_while_a_grandchild_lives_on_with_the_pipe(chil
     pid = (await said(talker))["pid"]
     assert await said(talker) == {"last": "word"}
     assert await said(talker) is None
-    assert alive(pid)
+    assert is_running(pid)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -179,11 +172,11 @@ async def test_a_child_dies_with_its_parent(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     pid = int(next_line(parent.stdout))
-    assert alive(pid)
+    assert is_running(pid)
     parent.kill()
     parent.wait(PATIENCE)
     parent.stdout.close()
-    await until(lambda: not alive(pid))
+    await until(lambda: not is_running(pid))
 
 
 async def test_a_very_long_note_is_cut_and_arrives(child):
@@ -201,6 +194,7 @@ async def test_what_refers_to_itself_is_freed_soon(monkeypatch):
             self.itself = self
 
     monkeypatch.setattr(process, "GARBAGE_SECONDS", 0.01)
+    gc.unfreeze()
     collecting = asyncio.create_task(process.collect_garbage())
     try:
         await until(lambda: gc.get_freeze_count())

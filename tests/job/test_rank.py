@@ -21,7 +21,7 @@ from mii_hpc.schedulers import is_live, job_of
 from mii_hpc.schedulers.local import JOB_ID
 from mii_hpc.submission import submit as submission
 from tests.planted import imported, plant
-from tests.processes import command_line
+from tests.processes import command_line, open_files
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.mpi
@@ -68,13 +68,15 @@ class Served:
         return next(
             pid
             for pid in self.processes("engine_process")
-            if Path(f"/proc/{pid}/fd/1").readlink() == self.run.engine_log(rank)
+            if open_files(pid).get(Path(f"/proc/{pid}/fd/1")) == str(self.run.engine_log(rank))
         )
 
     def kill(self):
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):  # its parent's death has ended it
-                os.kill(pid, signal.SIGKILL)
+        pids = self.processes()
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, for none is to tell of another's end
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):  # its parent's death has ended it
+                    os.kill(pid, number)
         eventually(lambda: not self.processes(), PATIENCE, "all killed")
 
 
@@ -132,7 +134,7 @@ def test_another_process_finds_it_by_name_and_by_model(served):
         "    print(mii_hpc.client(name, {'home': sys.argv[1]})('hi'))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(served.home)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, str(served.home)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.stdout == "[hi ]\n[hi ]\n", done.stderr
 
@@ -163,12 +165,13 @@ def test_no_secret_is_in_arguments_environment_or_logs(served):
 def test_a_killed_engine_costs_no_request_and_comes_back(served, rank):
     with served.client() as client:
         others = {number: served.engine_of(number) for number in (0, 1)}
+        victim = served.engine_of(rank)
         with ThreadPoolExecutor(8) as pool:
-            calls = [pool.submit(client.generate, f"{number}", max_new_tokens=150) for number in range(8)]
+            calls = [pool.submit(client.generate, f"{number}", max_new_tokens=500) for number in range(8)]
             eventually(lambda: [r.in_flight for r in client.status().replicas] == [4, 4], PATIENCE, "all requests run")
-            os.kill(served.engine_of(rank), signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
             answers = [call.result()[0] for call in calls]
-        assert [answer.generated_length for answer in answers] == [150] * 8
+        assert [answer.generated_length for answer in answers] == [500] * 8
         assert sorted(answer.migrations for answer in answers) == [0] * 4 + [1] * 4
         eventually(lambda: client.status().replicas[1].state == "ready", PATIENCE, "the replica is back")
         assert sorted(response.replica for response in client(["a", "b"])) == [0, 1]
@@ -245,7 +248,7 @@ def test_ranks_that_fail_are_told_of_at_once(home, monkeypatch, tmp_path):
             deployment_name="broken",
             home=home,
             cluster="local",
-            startup_timeout=60,
+            startup_timeout=2 * PATIENCE,
             inference_engine_config={"engine": "echo"},
         )
     assert "rank 0 (replica 0, host" in str(failure.value)

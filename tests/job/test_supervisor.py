@@ -1,8 +1,10 @@
 import asyncio
+import itertools
 import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,13 +86,14 @@ async def test_a_child_that_is_stopped_is_killed_and_told_of(tmp_path, monkeypat
 
 
 async def test_an_engine_that_makes_no_step_fails(deploy, impatient, monkeypatch):
-    deployment = await deploy(replica_num=1, echo_delay=0.01, migration_limit=0, step_timeout=0.5)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 5.0)  # longer than a busy machine keeps anybody from talking
+    deployment = await deploy(replica_num=1, echo_delay=0.01, migration_limit=0, step_timeout=2)
     engine = deployment.ranks[0].engine.engine
     asking = asyncio.create_task(deployment.client().generate("a", max_new_tokens=10**6))
     await until(lambda: engine.stats().running)
     monkeypatch.setattr(type(engine), "_step", lambda *_: time.sleep(0.001))
     monkeypatch.setattr(type(engine), "steps", property(lambda _self: 7, lambda _self, _value: None), raising=False)
-    await until(lambda: len(deployment.ranks[0].epochs) == 2)
+    await until(lambda: len(deployment.ranks[0].epochs) >= 2)
     with pytest.raises(ReplicaLostError):
         await asking
 
@@ -99,12 +102,13 @@ async def test_without_a_balancer_others_start_rank_0_again_and_then_give_up(dep
     monkeypatch.setattr(supervisor, "REVIVE_SECONDS", 0.1)
     monkeypatch.setattr(supervisor, "BALANCER_DEADLINE_SECONDS", 1.0)
     deployment = await deploy(replica_num=1)
-    revived = []
+    revived, ticks = [], itertools.count(0, 0.4)
     deployment.ranks[0].revive = lambda: revived.append(True)
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     await deployment.balancer.server.stop(None)
     with pytest.raises(AbandonedError, match=r"^rank 0: no balancer at .* for 1 s$"):
         await asyncio.wait_for(deployment.tasks[0], PATIENCE)
-    assert revived
+    assert revived == [True, True]
 
 
 def test_one_of_many_revives_rank_0(echo_config):

@@ -53,7 +53,7 @@ def local(echo_config, python, tmp_path):
 
 
 def ended(job):
-    eventually(lambda: job.state().phase == "gone", 60, "the job has ended")
+    eventually(lambda: job.state().phase == "gone", PATIENCE, "the job has ended")
 
 
 def test_mpiexec_may_come_with_the_setup_lines(local, python):
@@ -99,8 +99,8 @@ def test_the_job_is_apart_from_who_submits_it(local, monkeypatch, tmp_path):
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR2})
     os.close(writing)
-    eventually(lambda: "complete yes" in run.job_log.read_text(), 60, "the job has told of itself")
-    assert select.select([reading], [], [], 60)[0] and os.read(reading, 1) == b"", "nobody holds our pipe open"
+    eventually(lambda: "complete yes" in run.job_log.read_text(), PATIENCE, "the job has told of itself")
+    assert select.select([reading], [], [], PATIENCE)[0] and os.read(reading, 1) == b"", "nobody holds our pipe open"
     os.close(reading)
     told = dict(line.split(" ", 1) for line in run.job_log.read_text().splitlines() if " " in line)
     assert os.getsid(int(job.id)) == int(job.id)
@@ -116,9 +116,12 @@ def test_the_job_is_apart_from_who_submits_it(local, monkeypatch, tmp_path):
 
 HEEDING = """
 exec "$PYTHON_OF_TEST" -c '
-import signal, sys
-signal.signal(signal.SIGUSR2, lambda *_: sys.exit(print("told to end", flush=True)))
-print("up", flush=True)
+import os, signal, sys
+def end(*_):
+    os.write(1, b"told to end\\n")  # no print: another may be under way
+    sys.exit()
+signal.signal(signal.SIGUSR2, end)
+os.write(1, b"up\\n")
 signal.pause()'
 """
 
@@ -126,11 +129,11 @@ signal.pause()'
 def test_cancelling_tells_the_ranks_by_the_signal_that_mpiexec_passes_on(local, monkeypatch):
     monkeypatch.setenv("PYTHON_OF_TEST", sys.executable)
     run, job = local(HEEDING)
-    eventually(lambda: run.job_log.read_text() == "up\n", 60, "it runs")
+    eventually(lambda: run.job_log.read_text() == "up\n", PATIENCE, "it runs")
     job.cancel()
     ended(job)
     assert run.job_log.read_text() == "up\ntold to end\n"
-    eventually(lambda: not Path(f"/proc/{job.id}").exists(), 60, "no zombie is left of it")
+    eventually(lambda: not Path(f"/proc/{job.id}").exists(), PATIENCE, "no zombie is left of it")
 
 
 def test_the_entry_names_process_and_host(local):

@@ -40,7 +40,7 @@ async def test_a_deployment_that_lost_its_name_ends(deploy, monkeypatch):
     monkeypatch.setattr(lifetime, "HEARTBEAT_SECONDS", 0.02)
     deployment = await deploy()
     deployment.registry.withdraw(deployment.entry)
-    await asyncio.wait_for(deployment.working, 10)
+    await asyncio.wait_for(deployment.working, PATIENCE)
     await until(lambda: [rank.left for rank in deployment.ranks] == ["", ""])
 
 
@@ -65,7 +65,7 @@ async def test_a_slow_write_does_not_come_after_the_withdrawal(deploy, monkeypat
 async def test_a_rank_that_is_signalled_ends_the_deployment(deploy):
     deployment = await deploy(tensor_parallel=2)
     deployment.ranks[3].leave("SIGTERM")
-    await asyncio.wait_for(deployment.working, 10)
+    await asyncio.wait_for(deployment.working, PATIENCE)
     assert deployment.state() is None
     await until(lambda: [rank.left for rank in deployment.ranks] == [""] * 4)
 
@@ -91,7 +91,7 @@ async def test_an_engine_that_dies_while_loading_fails_the_deployment(deploy):
     await until(lambda: rank.engine is not None)
     deployment.run.engine_log(1).write_text("Traceback ...")
     rank.engine.die("RuntimeError: no weights", status=1)
-    await asyncio.wait_for(deployment.working, 10)
+    await asyncio.wait_for(deployment.working, PATIENCE)
     failure = deployment.run.read_failure()
     assert failure.message == "rank 1 (replica 1, host node1): RuntimeError: no weights"
     assert (failure.rank, failure.host, failure.log) == (1, "node1", "Traceback ...")
@@ -105,7 +105,7 @@ class Impatient(Loading):
 
 async def test_a_deployment_that_does_not_become_ready_fails(deploy):
     deployment = await deploy(Impatient)
-    await asyncio.wait_for(deployment.working, 10)
+    await asyncio.wait_for(deployment.working, PATIENCE)
     assert deployment.run.read_failure().message.startswith("not ready after startup_timeout=0 s: replica 0: ")
 
 

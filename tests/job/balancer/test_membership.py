@@ -235,7 +235,7 @@ async def test_dismissal_waits_until_all_are_gone(deployment):
     for rank in deployment.ranks[:3]:
         rank.join()
     await deployment.form(0)
-    dismissing = asyncio.create_task(deployment.membership.end("no memory", 10))
+    dismissing = asyncio.create_task(deployment.membership.end("no memory", PATIENCE))
     for rank in deployment.ranks[:3]:
         assert (await rank.ordered("leave")).failure == "no memory"
     deployment.ranks[0].close()
@@ -247,14 +247,14 @@ async def test_dismissal_waits_until_all_are_gone(deployment):
     assert deployment.ranks[3].kinds() == ["leave"], "who comes late leaves at once"
     deployment.ranks[2].close()
     deployment.ranks[3].close()
-    await asyncio.wait_for(dismissing, 5)
+    await asyncio.wait_for(dismissing, PATIENCE)
     assert "stop_engine" not in deployment.ranks[0].kinds()
 
 
 async def test_dismissal_has_a_deadline(deployment):
     deployment.ranks[0].join()
     await until(lambda: deployment.membership.members)
-    await asyncio.wait_for(deployment.membership.end("", 0.05), 5)
+    await asyncio.wait_for(deployment.membership.end("", 0.05), PATIENCE)
     assert 0 in deployment.membership.members
 
 

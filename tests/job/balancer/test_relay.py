@@ -20,6 +20,7 @@ from mii_hpc.errors import (
 from mii_hpc.generation import joined
 from mii_hpc.job.balancer import relay
 from mii_hpc.job.balancer.relay import Relay
+from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
 from tests.waiting import PATIENCE, until
@@ -46,7 +47,8 @@ class Handler:
         """Send requests; return the error of the first, or that of the stream."""
         requests = [pb.NumberedRequest(number=number, request=payload) for number, payload in enumerate(payloads)]
         async with transport.open_channel(self.address, self.owner) as channel:
-            call = channel.stream_stream(Method.GENERATE)(metadata=transport.authorization(self.owner), timeout=10)
+            metadata = transport.authorization(self.owner)
+            call = channel.stream_stream(Method.GENERATE)(metadata=metadata, timeout=PATIENCE, wait_for_ready=True)
             try:
                 if requests:
                     await call.write(pb.RequestFrame(requests=requests).SerializeToString())
@@ -111,7 +113,7 @@ def assert_repeated(response, length=60):
 
 
 @pytest.mark.parametrize("notice", ["connection", "report", "error"])
-async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice):
+async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, held, notice):
     deployment = await deploy(echo_delay=0.01)
     client = deployment.client()
     streams = [client.stream(WORDS, logprobs=True, **LONG) for _ in range(4)]
@@ -119,13 +121,14 @@ async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice)
     several = {"num_return_sequences": 2, "max_new_tokens": 60}
     calls = [asyncio.create_task(client.generate(WORDS, **options)) for options in (LONG, LONG, several, several)]
     await until(lambda: [stats.running for stats in deployment.stats()] == [4, 4])
-    victim = deployment.ranks[1]
+    victim = deployment.ranks[1].engine
     if notice == "connection":
-        await victim.engine.break_connections()
+        await victim.break_connections()
     if notice == "error":
-        victim.engine.engine._step = None  # it fails in its own thread
+        victim.engine._step = None  # it fails in its own thread
     else:
-        victim.engine.die()
+        victim.die()
+    held.set()
     for stream, so_far in zip(streams, pieces, strict=True):
         so_far += [piece async for piece in stream]
     answers = [joined(so_far)[0] for so_far in pieces]
@@ -142,7 +145,7 @@ async def test_what_a_lost_replica_had_in_hand_goes_on_elsewhere(deploy, notice)
     await until(deployment.is_idle)
 
 
-async def test_a_replica_that_comes_back_takes_what_waits(deploy):
+async def test_a_replica_that_comes_back_takes_what_waits(deploy, held):
     deployment = await deploy(replica_num=1, echo_delay=0.01)
     client = deployment.client()
     running = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(3)]
@@ -150,6 +153,7 @@ async def test_a_replica_that_comes_back_takes_what_waits(deploy):
     deployment.ranks[0].engine.die()
     await until(lambda: not deployment.balancer.router.live)
     late = asyncio.create_task(client.generate(["a", "b"]))
+    held.set()
     for call in running:
         (answer,) = await call
         assert_repeated(answer)
@@ -161,7 +165,7 @@ async def test_a_replica_that_comes_back_takes_what_waits(deploy):
 async def without_a_replica(deploy, **shape):
     """Return a deployment whose one replica is lost for good, and a call that it had in hand."""
     deployment = await deploy(replica_num=1, echo_delay=0.01, **shape)
-    call = asyncio.create_task(deployment.client().generate(WORDS, **LONG))
+    call = asyncio.create_task(deployment.client().generate(WORDS, max_new_tokens=10**6))
     await until(lambda: deployment.stats()[0].running)
     deployment.ranks[0].comes_back = False
     deployment.ranks[0].engine.die()
@@ -182,30 +186,39 @@ async def test_a_request_is_held_for_a_while(deploy):
     assert (failure.value.replica, failure.value.host) == (0, "node0")
 
 
-async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(deploy):
+async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(deploy, monkeypatch):
     deployment, call = await without_a_replica(deploy)
-    client = deployment.client()
+    client, waits, wait = deployment.client(), [], Router.wait
+
+    async def noted(router):
+        waits.append(router)
+        await wait(router)
+
+    monkeypatch.setattr(Router, "wait", noted)
     with pytest.raises(RequestTimeoutError):
         await client.generate("x", timeout=0.2)
+    waits.clear()
     stream = asyncio.ensure_future(anext(client.stream("x")))
-    await asyncio.wait({stream}, timeout=0.1)
+    await until(lambda: waits)
     stream.cancel()
+    waits.clear()
     late = asyncio.create_task(client.generate("x"))
-    await asyncio.wait({late}, timeout=0.1)
+    await until(lambda: waits)
     await deployment.stop_balancer()
     for held in (call, late):
         with pytest.raises(DeploymentStoppingError, match=r"^deployment 'chat' has ended \(the test is over\)$"):
             await held
 
 
-async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, monkeypatch):
+async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, held, monkeypatch):
     deployment = await deploy(replica_num=3, echo_delay=0.01)
     submit = EchoEngine.submit
 
     def dies(engine, request, deliver):
-        if request.prompt == "poison":
+        if request.prompt == "poison":  # of which the engine, whose end takes a moment to be known, makes nothing
             next(rank for rank in deployment.ranks if rank.engine.engine is engine).engine.die()
-        submit(engine, request, deliver)
+        else:
+            submit(engine, request, deliver)
 
     client = deployment.client()
     others = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(12)]
@@ -214,6 +227,7 @@ async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, mo
     calls = [asyncio.create_task(client.generate(p, **LONG)) for p in (WORDS, "poison", *[WORDS] * 10)]
     with pytest.raises(ReplicaLostError, match="the second in a row before it gave a token: the request may be the re"):
         await calls.pop(1)
+    held.set()
     for call in (*others, *calls):
         assert_repeated((await call)[0])
     await until(lambda: deployment.balancer.membership.are_ready)
@@ -221,7 +235,7 @@ async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, mo
     assert sum(replica.lost for replica in (await client.status()).replicas) == 1
 
 
-async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(deploy, monkeypatch):
+async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(deploy, held, monkeypatch):
     """A request without a seed gets one; all it is asked for stays as it is."""
     deployment = await deploy(replica_num=1, echo_delay=0.01)
     seen = []
@@ -236,6 +250,7 @@ async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(
     call = asyncio.create_task(deployment.client().generate(WORDS, temperature=0.5, stop="x", **LONG))
     await until(lambda: deployment.stats()[0].running)
     deployment.ranks[0].engine.die()
+    held.set()
     await call
     first, second = seen
     assert first.params.seed is not None
@@ -243,7 +258,7 @@ async def test_what_another_replica_draws_goes_on_with_what_the_first_has_drawn(
     assert (first.resume, second.resume != ()) == ((), True)
 
 
-async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
+async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, held, monkeypatch):
     """Nobody can tell whether it was this that killed it, but it is not the second time."""
     monkeypatch.setattr(relay, "TRIAL_SECONDS", 0.05)
     deployment = await deploy(echo_delay=0.01, max_batch_size=1)
@@ -251,6 +266,7 @@ async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, monkeypatch):
     calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=20)) for _ in range(8)]
     await until(lambda: [(stats.running, stats.waiting) for stats in deployment.stats()] == [(1, 3)] * 2)
     deployment.ranks[1].engine.die()
+    held.set()
     answers = [(await call)[0] for call in calls]
     for answer in answers:
         assert_repeated(answer, 20)
@@ -263,7 +279,8 @@ async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
     deployment = await deploy(replica_num=1)
     owner = credentials.load_owner(deployment.run)
     async with transport.open_channel(deployment.address, owner) as channel:
-        call = channel.stream_stream(Method.GENERATE)(metadata=transport.authorization(owner), timeout=PATIENCE)
+        metadata = transport.authorization(owner)
+        call = channel.stream_stream(Method.GENERATE)(metadata=metadata, timeout=PATIENCE, wait_for_ready=True)
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await call.read()
     assert str(wire.error_of(failure.value)) == "the call has had no request within 0 s"
@@ -314,13 +331,14 @@ async def test_what_grpc_cancels_of_its_own_accord_is_asked_again(deploy, monkey
     assert deployment.ranks[0].epochs == [1]
 
 
-async def test_a_stream_to_a_replica_that_breaks_alone_costs_no_replica(deploy):
+async def test_a_stream_to_a_replica_that_breaks_alone_costs_no_replica(deploy, held):
     """Every request of it goes on, over another."""
     deployment = await deploy(replica_num=1, echo_delay=0.01)
     client = deployment.client()
     calls = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(5)]
     await until(lambda: deployment.stats()[0].running == 5)
     deployment.balancer.router.live[0]._stream.close()
+    held.set()
     for call in calls:
         (answer,) = await call
         assert_repeated(answer)
@@ -329,7 +347,7 @@ async def test_a_stream_to_a_replica_that_breaks_alone_costs_no_replica(deploy):
     await until(deployment.is_idle)
 
 
-async def test_a_stream_is_no_older_than_its_token(deploy):
+async def test_a_stream_is_no_older_than_its_token(deploy, held):
     """What it has asked goes on after a rotation; it may ask no more, and other streams are as they were."""
     deployment = await deploy(replica_num=1, echo_delay=0.01)
     client = deployment.client()
@@ -339,13 +357,14 @@ async def test_a_stream_is_no_older_than_its_token(deploy):
     await deployment.client().rotate_token()
     with stream.request(b"", lambda chunk: None) as ended, pytest.raises(AuthenticationError):
         await ended
+    held.set()
     assert_repeated((await client.generate(WORDS, **LONG))[0])
     assert client._stream is not stream
     assert_repeated((await running)[0])
     assert (await running)[0].migrations == 0
 
 
-async def test_a_stream_may_have_so_many_requests_open(deploy, monkeypatch):
+async def test_a_stream_may_have_so_many_requests_open(deploy, held, monkeypatch):
     monkeypatch.setattr(relay, "MAX_REQUESTS", 2)
     deployment = await deploy(replica_num=1, echo_delay=0.01)
     client = deployment.client()
@@ -354,5 +373,6 @@ async def test_a_stream_may_have_so_many_requests_open(deploy, monkeypatch):
     with pytest.raises(QueueFullError, match=r"^2 requests of one client are open; try again later$"):
         await client.generate("x")
     assert str((await deployment.client().generate("x"))[0]) == "x "
+    held.set()
     for call in calls:
         assert_repeated((await call)[0])
