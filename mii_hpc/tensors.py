@@ -78,8 +78,8 @@ class Quantisation:
         if unread is not None:
             field, value = unread
             raise ConfigError(
-                f"{field}={shown(value)}: {_UNREAD}; {', '.join(methods)} are, with 8 bits; take the checkpoint that "
-                "it was made from"
+                f"{field}={shown(value)}: {_UNREAD}; {', '.join(methods)} are, with 8 bits; take a checkpoint of plain "
+                "weights"
             )
         method = given["quant_method"]
         block = given.get("weight_block_size")
