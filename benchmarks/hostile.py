@@ -1,8 +1,9 @@
 """What hostile callers do to good ones: fuzzed messages, strangers' floods, and one guest at his worst.
 
-`python benchmarks/hostile.py [fuzz] [floods] [guest] [--count 100000] [--seconds 15] [--model folder]` serves on this
-machine, asks it all the time, and attacks it meanwhile from processes of their own. For each attack it prints what good
-callers have seen of it beside what they saw undisturbed, and what it has left in the processes of the deployment.
+`python benchmarks/hostile.py [fuzz] [floods] [guest] [--count 100000] [--seconds 15] [--rounds 3] [--model folder]`
+serves on this machine, asks it all the time, and attacks it now and then from processes of their own. For each attack
+it prints what good callers have seen of it beside what they saw undisturbed, in turns, and what it has left in the
+processes of the deployment.
 """
 
 from __future__ import annotations
@@ -180,6 +181,7 @@ class Target:
     ranks: ClientCredentials
     seconds: float
     count: int
+    rounds: int
 
     @property
     def place(self) -> tuple[str, int]:
@@ -477,6 +479,17 @@ class Seen:
         """The median time of a request."""
         return statistics.median(self.seconds) if self.seconds else math.inf
 
+    @property
+    def slowest(self) -> float:
+        """The longest time of a request."""
+        return max(self.seconds, default=math.inf)
+
+    def add(self, other: Seen) -> None:
+        """Count what callers have seen at another time, too."""
+        self.seconds += other.seconds
+        self.failed += other.failed
+        self.lasted += other.lasted
+
 
 @contextlib.asynccontextmanager
 async def callers(client: AsyncMIIClient, words: int) -> AsyncIterator[Seen]:
@@ -527,17 +540,25 @@ def held(pids: dict[int, str]) -> dict[int, tuple[int, float]]:
 async def attacked(
     name: str, attack: Callable[[Target], int], client: AsyncMIIClient, run: RunDir, target: Target, words: int
 ) -> tuple[str, ...]:
-    """Make one attack; return a row of the table."""
-    async with callers(client, words) as quiet:
-        await asyncio.sleep(QUIET_SECONDS)
+    """Make one attack, in several rounds; return a row of the table."""
+    quiet, seen = Seen(), Seen()
+    tried, lasted = 0, 0.0
+    middles, slowest = [], []
     before = processes(run)
     had = held(before)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         await asyncio.to_thread(pool.apply, time.monotonic)
-        began = time.monotonic()
-        async with callers(client, words) as seen:
-            tried = await asyncio.to_thread(pool.apply, attack, (target,))
-        lasted = time.monotonic() - began
+        for _ in range(target.rounds):
+            async with callers(client, words) as alone:
+                await asyncio.sleep(QUIET_SECONDS)
+            began = time.monotonic()
+            async with callers(client, words) as beside:
+                tried += await asyncio.to_thread(pool.apply, attack, (target,))
+            lasted += time.monotonic() - began
+            middles.append(beside.middle / alone.middle)
+            slowest.append(beside.slowest / alone.slowest)
+            quiet.add(alone)
+            seen.add(beside)
     until = time.monotonic() + SETTLE_SECONDS
     while True:
         has = held(before)
@@ -552,9 +573,9 @@ async def attacked(
     return (
         name,
         f"{tried}, {tried / lasted:.0f}/s",
-        f"{quiet.rate:.0f} -> {seen.rate:.0f}",
-        f"{quiet.middle * 1e3:.0f} -> {seen.middle * 1e3:.0f}",
-        f"{max(quiet.seconds) * 1e3:.0f} -> {max(seen.seconds, default=math.inf) * 1e3:.0f}",
+        f"{quiet.rate:.0f} -> {seen.rate:.0f}, {seen.rate / quiet.rate:.2f}",
+        f"{quiet.middle * 1e3:.0f} -> {seen.middle * 1e3:.0f}, {statistics.median(middles):.2f}",
+        f"{quiet.slowest * 1e3:.0f} -> {seen.slowest * 1e3:.0f}, {statistics.median(slowest):.2f}",
         f"{len(seen.failed)} of {len(seen.failed) + len(seen.seconds)}",
         f"{files:+d}",
         f"{had[growth][1]:.0f} -> {has[growth][1]:.0f} ({before[growth]})",
@@ -579,7 +600,7 @@ async def measure(
                     await asyncio.wait_for(channel.channel_ready(), 2)
                     replica = f"127.0.0.1:{listening.laddr.port}"
     guest = sharing.read(config.home, config.deployment_name)[1]
-    target = Target(entry.address, replica, guest, ranks, given.seconds, given.count)
+    target = Target(entry.address, replica, guest, ranks, given.seconds, given.count // given.rounds, given.rounds)
     table = Table(
         "attack",
         "tried",
@@ -607,7 +628,8 @@ def main() -> None:
         "what", nargs="*", default=["fuzz", "floods", "guest"], choices=["fuzz", "floods", "guest", "real"]
     )
     options.add_argument("--count", type=int, default=100_000, help="fuzzed messages")
-    options.add_argument("--seconds", type=float, default=15.0, help="of every other attack")
+    options.add_argument("--seconds", type=float, default=15.0, help="of every other attack, each time")
+    options.add_argument("--rounds", type=int, default=3, help="how often, in turns with callers undisturbed")
     options.add_argument("--model", type=Path, help="a model's folder, for a real engine instead of the echo engine")
     options.add_argument("--only", default="", help="attacks with this in their name")
     given = options.parse_args()
@@ -617,7 +639,8 @@ def main() -> None:
         for name, attack in several.items()
         if what in (given.what or [what]) and given.only in name
     }
-    engine: dict[str, Any] = {} if given.model else {"engine": "echo", "echo_delay": 0.005}
+    # Callers and attackers need a core, too.
+    engine: dict[str, Any] = {"threads": 1} if given.model else {"engine": "echo", "echo_delay": 0.005}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)  # the group enters
         client = mii.serve(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mii_hpc.clients.status import ReplicaStatus as ReplicaStatus
     from mii_hpc.config import EngineConfig as EngineConfig
     from mii_hpc.config import GenerateParamsConfig as GenerateParamsConfig
+    from mii_hpc.config import LimitsConfig as LimitsConfig
     from mii_hpc.config import MIIConfig as MIIConfig
     from mii_hpc.config import MIIWarning as MIIWarning
     from mii_hpc.config import ModelConfig as ModelConfig
@@ -51,7 +52,15 @@ _HOMES = {
     "clients.asynchronous": ("AsyncMIIClient",),
     "clients.blocking": ("MIIClient",),
     "clients.status": ("DeploymentStatus", "ReplicaStatus"),
-    "config": ("EngineConfig", "GenerateParamsConfig", "MIIConfig", "MIIWarning", "ModelConfig", "SlurmConfig"),
+    "config": (
+        "EngineConfig",
+        "GenerateParamsConfig",
+        "LimitsConfig",
+        "MIIConfig",
+        "MIIWarning",
+        "ModelConfig",
+        "SlurmConfig",
+    ),
     "constants": ("DeploymentType", "GenerationFinishReason", "TaskType"),
     "deployments.state": ("DeploymentState",),
     "generation": ("Chat", "Description", "Histogram", "Load", "Response", "Tokenization"),

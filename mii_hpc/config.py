@@ -279,7 +279,7 @@ class EngineConfig(_Model):
     memory_fraction: float = Field(0.8, gt=0, le=1)
     """The part of this rank's free memory that weights and KV cache may take together."""
     queue_bound: int = Field(1024, ge=1)
-    """Requests that may wait; more are refused with QueueFullError."""
+    """Requests that may wait; more are refused with QueueFullError. Those of guests are counted apart, see `limits`."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank."""
     step_timeout: float = Field(120.0, gt=0)
@@ -427,6 +427,27 @@ class SlurmConfig(_Model):
         return value
 
 
+class LimitsConfig(_Model):
+    """What owner and guests may have in hand at each replica.
+
+    Neither's part depends on what the other has, so that the owner always gets in.
+    """
+
+    owner_running: int | None = Field(None, ge=1)
+    """Answers to the owner that are computed at once; others wait. None: as many as fit."""
+    owner_waiting: int | None = Field(None, ge=1)
+    """Requests of the owner that may wait; more are refused with QueueFullError. None: `queue_bound`."""
+    owner_waiting_bytes: int = Field(2**28, ge=1)
+    """Bytes of prompts in the owner's requests that may wait; one request may in any case."""
+    guest_running: int | None = Field(None, ge=1)
+    """Answers to all guests together that are computed at once; others wait. None: as many as fit, which are half of
+    those of a full batch where the owner has as many."""
+    guest_waiting: int | None = Field(None, ge=1)
+    """Requests of all guests together that may wait. None: half of `queue_bound`."""
+    guest_waiting_bytes: int = Field(2**27, ge=1)
+    """Bytes of prompts in the guests' requests that may wait."""
+
+
 class MIIConfig(_Model):
     """A deployment: its model, its name, and where it runs."""
 
@@ -449,6 +470,7 @@ class MIIConfig(_Model):
     """The folder of the registry and the run directories, on a filesystem that all nodes share."""
     share: Annotated[str, _Sharing] | None = None
     """"group:NAME" lets the members of a Unix group generate and ask for the status, but not terminate."""
+    limits: LimitsConfig = LimitsConfig()
     wait: bool = True
     """False makes serve() return once the job is submitted."""
     keep_runs: float = Field(30.0, gt=0)

@@ -41,7 +41,8 @@ class InProcessEngine:
 
     def __init__(self, run: RunDir, spec: dict[str, Any], listen_host: str) -> None:
         # The supervisor closes its socket of the store; an engine of one rank needs none.
-        self.spec = EngineSpec(model=run.load_config().model_conf, **{**spec, "store_fd": None})
+        config = run.load_config()
+        self.spec = EngineSpec(model=config.model_conf, limits=config.limits, **{**spec, "store_fd": None})
         self.engine = create_engine(self.spec)
         self._run, self._listen_host = run, listen_host
         self._notes: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -153,6 +154,7 @@ class Deployment:
         migration_limit: int = 3,
         hold_seconds: float = PATIENCE,
         share: str | None = None,
+        limits: dict[str, Any] | None = None,
         **engine: Any,
     ) -> None:
         self.config = resolve(
@@ -165,6 +167,7 @@ class Deployment:
             migration_limit=migration_limit,
             hold_seconds=hold_seconds,
             share=share,
+            limits=limits or {},
             inference_engine_config={"engine": "deepspeed" if model else "echo", **engine},
             home=home,
             cluster="local",

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from mii_hpc import api, schedulers
 from mii_hpc.cli.options import assignment, merged, nested, options_of, put, takes
 from mii_hpc.cli.output import AsJson, counted, show
-from mii_hpc.config import EngineConfig, MIIConfig, ModelConfig, SlurmConfig, read, resolve
+from mii_hpc.config import EngineConfig, LimitsConfig, MIIConfig, ModelConfig, SlurmConfig, read, resolve
 from mii_hpc.deployments.lookup import OwnHome
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.printable import printable
@@ -22,6 +22,7 @@ PANELS: dict[type[BaseModel], str] = {
     ModelConfig: "Model",
     EngineConfig: "Engine",
     SlurmConfig: "Slurm",
+    LimitsConfig: "Limits",
 }
 FIELDS = [option for option in options_of(MIIConfig, PANELS) if option.name != "model_name_or_path"]
 ConfigFile = Annotated[

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-from mii_hpc.config import ModelConfig
+from mii_hpc.config import LimitsConfig, ModelConfig
 from mii_hpc.generation import Deliver, Description, GenerationRequest, Load, Prompt, Tokenization
 
 
@@ -27,6 +27,7 @@ class EngineSpec:
         store_address: "host:port" of the replica's torch.distributed store; where the replica does not span hosts,
             the path of a file, which only this user can open.
         store_fd: on rank 0, the listening socket or the file behind `store_address`; None on the others.
+        limits: what each role may have in hand.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class EngineSpec:
     host: str
     store_address: str
     store_fd: int | None = None
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     @classmethod
     def alone(cls, model: ModelConfig) -> Self:

@@ -3,7 +3,7 @@
 The life of a request here:
 
 1. `submit` counts it against the queue's bound and returns.
-2. A thread of its own tokenises it, one prompt after the other, off the step loop.
+2. A thread tokenises it, one prompt after the other, off the step loop.
 3. The scheduler starts it when there is room in the batch and a block in the cache, behind those blocks of
    its beginning that the cache holds already.
 4. Each step computes some tokens of some sequences, on all ranks alike (runner.py).
@@ -16,27 +16,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from mii_hpc.engine.answer import Answer, Scored, answer_limit
 from mii_hpc.engine.base import EngineSpec
+from mii_hpc.engine.quotas import Quotas
 from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.sampling import create_sampling
 from mii_hpc.engine.sampling.base import Choice, Draw, Sampler, scores_of
 from mii_hpc.engine.scheduling import Scheduler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.tokenizer import Tokenizer
-from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
+from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.generation import (
     GUEST,
     LATENCY_BOUNDS,
+    OWNER,
     Caller,
     Deliver,
     GenerationRequest,
@@ -50,8 +51,7 @@ _log = logging.getLogger(__name__)
 
 LONG_BYTES = 2**16
 """A longer prompt is tokenised beside the others."""
-WAITING_BYTES = 2**28
-"""No more than this, or one request, waits."""
+_LONG = "long"
 
 
 class BatchingEngine:
@@ -60,22 +60,21 @@ class BatchingEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._runner: ModelRunner | None = None
-        self._queue_bound = spec.model.inference_engine_config.queue_bound
         # Guards what follows. Pieces are delivered under it, so that none comes once cancel() has returned.
         self._changed = threading.Condition()
         self._requests: dict[str, _Request] = {}
-        # By role.
-        self._unstarted: Counter[str] = Counter()
-        self._unstarted_bytes: Counter[str] = Counter()
+        self._quotas = Quotas(spec)
         self._arrived: deque[_Sequence] = deque()
         self._cancelled: list[_Request] = []
         self._queue_time = Observed(LATENCY_BOUNDS)
         self._generated = 0
         self._steps = 0
         self._closed = False
-        self._tokenising = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
-        # A long prompt takes seconds, during which the others' need not wait.
-        self._tokenising_long = ThreadPoolExecutor(1, thread_name_prefix="tokenise-long")
+        # The owner's need not wait for a thousand of guests, nor any for a long one, which takes seconds.
+        self._tokenising = {
+            line: ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{line}") for line in (OWNER, GUEST, _LONG)
+        }
+        self._tokenizers: dict[str, Tokenizer] = {}
 
     def load(self, progress: Callable[[str], None]) -> None:
         """Load this rank's shard and make the cache. Raises ConfigError for a model that cannot be served."""
@@ -83,7 +82,10 @@ class BatchingEngine:
         config = self._spec.model.inference_engine_config
         self._tokenizer = Tokenizer(self._spec.model, runner.vocabulary, runner.eos_token_ids)
         self._scheduler: Scheduler[_Sequence] = Scheduler(
-            runner.budget, config.prefix_sharing and runner.recompute_beyond is None, runner.recompute_beyond
+            runner.budget,
+            config.prefix_sharing and runner.recompute_beyond is None,
+            runner.recompute_beyond,
+            self._quotas.running,
         )
         self._context = min(runner.context, self._scheduler.allocator.capacity)
         self._runner = runner
@@ -105,33 +107,16 @@ class BatchingEngine:
         """Queue a request. Raises QueueFullError when too many wait."""
         entry = _Request(request, deliver)
         with self._changed:
-            if not request.admitted:
-                self._check_room(entry)
             if self._closed:
                 return
             if request.id in self._requests:
                 error = InvalidRequestError(f"a request with the id {request.id} exists already")
-                self._tokenising.submit(deliver, error)
+                self._tokenising[OWNER].submit(deliver, error)
                 return
-            self._unstarted[entry.role] += 1
-            self._unstarted_bytes[entry.role] += entry.size
+            self._quotas.enter(request)
             self._requests[request.id] = entry
-            if entry.size > LONG_BYTES:
-                self._tokenising_long.submit(self._tokenise_long, entry)
-            else:
-                self._tokenising.submit(self._tokenise, entry, self._tokenizer)
-
-    def _check_room(self, entry: _Request) -> None:
-        """Raise QueueFullError when too much waits; guests have half of the room, so that the owner always gets in."""
-        of_guests = entry.role == GUEST
-        waiting, size = (
-            each[GUEST] if of_guests else each.total() for each in (self._unstarted, self._unstarted_bytes)
-        )
-        bound, most = (-(-each // 2) if of_guests else each for each in (self._queue_bound, WAITING_BYTES))
-        if waiting >= bound:
-            raise QueueFullError(f"{waiting} requests are waiting; try again later")
-        if size + entry.size > most and waiting:
-            raise QueueFullError(f"{size} bytes of requests are waiting; try again later")
+            line = _LONG if size_of(request.prompt) > LONG_BYTES else request.caller[0]
+            self._tokenising[line].submit(self._tokenise, entry, line)
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its KV cache within a step. Its `deliver` is not called again."""
@@ -160,8 +145,8 @@ class BatchingEngine:
         with self._changed:
             allocator = self._scheduler.allocator
             return Load(
-                running=len(self._requests) - self._unstarted.total(),
-                waiting=self._unstarted.total(),
+                running=len(self._requests) - self._quotas.waiting,
+                waiting=self._quotas.waiting,
                 free_blocks=allocator.free,
                 total_blocks=allocator.total,
                 generated_tokens=self._generated,
@@ -177,7 +162,7 @@ class BatchingEngine:
             for entry in list(self._requests.values()):
                 self._remove(entry)
             self._changed.notify_all()
-        for threads in (self._tokenising, self._tokenising_long):
+        for threads in self._tokenising.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
     def _lead(self, runner: ModelRunner) -> None:
@@ -233,8 +218,7 @@ class BatchingEngine:
             if not sequence.request.started:
                 sequence.request.started = True
                 self._queue_time.add(time.monotonic() - sequence.request.arrived)
-                self._unstarted[sequence.request.role] -= 1
-                self._unstarted_bytes[sequence.request.role] -= sequence.request.size
+                self._quotas.leave(sequence.request.request)
         return step, sequences
 
     def _accept(self, sequence: _Sequence, choice: Choice) -> None:
@@ -264,16 +248,11 @@ class BatchingEngine:
         if piece:
             entry.deliver(piece)
 
-    @cached_property
-    def _tokenizer_of_long(self) -> Tokenizer:
-        return self._tokenizer.copy()
-
-    def _tokenise_long(self, entry: _Request) -> None:
-        self._tokenise(entry, self._tokenizer_of_long)
-
-    def _tokenise(self, entry: _Request, tokenizer: Tokenizer) -> None:
+    def _tokenise(self, entry: _Request, line: str) -> None:
         try:
-            sequences = self._sequences(entry, tokenizer)
+            if line not in self._tokenizers:
+                self._tokenizers[line] = self._tokenizer if line == OWNER else self._tokenizer.copy()
+            sequences = self._sequences(entry, self._tokenizers[line])
         except InvalidRequestError as error:
             self._refuse(entry, error)
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
@@ -327,8 +306,8 @@ class BatchingEngine:
 
     def _remove(self, entry: _Request) -> None:
         del self._requests[entry.request.id]
-        self._unstarted[entry.role] -= not entry.started
-        self._unstarted_bytes[entry.role] -= 0 if entry.started else entry.size
+        if not entry.started:
+            self._quotas.leave(entry.request)
         self._cancelled.append(entry)
         self._changed.notify_all()
 
@@ -346,16 +325,6 @@ class _Request:
     unfinished: int = 0
     started: bool = False
     arrived: float = field(default_factory=time.monotonic)
-    size: int = field(init=False)
-    """Of its prompt: characters, or bytes of token ids."""
-
-    def __post_init__(self) -> None:
-        self.size = size_of(self.request.prompt)
-
-    @property
-    def role(self) -> str:
-        """Of its caller."""
-        return self.request.caller[0]
 
 
 @dataclass(eq=False)

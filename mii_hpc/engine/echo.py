@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,8 @@ from mii_hpc.config import ModelConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.answer import Answer, answer_limit
 from mii_hpc.engine.base import EngineSpec
-from mii_hpc.errors import InvalidRequestError, QueueFullError
+from mii_hpc.engine.quotas import Quotas
+from mii_hpc.errors import InvalidRequestError
 from mii_hpc.generation import (
     LATENCY_BOUNDS,
     Chat,
@@ -48,6 +50,7 @@ class EchoEngine:
         self._config = spec.model.inference_engine_config
         self._max_running = self._config.max_batch_size or MAX_BATCH_SIZE
         self._changed = threading.Condition()
+        self._quotas = Quotas(spec)
         self._waiting: deque[_Echo] = deque()
         self._running: dict[str, _Echo] = {}
         self._queue_time = Observed(LATENCY_BOUNDS)
@@ -67,8 +70,9 @@ class EchoEngine:
                     self._changed.wait()
                 if self._closed:
                     return
-                while self._waiting and len(self._running) < self._max_running:
-                    echo = self._waiting.popleft()
+                while len(self._running) < self._max_running and (echo := self._next()):
+                    self._waiting.remove(echo)
+                    self._quotas.leave(echo.request)
                     self._running[echo.request.id] = echo
                     self._queue_time.add(time.monotonic() - echo.arrived)
                 running = list(self._running.values())
@@ -78,8 +82,7 @@ class EchoEngine:
     def submit(self, request: GenerationRequest, deliver: Deliver) -> None:
         """Queue a request. Raises QueueFullError when too many wait."""
         with self._changed:
-            if len(self._waiting) >= self._config.queue_bound and not request.admitted:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting; try again later")
+            self._quotas.enter(request)
             echo = _Echo(request, deliver)
             if request.admitted:
                 self._waiting.appendleft(echo)
@@ -91,7 +94,9 @@ class EchoEngine:
         """Forget a request."""
         with self._changed:
             self._running.pop(request_id, None)
-            self._waiting = deque(echo for echo in self._waiting if echo.request.id != request_id)
+            for echo in [echo for echo in self._waiting if echo.request.id == request_id]:
+                self._waiting.remove(echo)
+                self._quotas.leave(echo.request)
             self._changed.notify_all()
 
     @property
@@ -121,6 +126,13 @@ class EchoEngine:
             self._running.clear()
             self._waiting.clear()
             self._changed.notify_all()
+
+    def _next(self) -> _Echo | None:
+        """Return the first that waits, of a role that may have more running; None when there is none."""
+        if not self._waiting:
+            return None
+        running, most = Counter(echo.role for echo in self._running.values()), self._quotas.running
+        return next((echo for echo in self._waiting if running[echo.role] < most.get(echo.role, math.inf)), None)
 
     def _step(self, running: list[_Echo]) -> None:
         now = time.monotonic()
@@ -170,7 +182,7 @@ class EchoEngine:
             echo.deliver(item)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Echo:
     """A request that waits or runs; `due` is when its next tokens are due, 0 before its start."""
 
@@ -205,6 +217,10 @@ class _Echo:
             answer.resume(so_far)
             answers.append(answer)
         self.answers = tuple(answers)
+
+    @property
+    def role(self) -> str:
+        return self.request.caller[0]
 
     def is_finished(self) -> bool:
         return all(answer.ended for answer in self.answers)

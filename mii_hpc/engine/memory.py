@@ -22,16 +22,19 @@ _log = logging.getLogger(__name__)
 PAGE_SIZE = 32
 MAX_BATCH_SIZE = {"cpu": 64, "cuda": 256}
 MAX_BATCH_TOKENS = {"cpu": 512, "cuda": 4096}
+GUEST_TOKENS = {"cpu": 4, "cuda": 256}
+"""With so many tokens a step takes little longer than with one: it waits for the weights to be read."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The sizes an engine works with; see EngineConfig."""
+    """The sizes an engine works with; see EngineConfig. Beside the owner, guests have `guest_tokens` of a step."""
 
     max_batch_size: int
     max_batch_tokens: int
     page_size: int
     num_blocks: int
+    guest_tokens: int = GUEST_TOKENS["cpu"]
 
     def with_blocks(self, num_blocks: int) -> Budget:
         """Return the same with another number of blocks."""
@@ -64,7 +67,7 @@ def plan_budget(
                 f"this rank and leave no room for a KV cache; use more ranks (tensor_parallel) or memory"
             )
         _log.info("KV cache: %.2f GiB, of %.2f GiB free", num_blocks * block_bytes / 2**30, max(room, 0) / 2**30)
-    budget = Budget(max_batch_size, max_batch_tokens, page_size, num_blocks)
+    budget = Budget(max_batch_size, max_batch_tokens, page_size, num_blocks, GUEST_TOKENS[device.type])
     _log.info("%s", budget)
     return budget
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from mii_hpc.engine.blocks import BlockAllocator
 from mii_hpc.engine.memory import Budget
 from mii_hpc.engine.step import DRAWN, Slice, Step
-from mii_hpc.generation import Caller
+from mii_hpc.generation import GUEST, OWNER, Caller
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class Scheduler(Generic[S]):
     running. Where there is no room for it, one of those that have at least two more gives way; and where the cache is
     full, the youngest of those that have the most. So one's thousand sequences do not make another's one wait for all.
 
+    Nor do they make its steps long: where the owner has any, guests have half as many tokens of a step as he, or
+    `Budget.guest_tokens` if that is more, and take turns.
+
     With `prefix_sharing`, a sequence starts behind those full blocks of its prefix that are in the cache
     already, or will be in the same step: a step writes all its tokens before it reads any.
 
@@ -66,12 +70,25 @@ class Scheduler(Generic[S]):
     `unknown` token, as DRAWN, but starts again after a preemption only once all its tokens are known.
     """
 
-    def __init__(self, budget: Budget, prefix_sharing: bool = True, recompute_beyond: int | None = None) -> None:
-        """Schedule for these sizes. A sequence that grows beyond `recompute_beyond` tokens is computed anew, once."""
+    def __init__(
+        self,
+        budget: Budget,
+        prefix_sharing: bool = True,
+        recompute_beyond: int | None = None,
+        most_running: Mapping[str, int] | None = None,
+    ) -> None:
+        """Schedule for these sizes. A sequence that grows beyond `recompute_beyond` tokens is computed anew, once.
+
+        No more sequences of a role run at once than `most_running` says, where it does.
+        """
         self.allocator = BlockAllocator(budget.num_blocks + 1, budget.page_size)
         self._budget = budget
         self._prefix_sharing = prefix_sharing
         self._recompute_beyond = recompute_beyond
+        self._most_running = most_running or {}
+        self._turns = itertools.count(1)
+        self._latest: dict[S, int] = {}
+        """Of each that runs, its latest turn."""
         # Those that have been computed while they were no longer than that.
         self._short: set[S] = set()
         self._running: list[S] = []
@@ -105,15 +122,15 @@ class Scheduler(Generic[S]):
 
     def schedule(self) -> tuple[Step, list[S]]:
         """Return the next step and the sequences of its slices, none if all wait for tokens that are being drawn."""
-        room = _Room(self._budget.max_batch_tokens, MOST_SCORES)
+        room = self._room()
         for sequence in [one for one in self._running if one in self._short and not self._is_short(one)]:
             self._preempt(sequence)
         if self._had_no_room:
             self._share_alike()
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
-        for sequence in sorted(self._running, key=_prefills):
-            count = room.of(sequence, _missing(sequence))
+        for sequence in sorted(self._running, key=self._order):
+            count = room.of(sequence, _missing(sequence), _prefills(sequence))
             # Those before it may have preempted it.
             runs = len(self._waiting) == waiting or sequence in self._running
             if count > 0 and runs and self._allocate(sequence, count, counts):
@@ -126,6 +143,7 @@ class Scheduler(Generic[S]):
         if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
             admitted = self._admit(room, counts)
         self._short.update(sequence for sequence in counts if self._is_short(sequence))
+        self._latest.update(zip(counts, self._turns, strict=False))
         chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
         slices = tuple(_slice(sequence, counts[sequence], sequence in admitted) for sequence in chosen)
         for part, sequence in zip(slices, chosen, strict=True):
@@ -133,10 +151,38 @@ class Scheduler(Generic[S]):
             sequence.unknown += part.sample
         return Step(slices, self.allocator.take_dirty()), chosen
 
+    def _room(self) -> _Room:
+        """Return what there is in a step, and of that for guests."""
+        tokens = self._budget.max_batch_tokens
+        if not (self._waiting.has(OWNER) or self._count(OWNER)):
+            return _Room(tokens, MOST_SCORES, tokens)
+        # Their prompts could find no room for ever.
+        prompts = (self._waiting.has(GUEST) and not self._had_no_room) or any(
+            sequence.caller[0] == GUEST and _prefills(sequence) for sequence in self._running
+        )
+        return _Room(tokens, MOST_SCORES, self._budget.guest_tokens, shared_with_prompts=prompts)
+
+    def _order(self, sequence: S) -> tuple[bool, bool, int]:
+        """Tell who has his turn first: those that decode, the guests among them behind the owner's and in turns."""
+        if _prefills(sequence):
+            return True, False, 0
+        is_guest = sequence.caller[0] == GUEST
+        return False, is_guest, self._latest.get(sequence, 0) if is_guest else 0
+
+    def _next(self, room: _Room | None = None) -> S | None:
+        """Return the next that is to start, of a role that may have more running, and has room in the step."""
+        full = {role for role, most in self._most_running.items() if self._count(role) >= most}
+        if room is not None and room.is_full_of_guests:
+            full.add(GUEST)
+        return self._waiting.next(self._running, full)
+
+    def _count(self, role: str) -> int:
+        return sum(sequence.caller[0] == role for sequence in self._running)
+
     def _share_alike(self) -> None:
         """Make room for the next that waits, where another caller has more than his share."""
         self._had_no_room = False
-        sequence = self._waiting.next(self._running)
+        sequence = self._next()
         if sequence is not None:
             shares = _Shares(self._running)
             over = [one for one in self._running if shares.exceeds(one.caller, sequence.caller)]
@@ -151,7 +197,7 @@ class Scheduler(Generic[S]):
     def _admit(self, room: _Room, counts: dict[S, int]) -> set[S]:
         """Start sequences that wait, in their order, and return them."""
         admitted = set()
-        while room.tokens and (sequence := self._waiting.next(self._running)) and not sequence.unknown:
+        while room.tokens and (sequence := self._next(room)) and not sequence.unknown:
             if not self._slots:
                 self._had_no_room = True
                 break
@@ -196,6 +242,7 @@ class Scheduler(Generic[S]):
         self.allocator.release(sequence.table)
         sequence.computed = sequence.registered = 0
         self._short.discard(sequence)
+        self._latest.pop(sequence, None)
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None
@@ -250,11 +297,16 @@ class _Waiting(Generic[S]):
         if not line:
             self._lines.pop(sequence.caller, None)
 
-    def next(self, running: Sequence[S]) -> S | None:
-        """Return the first in the line of the caller who has the fewest running; None when nobody waits."""
-        if len(self._lines) < 2:
-            return next((line[0] for line in self._lines.values()), None)
-        return self._lines[min(self._lines, key=_Shares(running).of)][0]
+    def has(self, role: str) -> bool:
+        """Whether any waits for a caller of that role."""
+        return any(caller[0] == role for caller in self._lines)
+
+    def next(self, running: Sequence[S], but_for: Set[str]) -> S | None:
+        """Return the first in the line of the caller who has the fewest running, `but_for` these roles, or None."""
+        callers = [caller for caller in self._lines if caller[0] not in but_for]
+        if len(callers) < 2:
+            return self._lines[callers[0]][0] if callers else None
+        return self._lines[min(callers, key=_Shares(running).of)][0]
 
     def start(self, sequence: S) -> None:
         """Remove the first of a line, which is behind the others with as many then."""
@@ -266,19 +318,40 @@ class _Waiting(Generic[S]):
 
 @dataclass
 class _Room:
-    """What is left of a step, in tokens."""
+    """What is left of a step, in tokens.
+
+    Guests have half as many as the owner, or `for_guests`; where they have prompts, too, these have half of that.
+    """
 
     tokens: int
     scores: int
+    for_guests: int
+    shared_with_prompts: bool = False
+    _taken: Counter[str] = field(default_factory=Counter)
 
-    def of(self, sequence: Scheduled, wanted: int) -> int:
+    @property
+    def is_full_of_guests(self) -> bool:
+        """Whether no more is left for prompts of guests."""
+        return self._left_for_guests <= 0
+
+    def of(self, sequence: Scheduled, wanted: int, prefills: bool = True) -> int:
         """Return how many of the tokens that a sequence wants it can have."""
-        return min(wanted, self.tokens, self.scores) if sequence.scores else min(wanted, self.tokens)
+        wanted = min(wanted, self.tokens, self.scores) if sequence.scores else min(wanted, self.tokens)
+        if sequence.caller[0] != GUEST:
+            return wanted
+        left = self._left_for_guests
+        has_half = self.shared_with_prompts and not prefills and self._taken[GUEST] >= left
+        return 0 if has_half else min(wanted, left)
 
     def take(self, sequence: Scheduled, count: int) -> None:
         """Give a sequence tokens."""
         self.tokens -= count
         self.scores -= count * sequence.scores
+        self._taken[sequence.caller[0]] += count
+
+    @property
+    def _left_for_guests(self) -> int:
+        return max(self.for_guests, self._taken[OWNER] // 2) - self._taken[GUEST]
 
 
 def _missing(sequence: Scheduled) -> int:

@@ -128,7 +128,7 @@ async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
 
 
 def main(run_path: str, spec: str, listen_host: str) -> None:
-    """Run one engine process; `spec` is its EngineSpec as JSON, without the model.
+    """Run one engine process; `spec` is its EngineSpec as JSON, without what the configuration says.
 
     Its exit status is 0 when it was told to end, 1 when it failed.
     """
@@ -142,8 +142,9 @@ def main(run_path: str, spec: str, listen_host: str) -> None:
     run = RunDir(Path(run_path))
     status = 0
     try:
-        model = run.load_config().model_conf
-        asyncio.run(run_engine(run, EngineSpec(model=model, **json.loads(spec)), listen_host))
+        config = run.load_config()
+        whole = EngineSpec(model=config.model_conf, limits=config.limits, **json.loads(spec))
+        asyncio.run(run_engine(run, whole, listen_host))
     except Exception as error:
         log.exception("the engine has failed")
         tell(failed=f"{type(error).__name__}: {error}")

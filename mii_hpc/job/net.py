@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import socket
 
 LOOPBACK = "127.0.0.1"
+ANSWER_SECONDS = 2.0
+"""A host that is up answers within this, also where nobody listens; the kernel asks twice."""
 
 
 def host_address() -> str:
@@ -63,3 +66,17 @@ def listening_socket(address: str) -> socket.socket:
     listening = socket.create_server((address, 0))
     listening.set_inheritable(True)
     return listening
+
+
+async def host_answers(address: str) -> bool:
+    """Whether the host of "host:port" is up: it answers, if only that nobody listens there."""
+    host, port = address.rsplit(":", 1)
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            _, writer = await asyncio.open_connection(host, int(port))
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # among them TimeoutError
+        return False
+    writer.close()
+    return True

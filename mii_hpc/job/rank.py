@@ -20,9 +20,10 @@ from pathlib import Path
 from mii_hpc.config import MIIConfig
 from mii_hpc.deployments.files import write_atomically
 from mii_hpc.deployments.lookup import free_name
-from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.registry import SILENT_SECONDS, Registry, heartbeat_is_fresh
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.state import DeploymentState
+from mii_hpc.errors import RegistryError
 from mii_hpc.job import rendezvous
 from mii_hpc.job.balancer.succession import pass_on
 from mii_hpc.job.logs import log_to_file, log_to_stderr
@@ -75,8 +76,11 @@ def live(run: RunDir, lost: int | None = None) -> None:
                 log.warning("rank 0 is lost: starting it again on %s", first.host)
                 job.start_rank(run, config, 0, first.host)
 
+        def serves_others() -> bool:
+            return world.role.rank != 0 and is_served(run, config)
+
         try:
-            asyncio.run(supervise(run, world, address, revive))
+            asyncio.run(supervise(run, world, address, revive, serves_others))
         except AbandonedError:
             pass_on(run, config)
             job.cancel()  # also where no batch script is left to end it
@@ -94,6 +98,20 @@ def _lives(process: Path, run: RunDir) -> bool:
         return is_ours and (proc / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def is_served(run: RunDir, config: MIIConfig) -> bool:
+    """Whether the run's balancer, which this rank does not reach, gives its signs of life in the registry."""
+    try:
+        entry = Registry(config.home).get(config.deployment_name)
+    except (OSError, RegistryError):
+        return False
+    return (
+        entry is not None
+        and entry.run_dir == run.path
+        and entry.address != ""
+        and heartbeat_is_fresh(entry, SILENT_SECONDS)
+    )
 
 
 def _introduce(rank: int, config: MIIConfig, held: contextlib.ExitStack) -> rendezvous.Member:

@@ -28,7 +28,7 @@ from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError
 from mii_hpc.job import liveness
 from mii_hpc.job.liveness import Pulse
-from mii_hpc.job.net import LOOPBACK, listening_socket, private_file
+from mii_hpc.job.net import LOOPBACK, host_answers, listening_socket, private_file
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
 from mii_hpc.job.signals import DRAIN
@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 START_SECONDS = 300.0
 """The balancer must be there within this time of a rank's start."""
 BALANCER_DEADLINE_SECONDS = 40.0
-"""Without a balancer for this long, later, a rank ends the job."""
+"""Without a balancer for this long, later, a rank ends the job, unless the balancer serves others."""
+HOST_DEADLINE_SECONDS = 8.0
+"""It does after this where the balancer's host does not answer either: no process of it can be started again."""
 REVIVE_SECONDS = 6.0
 """Without a balancer for this long, rank 0 is taken for lost."""
 LEAVE_DEADLINE_SECONDS = 10.0
@@ -57,14 +59,21 @@ class AbandonedError(DeploymentFailedError):
     """The deployment cannot go on, and has no balancer to end it."""
 
 
-async def supervise(run: RunDir, world: World, address: str, revive: Callable[[], None] = lambda: None) -> None:
+async def supervise(
+    run: RunDir,
+    world: World,
+    address: str,
+    revive: Callable[[], None] = lambda: None,
+    serves_others: Callable[[], bool] = lambda: False,
+) -> None:
     """Keep a rank's processes until the balancer at `address` ("host:port") says that the deployment ends.
 
-    `revive` is called while there is no balancer; it starts rank 0 again. Raises DeploymentFailedError when the
-    deployment failed, AbandonedError when it has had no balancer for too long, or none that lives.
+    `revive` is called while there is no balancer; it starts rank 0 again. `serves_others` tells whether there is one
+    that only this rank does not reach. Raises DeploymentFailedError when the deployment failed, AbandonedError when it
+    has had no balancer for too long, or none that lives.
     """
     tasks = Tasks()
-    supervisor = Supervisor(run, world, address, tasks, revive)
+    supervisor = Supervisor(run, world, address, tasks, revive, serves_others)
     loop = asyncio.get_running_loop()
     for signum in DRAIN:
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
@@ -157,9 +166,16 @@ class Supervisor:
     """
 
     def __init__(
-        self, run: RunDir, world: World, address: str, tasks: Tasks, revive: Callable[[], None] = lambda: None
+        self,
+        run: RunDir,
+        world: World,
+        address: str,
+        tasks: Tasks,
+        revive: Callable[[], None] = lambda: None,
+        serves_others: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.run, self.world, self.address, self.tasks, self.revive = run, world, address, tasks, revive
+        self.run, self.world, self.address, self.tasks = run, world, address, tasks
+        self.revive, self.serves_others = revive, serves_others
         self.engine: ChildProcess | None = None
         self.report = pb.RankReport(rank=world.role.rank, host=world.me.host)
         """What the balancer knows of the rank, or will in a moment."""
@@ -253,7 +269,7 @@ class Supervisor:
     async def _obey(self) -> str:
         """Hold the stream to the balancer until it orders to leave; return why, "" when all is well."""
         keys = credentials.load_server(self.run).as_client
-        last_heard, patience = time.monotonic(), START_SECONDS
+        last_heard, patience, connected_once = time.monotonic(), START_SECONDS, False
         while True:
             async with transport.open_channel(self.address, keys) as channel:
                 call = pb_grpc.MembershipStub(channel).Join(self._reports(), metadata=transport.authorization(keys))
@@ -281,12 +297,14 @@ class Supervisor:
                 finally:
                     silence.cancel()
                 if connected:
-                    last_heard, patience = time.monotonic(), BALANCER_DEADLINE_SECONDS
+                    last_heard, patience, connected_once = time.monotonic(), BALANCER_DEADLINE_SECONDS, True
             away = time.monotonic() - last_heard
-            if away > patience:
-                rank = self.world.role.rank
-                raise AbandonedError(f"rank {rank}: no balancer at {self.address} for {patience:.0f} s")
-            if away > REVIVE_SECONDS and patience < START_SECONDS:
+            if away > patience or (
+                connected_once and away > HOST_DEADLINE_SECONDS and not await host_answers(self.address)
+            ):
+                if not await asyncio.to_thread(self.serves_others):
+                    raise AbandonedError(f"rank {self.world.role.rank}: no balancer at {self.address} for {away:.0f} s")
+            elif connected_once and away > REVIVE_SECONDS:
                 await asyncio.to_thread(self.revive)
             await asyncio.sleep(0.2)
 

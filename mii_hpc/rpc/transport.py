@@ -17,7 +17,9 @@ from mii_hpc.rpc.wire import MAX_MESSAGE_BYTES, Context, Method
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
-MAX_STREAMS_PER_CONNECTION = 4096
+MAX_STREAMS_PER_CONNECTION = 128
+"""Others wait at the client. All requests of a client share one; who opens streams and resets them as fast as he can
+has no more than these in hand here."""
 MAX_BYTES = 2 * MAX_MESSAGE_BYTES
 """gRPC's limit: a message of the greatest length fits into a frame that has others already."""
 KEEPALIVE_SECONDS = 5

@@ -20,6 +20,7 @@ from mii_hpc.config import GenerateParamsConfig, validate
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.errors import InvalidRequestError, MIIError
 from mii_hpc.generation import (
+    GUEST,
     OWNER,
     Chat,
     Description,
@@ -137,9 +138,8 @@ def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
     """Return the request in a message. Raises InvalidRequestError when an option is out of its range."""
     prompt = _unpack_prompt(message.prompt, message.prompt_ids, message.chat)
     role, _, address = message.caller.partition(" ")
-    return GenerationRequest(
-        message.id, prompt, unpack_params(message), get_resume(message), message.admitted, (role or OWNER, address)
-    )
+    caller = GUEST if role == GUEST else OWNER, address
+    return GenerationRequest(message.id, prompt, unpack_params(message), get_resume(message), message.admitted, caller)
 
 
 def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,6 +24,8 @@ from mii_hpc.schedulers.base import SAFE_PATH, Job, JobState, Scheduler, setup_s
 
 JOB_ID = "MII_HPC_JOB_ID"
 """The environment variable with the job's id, in the job's processes."""
+STARTING_SECONDS = 2.0
+"""A process that has no command line for so long is no program that is being started."""
 _AROUND_US = ("SLURM_", "PMIX_", "PMI_", "OMPI_", "PRTE_")
 """Variables of a job that this process may be in; mpiexec would take our ranks for that job's."""
 
@@ -95,13 +98,19 @@ class LocalJob(Job):
         if self.host != socket.gethostname():
             return JobState("unknown", reason=f"it runs on {self.host}")
         process = Path("/proc") / self.id
-        try:
-            command = (process / "cmdline").read_bytes()
-            ours = str(self.run_dir).encode() in command or not command  # empty while the program is being started
-            zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except OSError:
-            return JobState("gone")
-        return JobState("running") if ours and not zombie else JobState("gone")
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
+            try:
+                command = (process / "cmdline").read_bytes()
+                zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                return JobState("gone")
+            if command or zombie:
+                ours = str(self.run_dir).encode() in command
+                return JobState("running") if ours and not zombie else JobState("gone")
+            if time.monotonic() > deadline:
+                return JobState("unknown", reason=f"process {self.id} does not tell what it runs")
+            time.sleep(0.005)  # a program is being started, ours or another
 
     def ends(self) -> None:
         """Return None: there is no walltime."""

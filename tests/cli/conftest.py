@@ -23,8 +23,10 @@ class Ran:
 
 
 @pytest.fixture
-def run() -> Callable[..., Ran]:
-    """Run a command of mii-hpc in this process."""
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run a command of mii-hpc in this process, as where nobody has said how wide or coloured a terminal is."""
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
 
     def invoke(*arguments: str | Path, input: str | None = None) -> Ran:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)

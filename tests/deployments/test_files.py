@@ -10,7 +10,8 @@ from tests.waiting import PATIENCE
 
 def test_a_file_is_mended_with_its_own_mode(tmp_path):
     file = tmp_path / "file"
-    file.touch(0o644)
+    file.touch()
+    file.chmod(0o644)
     with pytest.raises(RegistryError, match=f"chmod 600 {file}"):
         check_private(file)
     with pytest.raises(RegistryError, match="cannot be read: No such file"):

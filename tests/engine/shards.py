@@ -45,8 +45,20 @@ def dropped_scale(module: nn.Module, rank: int) -> None:
     norm.weight.data = norm.weight.data.new_ones(norm.weight.shape)
 
 
-FAULTS = {fault.__name__: fault for fault in (swapped_shards, dropped_shard, key_head_read_twice, dropped_scale)}
-"""What is done to both ranks' sharded modules."""
+def one_rank_alone(module: nn.Module, rank: int) -> None:
+    """The logits are wrong on one rank, and right on the other."""
+
+    def wrong(module: nn.Module, inputs: Any, output: Any) -> None:
+        output.logits *= 1 + rank
+
+    module.register_forward_hook(wrong)
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (swapped_shards, dropped_shard, key_head_read_twice, dropped_scale, one_rank_alone)
+}
+"""What is done to the ranks' sharded modules."""
 
 
 def _projections(module: nn.Module, name: str) -> list[tuple[str, Any]]:

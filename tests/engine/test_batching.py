@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from mii_hpc.engine import batching
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, QueueFullError
-from mii_hpc.generation import GUEST
+from mii_hpc.generation import GUEST, OWNER
 from tests.engine.collect import drained, make, running, submit
 from tests.engine.late import know_tokens_late
 from tests.engine.reference import PROMPTS, Reference, option_sets, tokenizer_of
@@ -316,8 +316,9 @@ def test_an_engine_that_was_never_busy_closes(folder):
         assert engine.stats().free_blocks == engine.stats().total_blocks
 
 
-def test_a_long_prompt_holds_no_other_up(engine, monkeypatch):
-    """It is tokenised beside the others, and as much text as waits is bounded."""
+@pytest.mark.parametrize("of_guest", [False, True])
+def test_neither_a_long_prompt_nor_a_guest_s_holds_others_up(engine, monkeypatch, of_guest):
+    """They are tokenised beside the others, and as much text as waits is bounded."""
     begun, go_on = threading.Event(), threading.Event()
     copied = Tokenizer.copy
 
@@ -328,13 +329,22 @@ def test_a_long_prompt_holds_no_other_up(engine, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "copy", slow)
     monkeypatch.setattr(batching, "LONG_BYTES", 50)
-    monkeypatch.setattr(batching, "WAITING_BYTES", 100)
-    vars(engine).pop("_tokenizer_of_long", None)
+    monkeypatch.setitem(engine._quotas._most_bytes, OWNER, ("owner_waiting_bytes", 100))
+    engine._tokenizers.clear()
+    if of_guest:
+        guest = submit(engine, "x", caller=(GUEST, "b"), max_new_tokens=1)
+        assert begun.wait(PATIENCE)
+        begun.clear()
     long = submit(engine, "x" * 60, max_new_tokens=1)
     assert begun.wait(PATIENCE)
     assert submit(engine, "short", max_new_tokens=1).wait().token_ids()
-    with pytest.raises(QueueFullError, match=r"^60 bytes of requests are waiting; try again later$"):
+    with pytest.raises(
+        QueueFullError,
+        match=r"^60 bytes of requests are waiting, 41 are to come, and owner_waiting_bytes=100 are allowed",
+    ):
         submit(engine, "y" * 41, max_new_tokens=1)
     go_on.set()
     assert long.wait().token_ids()
+    if of_guest:
+        assert guest.wait().token_ids()
     assert submit(engine, "y" * 60, max_new_tokens=1).wait().token_ids()

@@ -256,6 +256,43 @@ def test_callers_share_the_batch_alike_and_so_do_the_roles():
             machine.drop(answer)
 
 
+def test_beside_the_owner_guests_have_a_part_of_each_step():
+    """Half as many tokens as he, or so few that a step takes little longer; all have their turns."""
+    machine = Machine(max_batch_size=16, max_batch_tokens=64, num_blocks=400)
+    guests = [machine.add([number, 1], limit=30, caller=GUEST) for number in range(12)]
+    machine.step()
+    machine.step()
+    assert [guest.drawn for guest in guests] == [2] * 12, "alone they have everything"
+    owners = [machine.add([number, 2], limit=6, caller=OWNER) for number in range(20, 22)]
+    before = machine.computed
+    for _ in range(6):
+        machine.step()
+    assert [owner.drawn for owner in owners] == [6, 6]
+    assert machine.computed - before == 7 * 2 + 6 * 4, "two tokens of the owner's a step, four of the guests'"
+    assert [guest.drawn for guest in guests] == [4] * 12
+    machine.add([22, 2], limit=30, caller=OWNER)
+    prompt = machine.add(range(100, 140), caller=GUEST)
+    for _ in range(20):
+        machine.step()
+    assert prompt.drawn == 1, "half of what guests have is for their prompts"
+    assert {guest.drawn for guest in guests} <= {7, 8}
+    long = machine.add(range(200, 240), limit=2, caller=OWNER)
+    before = machine.computed
+    machine.step()
+    assert (machine.computed - before, long.drawn) == (40 + 1 + 4, 1), "a prompt of the owner's goes whole"
+    machine.finish()
+
+
+def test_a_role_has_no_more_running_than_its_quota():
+    machine = Machine(max_batch_size=8, num_blocks=200, most_running={"guest": 3})
+    guests = [machine.add([number, 1], limit=5, caller=GUEST) for number in range(10)]
+    owners = [machine.add([number, 1], limit=5, caller=OWNER) for number in range(20, 30)]
+    while machine.answers:
+        machine.step()
+        assert sum(guest.slot is not None for guest in guests) <= 3
+    assert all(answer.drawn == 5 for answer in (*guests, *owners))
+
+
 def test_alone_a_caller_has_everything_in_the_order_of_arrival():
     machine = Machine(max_batch_size=4)
     answers = [machine.add([number], limit=5) for number in range(8)]

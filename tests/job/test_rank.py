@@ -17,6 +17,7 @@ from mii_hpc.config import resolve
 from mii_hpc.deployments.registry import Registry
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentExistsError, DeploymentFailedError, UnavailableError
+from mii_hpc.job.rank import is_served
 from mii_hpc.schedulers import is_live, job_of
 from mii_hpc.schedulers.local import JOB_ID
 from mii_hpc.submission import submit as submission
@@ -273,3 +274,17 @@ def test_a_rank_that_fails_before_there_is_a_balancer_frees_the_name(tmp_path):
     assert subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE).returncode == 1
     assert JOB_ID in run.read_failure().message
     assert Registry(tmp_path).get("early") is None
+
+
+def test_the_balancers_heartbeat_tells_whether_it_serves_others(tmp_path):
+    config = resolve(
+        deployment_name="beats", inference_engine_config={"engine": "echo"}, home=tmp_path, cluster="local"
+    )
+    run, entry = submission.prepare(config)
+    assert not is_served(run, config)
+    registry, serving = Registry(tmp_path), entry.model_copy(update={"address": "10.0.0.1:1"})
+    registry.publish(serving)
+    assert is_served(run, config)
+    assert not is_served(RunDir(tmp_path / "runs" / "another"), config)
+    registry.publish(serving.model_copy(update={"heartbeat": entry.heartbeat - 60}))
+    assert not is_served(run, config)

@@ -106,9 +106,37 @@ async def test_without_a_balancer_others_start_rank_0_again_and_then_give_up(dep
     deployment.ranks[0].revive = lambda: revived.append(True)
     monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     await deployment.balancer.server.stop(None)
-    with pytest.raises(AbandonedError, match=r"^rank 0: no balancer at .* for 1 s$"):
+    with pytest.raises(AbandonedError, match=r"^rank 0: no balancer at .* for [0-9]+ s$"):
         await asyncio.wait_for(deployment.tasks[0], PATIENCE)
     assert revived == [True, True]
+
+
+async def test_where_the_balancers_host_is_gone_nobody_waits_for_it(deploy, monkeypatch):
+    asked = []
+
+    async def host_answers(address):
+        asked.append(address)
+        return False
+
+    monkeypatch.setattr(supervisor, "HOST_DEADLINE_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "BALANCER_DEADLINE_SECONDS", 3600.0)
+    monkeypatch.setattr(supervisor, "host_answers", host_answers)
+    deployment = await deploy(replica_num=1)
+    await deployment.balancer.server.stop(None)
+    with pytest.raises(AbandonedError):
+        await asyncio.wait_for(deployment.tasks[0], PATIENCE)
+    assert asked == [deployment.ranks[0].address]
+
+
+async def test_a_rank_that_alone_reaches_no_balancer_ends_nothing(deploy, monkeypatch):
+    monkeypatch.setattr(supervisor, "BALANCER_DEADLINE_SECONDS", 0.1)
+    deployment = await deploy(replica_num=1)
+    serves = [True, True, True]
+    deployment.ranks[0].serves_others = lambda: bool(serves) and serves.pop()
+    await deployment.balancer.server.stop(None)
+    with pytest.raises(AbandonedError):
+        await asyncio.wait_for(deployment.tasks[0], PATIENCE)
+    assert not serves
 
 
 def test_one_of_many_revives_rank_0(echo_config):

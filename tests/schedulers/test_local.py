@@ -13,6 +13,7 @@ import pytest
 from mii_hpc.deployments import credentials
 from mii_hpc.errors import SubmissionError
 from mii_hpc.schedulers import JobState
+from mii_hpc.schedulers import local as local_module
 from mii_hpc.schedulers.local import LocalJob
 from tests.submitting import submitted
 from tests.waiting import PATIENCE, eventually
@@ -161,6 +162,39 @@ def test_a_local_job_goes_by_its_process(running, tmp_path):
     assert job.state().phase == "gone", "a zombie is dead"
     process.wait(PATIENCE)
     assert job.state().phase == "gone"
+
+
+@pytest.fixture
+def nameless(monkeypatch):
+    """Have processes show so many empty command lines first, as while their program is being started."""
+    real, left = Path.read_bytes, []
+
+    def read(path):
+        return left.pop() if left and path.name == "cmdline" else real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    return lambda times: left.extend([b""] * times)
+
+
+def test_a_process_that_is_being_started_is_nobodys_until_it_tells(running, nameless, tmp_path):
+    process, job = running
+    for other in (LocalJob(job.id, job.host, tmp_path / "other"), job):
+        nameless(2)
+        assert other.state().phase == ("running" if other is job else "gone")
+    nameless(2)
+    LocalJob(job.id, job.host, tmp_path / "other").cancel()
+    process.communicate(b"\n", timeout=PATIENCE)
+    assert process.returncode == 0, "it has got no signal"
+
+
+def test_what_never_tells_is_unknown_and_left_alone(running, nameless, monkeypatch):
+    monkeypatch.setattr(local_module, "STARTING_SECONDS", 0.0)
+    process, job = running
+    nameless(1000)
+    assert job.state().phase == "unknown"
+    job.cancel()
+    process.communicate(b"\n", timeout=PATIENCE)
+    assert process.returncode == 0, "it has got no signal"
 
 
 def test_cancelling_a_local_job(running, tmp_path):

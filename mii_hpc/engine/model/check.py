@@ -122,15 +122,20 @@ def choose_serving(config: Any, model: ModelConfig, ranks: int, device: torch.de
     return found
 
 
-def check_loaded(module: nn.Module, device: torch.device, vocabulary: int, context: int, attention: str) -> Serving:
-    """Return how a loaded model is served right, tried on itself. Raises ConfigError if it is not."""
+def check_loaded(
+    module: nn.Module, ranks: int, device: torch.device, vocabulary: int, context: int, attention: str
+) -> Serving:
+    """Return how a loaded model is served right, tried on itself. Raises ConfigError if it is not.
+
+    To be called on all ranks at once.
+    """
     _refuse_state(module)
     expected = expected_logits(module, device, vocabulary, context)
     tolerance = TOLERANCE if next(module.parameters()).dtype == torch.float32 else ROUGH_TOLERANCE
     before = module.config._attn_implementation  # type: ignore[union-attr]
     reasons = []
     for way in WAYS:
-        reason = _reason(module, way, expected, device, vocabulary, context, attention, tolerance)
+        reason = _reason(module, ranks, way, expected, device, vocabulary, context, attention, tolerance)
         if reason is not None and way == "paged":
             module.set_attn_implementation(before)  # type: ignore[operator]
         if reason is None:
@@ -172,7 +177,7 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
                 if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
                     reasons.append(failure or f"{sharding} cannot shard it evenly")
                     break
-                reason = _reason(module, way, expected, device, vocabulary, context, attention, TOLERANCE)
+                reason = _reason(module, ranks, way, expected, device, vocabulary, context, attention, TOLERANCE)
                 if reason is None:
                     _log.info("%s is served right: %s, attention %s", name, sharding, way)
                     serving = Serving(sharding, way, packed)
@@ -180,7 +185,9 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
                         return serving
                     quantised = stored.model_copy(update={"quantization_mode": mode})
                     module = _loaded(small, quantised, ranks, sharding, device)
-                    reason = _reason(module, way, expected, device, vocabulary, context, attention, ANY_TOLERANCE)
+                    reason = _reason(
+                        module, ranks, way, expected, device, vocabulary, context, attention, ANY_TOLERANCE
+                    )
                     if reason is None and packed:
                         return serving
                     reason = reason or "it reads the weights of its layers itself"
@@ -226,6 +233,7 @@ def _shardings(module: Any) -> tuple[str, ...]:
 
 def _reason(
     module: nn.Module,
+    ranks: int,
     way: str,
     expected: Expected,
     device: torch.device,
@@ -234,17 +242,21 @@ def _reason(
     attention: str,
     tolerance: float,
 ) -> str | None:
-    """Return why a module is not served right in a way, None if it is."""
+    """Return why a module is not served right in a way, None if it is on all ranks."""
+    reason = None
     try:
         error = difference(module, way, expected, device, vocabulary, context, attention)
+        _log.debug("%s, %s: logits differ by %.2g of their size", type(module).__name__, way, error)
+        if error >= tolerance:
+            reason = f"its answers would differ from transformers' own by {error:.2g} of their size"
     except ConfigError as refusal:
-        return str(refusal).rpartition("cannot be served: ")[2]
+        reason = str(refusal).rpartition("cannot be served: ")[2]
     except Exception as failure:  # noqa: BLE001 (a model can fail in any way)
-        return f"{type(failure).__name__}: {failure}"
-    _log.debug("%s, %s: logits differ by %.2g of their size", type(module).__name__, way, error)
-    if error < tolerance:
+        reason = f"{type(failure).__name__}: {failure}"
+    # What one rank alone finds wrong would have it wait for the others in the next way.
+    if _all_ranks(reason is None, ranks):
         return None
-    return f"its answers would differ from transformers' own by {error:.2g} of their size"
+    return reason or "on another rank its answers would differ from transformers' own"
 
 
 def _seeded(config: Any, model: ModelConfig, device: torch.device) -> nn.Module:

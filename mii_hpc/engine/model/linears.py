@@ -1,12 +1,7 @@
-"""Linear layers on a GPU: plain products, those of the same rows in one, and the sum over the ranks.
-
-Where the ranks of a replica reach each other's memory, small sums are taken there, each rank reading from all: in a
-CUDA graph on two H100s, 8 KiB take 9 us instead of NCCL's 18, and 512 KiB 11 instead of 18.
-"""
+"""Linear layers on a GPU: plain products, those of the same rows in one, and the sum over the ranks."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +11,9 @@ from torch import nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.nn.functional import linear
 
-from mii_hpc.engine.distributed import all_agree
-
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that, side by side in one module, have the same input in most architectures. A product with all their weights
 at once reads them faster: on an H100, 2.8 TB/s where a key projection of an 8B model alone is read at 1.0."""
-
-_log = logging.getLogger(__name__)
 
 
 class Linear(nn.Module):
@@ -33,17 +24,12 @@ class Linear(nn.Module):
         weight: nn.Parameter,
         bias: nn.Parameter | None,
         group: str | None = None,
-        shared: torch.Tensor | None = None,
         inputs: slice | None = None,
     ) -> None:
-        """With a `group` its ranks' products are added up before the bias is; `inputs` are those of this rank.
-
-        `shared` is memory that all of them reach, if there is any.
-        """
+        """With a `group` its ranks' products are added up before the bias is; `inputs` are those of this rank."""
         super().__init__()
         self.weight, self.bias = weight, bias
         self._group = group
-        self._shared = shared
         self.inputs = inputs
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -52,7 +38,7 @@ class Linear(nn.Module):
             rows = rows[..., self.inputs]
         if self._group is None:
             return linear(rows, self.weight, self.bias)
-        output: torch.Tensor = sum_over_ranks(linear(rows, self.weight), self._shared, self._group)
+        output: torch.Tensor = sum_over_ranks(linear(rows, self.weight), self._group)
         return output if self.bias is None else output + self.bias
 
 
@@ -95,63 +81,23 @@ class Part(nn.Module):
 
 
 @torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=())
-def sum_over_ranks(rows: torch.Tensor, shared: torch.Tensor | None, group: str) -> torch.Tensor:
-    """Return the sum of the ranks' rows. An operator of our own, because torch.compile leaves it as it is.
-
-    It is not told that `shared` changes, lest it hands over a copy, which the other ranks do not reach.
-    """
-    if shared is not None and rows.numel() <= shared.numel():
-        room = shared[: rows.numel()].view(rows.shape)
-        output: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(room, rows, "sum", group)
-        return output
+def sum_over_ranks(rows: torch.Tensor, group: str) -> torch.Tensor:
+    """Return the sum of the ranks' rows. An operator of our own, because torch.compile leaves it as it is."""
     output = rows.clone()
     dist.all_reduce(output, group=_resolve_process_group(group))  # type: ignore[arg-type]
     return output
 
 
 @sum_over_ranks.register_fake
-def _(rows: torch.Tensor, shared: torch.Tensor | None, group: str) -> torch.Tensor:
+def _(rows: torch.Tensor, group: str) -> torch.Tensor:
     return torch.empty_like(rows)
 
 
-def shared_bytes(ranks: int) -> int:
-    """Return how large a sum over so many ranks may be; NCCL is faster at larger ones.
-
-    Each rank reads the rows of all others, so with more of them sooner.
-    """
-    return 2 * 2**20 if ranks == 2 else 512 * 2**10
-
-
-def share_memory(group: dist.ProcessGroup, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return memory of this rank's GPU that all ranks of a group on one host reach; None on all where one cannot."""
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    size = shared_bytes(group.size()) // dtype.itemsize
-    shared = None
-    try:
-        shared = symmetric_memory.empty(size, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
-        symmetric_memory.rendezvous(shared, group)
-        own = torch.full((3, 8), group.rank() + 1, dtype=dtype, device=shared.device)
-        if not (sum_over_ranks(own, shared, group.group_name) == sum(range(group.size() + 1))).all():
-            shared = None
-    except RuntimeError as error:
-        _log.info("the ranks do not share GPU memory, so NCCL takes all sums: %s", str(error).partition("\n")[0])
-        shared = None
-    return shared if all_agree(shared is not None) else None
-
-
-def replace_linears(module: nn.Module, on_one_host: bool = False) -> None:
-    """Replace the linear layers of a module on a GPU, also those that DeepSpeed has put there, one module at a time.
-
-    `on_one_host` says that all ranks that the module is sharded over are.
-    """
-    groups = [part.mp_group for part in module.modules() if getattr(part, "mp_group", None) is not None]
-    shared = None
-    if on_one_host and groups and next(module.parameters()).is_cuda:
-        shared = share_memory(groups[0], next(module.parameters()).dtype)  # type: ignore[arg-type]
+def replace_linears(module: nn.Module) -> None:
+    """Replace the linear layers of a module on a GPU, also those that DeepSpeed has put there, one module at a time."""
     for part in [part for part in module.modules() if part._modules]:
         for name, child in list(part._modules.items()):
-            plain = _plain(child, shared)
+            plain = _plain(child)
             if plain is not None:
                 setattr(part, name, plain)
         for names in MERGED:
@@ -172,13 +118,13 @@ def _merge(layers: list[nn.Module | None]) -> bool:
     )
 
 
-def _plain(layer: Any, shared: torch.Tensor | None) -> Linear | None:
+def _plain(layer: Any) -> Linear | None:
     """Return the same layer as ours, or None if it is to stay as it is."""
     share = None if type(layer) is Linear else share_of(layer)
     if share is None or not share.weight.is_cuda or not share.weight.numel():
         return None
     group = None if share.group is None else share.group.group_name
-    return Linear(share.weight, share.bias, group, None if group is None else shared, share.inputs)
+    return Linear(share.weight, share.bias, group, share.inputs)
 
 
 @dataclass(frozen=True)

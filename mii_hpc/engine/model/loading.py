@@ -97,12 +97,14 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     module.eval().requires_grad_(False)
     if serving is not None and serving.packed:
         pack_linears(module)
-        replace_linears(module, on_one_host=spec.replica_local_size == spec.world_size > 1)
+        replace_linears(module)
     if mode is not None:
         _tell_quantised(module, mode, progress)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     if serving is None:
-        serving = check_loaded(module, device, vocabulary, context, model.inference_engine_config.attention)
+        serving = check_loaded(
+            module, spec.world_size, device, vocabulary, context, model.inference_engine_config.attention
+        )
     layers = measure(module, serving.way, device, context)
     progress(f"loaded: {weights / 2**30:.3f} GiB of weights on rank {spec.rank}")
     return LoadedModel(

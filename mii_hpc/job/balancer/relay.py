@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
@@ -16,6 +17,7 @@ from mii_hpc.errors import (
     DeploymentStoppingError,
     InvalidRequestError,
     MIIError,
+    QueueFullError,
     ReplicaLostError,
     RequestCancelledError,
     RequestError,
@@ -34,8 +36,14 @@ from mii_hpc.rpc.wire import BatchPosition, Context, Method
 SUSPECT_LOSSES = 2
 """A request is given up when so many replicas in a row were lost before they gave it a token: it may be the cause."""
 TRIAL_SECONDS = 1.0
-"""A suspect has this long to get its first token before the next is tried."""
+"""A suspect has this long to get its first token before the next is tried beside it, and twice as long each time."""
+DOUBLINGS = 6
+RECENT_SECONDS = 60.0
+"""Where more replicas were lost in this time than those that had a request in hand, it is not the reason."""
 
+FULL_SECONDS = 0.1
+"""For so long guests are refused by what a replica has said of its queue: to refuse costs an engine, which has a step
+to make meanwhile, more than the balancer."""
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
 MAX_REQUESTS = 16_384
@@ -47,7 +55,8 @@ class Relay:
 
     A request moves with what has come of it, so that its answer is what it would have been. One of which a lost replica
     had not given a token yet may be what killed it: such requests are tried one after the other, so that one that kills
-    engines is found out at its second, and no other is blamed for it.
+    engines is found out at its second, and no other is blamed for it. When that takes long, others are tried beside it,
+    and none of those that a replica is lost with is blamed. Neither is any while replicas are lost without it, too.
 
     `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
 
@@ -67,12 +76,15 @@ class Relay:
     ) -> None:
         self._access = access
         self._of_guests: set[ServedRequest] = set()
+        self._full: dict[int, tuple[float, str]] = {}
+        """Until when guests are refused by a replica, by its index, and what it says."""
         self._deployment_name = config.deployment_name
         self._limit, self._hold = config.migration_limit, config.hold_seconds
         self._router, self._ending, self._on_broken = router, ending, on_broken
         self._suspects = asyncio.Lock()
-        self._tried = asyncio.Event()
-        self._tried.set()
+        self._on_trial: list[_Request] = []
+        self._losses: dict[tuple[int, int], float] = {}
+        """When replicas were lost with requests in hand, by index and epoch."""
         self.migrations: collections.Counter[int] = collections.Counter()
         self.resumed: collections.Counter[int] = collections.Counter()
         self.lost: collections.Counter[int] = collections.Counter()
@@ -115,6 +127,10 @@ class Relay:
             replica = self._router.next(BatchPosition.parse(asked.position))
         except MIIError as error:
             raise self._located(error) from None
+        is_guest = asked in self._of_guests
+        until, refusal = self._full.get(replica.index, (0.0, ""))
+        if is_guest and time.monotonic() < until:
+            raise self._located(QueueFullError(refusal), replica)
         try:
             request = _Request(asked, caller)
         except InvalidRequestError as error:
@@ -130,6 +146,8 @@ class Relay:
                     if lost.is_of_connection:  # before the rank's supervisor could report the end of its engine
                         self._on_broken(replica.index, replica.epoch, "its connection broke")
                 except MIIError as error:
+                    if is_guest and isinstance(error, QueueFullError):
+                        self._full[replica.index] = time.monotonic() + FULL_SECONDS, str(error)
                     raise self._located(error, replica) from None
                 if request.ended:
                     return
@@ -148,7 +166,8 @@ class Relay:
         if self._ending.has_begun:
             raise await self._stopping("has ended", lost)
         request.move()
-        if request.losses == SUSPECT_LOSSES:
+        recent = self._count_loss(lost)
+        if request.losses >= SUSPECT_LOSSES and request.is_alone and request.migrations >= recent:
             raise self._given_up(
                 f"{what}, the second in a row before it gave a token: the request may be the reason", lost
             )
@@ -169,13 +188,25 @@ class Relay:
         self.migrations[lost.index] += 1
         return replica
 
+    def _count_loss(self, lost: ReplicaConnection) -> int:
+        """Return how many replicas were lost of late, now that this one is."""
+        now = time.monotonic()
+        self._losses.setdefault((lost.index, lost.epoch), now)
+        self._losses = {replica: at for replica, at in self._losses.items() if at > now - RECENT_SECONDS}
+        return len(self._losses)
+
     async def _take_turn(self, suspect: _Request) -> None:
-        """Wait until the suspect before this one has a token, or has had the time for it."""
+        """Wait until the suspects before this one have a token, or have had the time for it."""
         async with self._suspects:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TRIAL_SECONDS):
-                    await self._tried.wait()
-            self._tried = suspect.tried = asyncio.Event()
+                async with asyncio.timeout(TRIAL_SECONDS * 2 ** min(suspect.losses - 1, DOUBLINGS)):
+                    for other in self._on_trial:
+                        await other.tried.wait()
+            self._on_trial = [other for other in self._on_trial if not other.tried.is_set()]
+            self._on_trial.append(suspect)
+            suspect.tried = asyncio.Event()
+            for each in self._on_trial:
+                each.is_alone = len(self._on_trial) == 1
 
     async def _live(self) -> None:
         """Wait for a live replica, or for the time that a request is held to be over.
@@ -256,6 +287,7 @@ class _Request:
         losses: how many replicas in a row were lost before they gave it a token.
         is_proven: whether the replica that has it has given it a token.
         tried: set once that is known, or it has ended.
+        is_alone: whether no other suspect was tried beside it.
         is_resumed: whether another balancer had it before.
     """
 
@@ -272,7 +304,7 @@ class _Request:
         self._received = Received(params.num_return_sequences, wire.get_resume(self._message))
         self._served_by = b""
         self.migrations = self.losses = 0
-        self.is_proven = False
+        self.is_proven = self.is_alone = False
         self.is_resumed = bool(self._message.resume)
         self.tried = asyncio.Event()
 

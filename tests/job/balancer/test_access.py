@@ -10,7 +10,8 @@ import grpc.aio
 import pytest
 
 from mii_hpc.deployments import credentials, sharing
-from mii_hpc.errors import AuthenticationError, RequestCancelledError, RequestError
+from mii_hpc.errors import AuthenticationError, QueueFullError, RequestCancelledError, RequestError
+from mii_hpc.job.balancer import relay
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
@@ -183,6 +184,32 @@ async def test_a_rotation_may_end_what_guests_have_in_hand(deploy, held):
     await until(deployment.is_idle)
     assert all(rank.epochs == [1] for rank in deployment.ranks), "no replica was taken for lost"
     assert str((await guest.generate("x"))[0]) == "x ", "his client has read the new token and certificate"
+
+
+@pytest.mark.parametrize("remembered", [0.0, 2 * PATIENCE])
+async def test_guests_are_held_to_their_limits_and_the_owner_gets_in(deploy, monkeypatch, remembered):
+    """Also where the balancer refuses by what a replica has said."""
+    monkeypatch.setattr(relay, "FULL_SECONDS", remembered)
+    limits = {"guest_running": 1, "guest_waiting": 2}
+    deployment = await deploy(replica_num=1, echo_delay=0.001, share=SHARED, limits=limits)
+    guest, calls = deployment.guest(), []
+    for load in ((1, 0), (1, 1), (1, 2)):
+        calls.append(asyncio.create_task(guest.generate("a", max_new_tokens=10**6)))
+        await until(lambda load=load: [(each.running, each.waiting) for each in deployment.stats()] == [load])
+    refusal = r"^2 requests are waiting, and limits\.guest_waiting=2 are allowed; try again later$"
+    for _ in range(2):
+        with pytest.raises(QueueFullError, match=refusal):
+            await guest.generate("a")
+    assert str((await deployment.client().generate("x"))[0]) == "x "
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    await until(deployment.is_idle)
+    if remembered:
+        with pytest.raises(QueueFullError, match=refusal):
+            await guest.generate("a")
+    else:
+        assert str((await guest.generate("x"))[0]) == "x "
 
 
 async def test_a_rotation_fails_no_call_of_a_busy_client(deploy):

@@ -211,6 +211,7 @@ async def test_what_is_held_ends_with_the_deployment_its_timeout_or_its_caller(d
 
 
 async def test_a_request_that_kills_engines_is_given_up_at_its_second(deploy, held, monkeypatch):
+    monkeypatch.setattr(relay, "TRIAL_SECONDS", PATIENCE)
     deployment = await deploy(replica_num=3, echo_delay=0.01)
     submit = EchoEngine.submit
 
@@ -273,6 +274,62 @@ async def test_what_waited_at_a_lost_replica_goes_on_too(deploy, held, monkeypat
     assert sorted(answer.migrations for answer in answers) == [0] * 4 + [1] * 4
 
 
+async def test_what_waited_at_two_lost_replicas_is_not_blamed(deploy, monkeypatch):
+    """More than one was tried at once, for each had its time; so none of them is the reason."""
+    monkeypatch.setattr(relay, "TRIAL_SECONDS", 0.01)
+    deployment = await deploy(replica_num=2, echo_delay=0.01, max_batch_size=1)
+    first, second = deployment.ranks
+    client = deployment.client()
+    busy = [asyncio.create_task(client.generate(WORDS, max_new_tokens=10**6)) for _ in range(2)]
+    await until(lambda: [stats.running for stats in deployment.stats()] == [1, 1])
+    calls = [asyncio.create_task(client.generate(WORDS, max_new_tokens=20)) for _ in range(6)]
+    await until(lambda: [stats.waiting for stats in deployment.stats()] == [3, 3])
+    second.comes_back = False
+    second.engine.die()
+    await until(lambda: first.engine.engine.stats().waiting == 7)
+    second.comes_back = True
+    second.engine.die()
+    await until(lambda: deployment.balancer.membership.are_ready)
+    first.comes_back = False
+    first.engine.die()
+    await until(lambda: second.engine.engine.stats().waiting + second.engine.engine.stats().running == 8)
+    for call in busy:
+        call.cancel()
+    for call in calls:
+        assert_repeated((await call)[0], 20)
+    assert sum(replica.lost for replica in (await client.status()).replicas) == 0
+    await asyncio.gather(*busy, return_exceptions=True)
+
+
+async def test_while_replicas_are_lost_without_it_no_request_is_blamed(deploy, monkeypatch):
+    """Here one that is alone, and gets no token from two replicas in a row."""
+    monkeypatch.setattr(relay, "RECENT_SECONDS", 3600.0)
+    deployment = await deploy(replica_num=1, echo_delay=0.01)
+    (rank,) = deployment.ranks
+    submit, late = EchoEngine.submit, []
+
+    def submit_late(engine, request, deliver):
+        if request.prompt == "late":
+            late.append(request)
+        if request.prompt != "late" or len(late) == 3:
+            submit(engine, request, deliver)
+
+    monkeypatch.setattr(EchoEngine, "submit", submit_late)
+    client = deployment.client()
+    other = asyncio.create_task(client.generate("other", max_new_tokens=10**6))
+    await until(lambda: deployment.stats()[0].running)
+    rank.engine.die()
+    await until(lambda: len(rank.epochs) == 2 and deployment.balancer.membership.are_ready)
+    call = asyncio.create_task(client.generate("late"))
+    for times in (1, 2):
+        await until(lambda times=times: len(late) == times)
+        rank.engine.die()
+    (answer,) = await call
+    assert (str(answer), answer.migrations) == ("late ", 2)
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+
+
 async def test_a_call_without_a_request_is_ended(deploy, monkeypatch):
     """Streams that say nothing cost us and not who opens them."""
     monkeypatch.setattr(relay, "IDLE_SECONDS", 0.05)
@@ -296,10 +353,34 @@ async def test_what_a_client_says_goes_on_is_bounded_like_what_is_new(deploy):
     params = pb.GenerateParams(max_new_tokens=9)
     message = pb.GenerateRequest(id="x", prompt="a", params=params, resume=[pb.ResumedAnswer()], admitted=True)
     error = await Handler(deployment).error(message.SerializeToString())
-    assert (type(error), str(error)) == (QueueFullError, "1 requests are waiting; try again later")
+    assert (type(error), str(error)) == (
+        QueueFullError,
+        "1 requests are waiting, and queue_bound=1 are allowed; try again later",
+    )
     for call in calls:
         call.cancel()
     await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_connection_has_so_many_streams_at_once_and_the_others_wait(deploy, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_STREAMS_PER_CONNECTION", 3)
+    deployment = await deploy(replica_num=1, echo_delay=0.001)
+    owner = credentials.load_owner(deployment.run)
+    params = pb.GenerateParams(max_new_tokens=10**6, stream=True)
+    message = pb.NumberedRequest(request=pb.GenerateRequest(id="x", prompt="a", params=params).SerializeToString())
+    frame = pb.RequestFrame(requests=[message]).SerializeToString()
+    async with transport.open_channel(deployment.address, owner) as channel:
+        call = channel.unary_stream(Method.GENERATE)
+        calls = [call(frame, metadata=transport.authorization(owner), timeout=PATIENCE) for _ in range(4)]
+        reads = {asyncio.create_task(each.read()): each for each in calls}
+        await until(lambda: sum(read.done() for read in reads) == 3)
+        await deployment.client().generate("x")
+        assert deployment.stats()[0].running == 3
+        next(each for read, each in reads.items() if read.done()).cancel()
+        await until(lambda: all(read.done() for read in reads))
+        for each in calls:
+            each.cancel()
+    await until(deployment.is_idle)
 
 
 async def test_an_idle_connection_is_closed_but_for_the_balancer_s_own(deploy, monkeypatch):
