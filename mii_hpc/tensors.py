@@ -6,19 +6,21 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from mii_hpc.errors import ConfigError
-from mii_hpc.printable import listed, one_line
+from mii_hpc.printable import listed, one_line, shown
 from mii_hpc.reading import read_bounded
 
 _QUANTISED_NAMES = re.compile(
     r"\.(weight_packed|weight_zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.[^.]+|\w+_blocks"
-    r"|\w+_scales|\w+_scale_inv|\w+_scale|SCB|weight_format)$"
+    r"|(input|activation|k|v)_scale|SCB|weight_format)$"
 )
+_SCALES_OF = re.compile(r"(.+)_scale(s|_inv)?")
+"""Scales of the tensor of that name; some models have parameters of their own that are called so."""
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 _SCALES = {
     ("fp8", "F8_E4M3"): "weight_scale_inv",
@@ -30,9 +32,19 @@ _SCALES = {
 """Which tensor beside `weight` has its scales, by the method and the dtype of the weight."""
 _OF_ACTIVATIONS = re.compile(r"\.(input_scale|activation_scale|k_scale|v_scale|weight_format)$")
 """What says how rows and the KV cache are to be quantised, which stay as they are."""
+_READ = "; plain weights and those of 8 bits with scales are read"
+_UNREAD = "the checkpoint's weights are quantised in a way that is not read"
+_EMBEDDINGS = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?embed_tokens\.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,9})\.")
 _LARGEST_HEADER = 16 * 2**20
 """Bytes; a header has some 120 for each tensor."""
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers reads weights from, or finds their files by."""
 INDEX_BYTES = 32 * 2**20
 """No index is longer."""
 
@@ -60,19 +72,40 @@ class Quantisation:
         given = config.get("quantization_config") or config.get("compression_config")
         if not given:
             return None
-        method = given.get("quant_method", "unknown") if isinstance(given, Mapping) else given
+        given = given if isinstance(given, Mapping) else {"quant_method": given}
         methods = sorted({known for known, _ in _SCALES})
-        if method not in methods or given.get("transform_config"):
+        unread = _unread(given, methods)
+        if unread is not None:
+            field, value = unread
             raise ConfigError(
-                f"quant_method='{one_line(method)}': the checkpoint's weights are quantised in a way that is not read; "
-                f"{', '.join(methods)} are, with 8 bits; take the checkpoint that it was made from"
+                f"{field}={shown(value)}: {_UNREAD}; {', '.join(methods)} are, with 8 bits; take a checkpoint of plain "
+                "weights"
             )
+        method = given["quant_method"]
         block = given.get("weight_block_size")
         if block is not None and not (
             isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
         ):
             raise ConfigError(f"weight_block_size={one_line(block)}: must be two numbers, the rows and the columns")
         return cls(method, None if block is None else (block[0], block[1]))
+
+
+def _unread(given: Mapping[str, Any], methods: Sequence[str]) -> tuple[str, Any] | None:
+    """Return what of a quantisation's description is not read, and its value; None where all of it is."""
+    groups = given.get("config_groups")
+    weights = [_under(group, "weights") for group in (groups.values() if isinstance(groups, Mapping) else ())]
+    fields: list[tuple[str, Any, Sequence[Any]]] = [
+        ("quant_method", given.get("quant_method", "unknown"), methods),
+        ("load_in_4bit", given.get("load_in_4bit") or False, [False]),
+        *(("num_bits", _under(each, "num_bits"), [None, 8]) for each in weights),
+        ("transform_config", given.get("transform_config") or None, [None]),
+        ("sparsity_config.format", _under(given.get("sparsity_config"), "format"), [None, "dense"]),
+    ]
+    return next(((field, value) for field, value, read in fields if value not in read), None)
+
+
+def _under(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
 
 
 def find_scales(tensors: Mapping[str, Tensor], quantisation: Quantisation | None) -> dict[str, str]:
@@ -98,12 +131,14 @@ def find_scales(tensors: Mapping[str, Tensor], quantisation: Quantisation | None
         elif tensor.dtype.startswith("F8") or (
             len(tensor.shape) > 1 and tensor.dtype not in _PLAIN_DTYPES and leaf == "weight"
         ):
-            raise ConfigError(f"its weights are quantised in a way that is not read: it has {name} as {tensor.dtype}")
+            raise ConfigError(f"{_UNREAD}: it has {one_line(name)} as {tensor.dtype}{_READ}")
     used = set(found.values())
     for name in tensors:
         activations = quantisation is not None and _OF_ACTIVATIONS.search(name)
-        if _QUANTISED_NAMES.search(name) and name not in used and not activations:
-            raise ConfigError(f"its weights are quantised in a way that is not read: it has {one_line(name)}")
+        scaled = _SCALES_OF.fullmatch(name)
+        is_quantised = _QUANTISED_NAMES.search(name) or (scaled is not None and scaled[1] in tensors)
+        if is_quantised and name not in used and not activations:
+            raise ConfigError(f"{_UNREAD}: it has {one_line(name)}{_READ}")
     return found
 
 
@@ -125,28 +160,33 @@ def is_of_activations(name: str) -> bool:
     return _OF_ACTIVATIONS.search(name) is not None
 
 
-def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int) -> None:
+def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int, quantization_mode: str | None = None) -> None:
     """Check what the files of a model's folder tell without reading any tensor.
 
-    `config` is what config.json says, that of the text model included. A folder without weights passes.
+    `config` is what config.json says, that of the text model included.
     Raises ConfigError, naming file or tensor: for files that are cut short or missing, layers without tensors,
-    weights that are quantised in a way that is not read, an adapter, and for `.bin` files where several `ranks` are to
-    read them.
+    embeddings of another shape than `config` says, weights that are quantised in a way that is not read, an adapter,
+    and for `.bin` files where several `ranks` or a `quantization_mode` are to read them.
     """
     where = f"model_name_or_path='{folder}'"
     quantisation = Quantisation.of(config)
-    tensors = read_headers(folder)
-    _check_adapter(folder, bool(tensors) or bool(list(folder.glob("*.bin"))))
-    if not tensors:
-        if quantisation is not None:
-            raise ConfigError(f"{where}: quantised weights are read from safetensors files, and here are none")
-        if ranks > 1 and list(folder.glob("pytorch_model*.bin")):
-            raise ConfigError(
-                f"{where}: tensor_parallel={ranks} takes weights in safetensors files, and here are .bin files; "
-                "convert them, or use tensor_parallel=1"
-            )
+    stored = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if stored is None:
+        raise ConfigError(f"{where}: the folder has no weights: one of {', '.join(_WEIGHTS)}")
+    _check_adapter(folder)
+    if ".bin" in stored:
+        unread = {
+            "a quantised checkpoint": quantisation is not None,
+            f"tensor_parallel={ranks}": ranks > 1,
+            f"quantization_mode='{quantization_mode}'": quantization_mode is not None,
+        }
+        asked = next((field for field, is_asked in unread.items() if is_asked), None)
+        if asked is not None:
+            raise ConfigError(f"{where}: {asked} takes weights in safetensors files, and here is {stored}; convert it")
         return
+    tensors = read_headers(folder)
     find_scales(tensors, quantisation)
+    _check_embeddings(where, tensors, config)
     count = config.get("num_hidden_layers")
     numbers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
     if isinstance(count, int) and numbers:
@@ -223,8 +263,18 @@ def _tensor(file: str, dtype: Any, shape: Any, data_offsets: Any) -> Tensor:
     return Tensor(file, dtype, tuple(shape), end - begin)
 
 
-def _check_adapter(folder: Path, has_weights: bool) -> None:
-    if has_weights and (folder / "adapter_config.json").is_file():
+def _check_embeddings(where: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    said = tuple(config.get(name) for name in ("vocab_size", "hidden_size"))
+    for name, tensor in tensors.items():
+        if all(type(size) is int for size in said) and _EMBEDDINGS.fullmatch(name) and tensor.shape != said:
+            raise ConfigError(
+                f"{where}: the checkpoint has {one_line(name)} as {list(tensor.shape)}, and config.json says "
+                f"vocab_size={said[0]} and hidden_size={said[1]}"
+            )
+
+
+def _check_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             f"model_name_or_path='{folder}': beside the weights lies an adapter, which would not be used; move it to a "
             "folder of its own and name that with `adapter`, or take adapter_config.json away"

@@ -59,8 +59,11 @@ class Recording:
 
     def piece(self, piece: Response) -> None:
         """Take note of a piece of an answer."""
+        is_first = piece.index not in self._first
+        if not is_first and not piece.ended:
+            return
         now = time.monotonic()
-        if piece.index not in self._first:
+        if is_first:
             self._first[piece.index] = now
             self._recorder.began(piece, now - self._arrived)
         if piece.ended:

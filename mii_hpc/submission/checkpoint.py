@@ -9,13 +9,15 @@ import warnings
 from pathlib import Path
 
 from mii_hpc.adapter import adapter_base, read_adapter
-from mii_hpc.architecture import Architecture
+from mii_hpc.architecture import Architecture, check_type
 from mii_hpc.config import MIIWarning, ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import one_line
 from mii_hpc.reading import read_bounded
 from mii_hpc.tensors import Quantisation, check_tensors, read_headers
 
+_TOKENIZERS = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.tokenizer", "tekken.json")
+"""Files of which any tokenizer has at least one."""
 CONFIG_BYTES = 8 * 2**20
 """No config.json is longer."""
 
@@ -24,9 +26,10 @@ def check_model(model: ModelConfig) -> ModelConfig:
     """Check that the model can be served in the shape asked for, and return it with its path made absolute.
 
     A name that is no folder is taken for one on the Hugging Face hub: its config.json comes from the local
-    cache, or from the hub unless HF_HUB_OFFLINE is set.
-    Raises ConfigError when folder or config.json is missing, when attention heads or KV heads do not divide by
-    `tensor_parallel`, when `max_length` exceeds the model's context, and for what check_tensors() refuses.
+    cache, or from the hub unless HF_HUB_OFFLINE is set; its weights are looked at where the cache has them, or must.
+    Raises ConfigError when folder, config.json, or tokenizer are missing, for an architecture that is not served, when
+    attention heads or KV heads do not divide by `tensor_parallel`, when `max_length` exceeds the model's context, and
+    for what check_tensors() refuses.
     """
     if model.inference_engine_config.engine == "echo":
         return model
@@ -58,9 +61,12 @@ def check_model(model: ModelConfig) -> ModelConfig:
     architecture = Architecture.read(described.get)
     architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)
+    check_type(config, model.trust_remote_code)
     Quantisation.of(described)
-    if folder.is_dir():
-        check_tensors(folder, described, model.tensor_parallel)
+    if folder.is_dir() or _is_cached(path.parent):
+        check_tensors(path.parent, described, model.tensor_parallel, model.quantization_mode)
+        if model.tokenizer is None:
+            _check_has_tokenizer(path.parent, "model_name_or_path")
     if architecture.context is not None and model.max_length is not None and model.max_length > architecture.context:
         raise ConfigError(
             f"max_length={model.max_length}: the model's context is {architecture.context} tokens, and no more is "
@@ -95,14 +101,30 @@ def _checked_adapter(model: ModelConfig, base: Path) -> str:
 def _checked_tokenizer(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _check_has_tokenizer(folder, "tokenizer")
         return os.path.abspath(folder)  # noqa: PTH100 (as for the model's folder)
     if _may_be_on_hub(name):
         return name
     raise ConfigError(f"tokenizer='{name}': no such folder, and no name on the Hugging Face hub")
 
 
+def _check_has_tokenizer(folder: Path, field: str) -> None:
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+        raise ConfigError(
+            f"{field}='{folder}': the folder has no tokenizer, such as tokenizer.json; `tokenizer` takes a folder that "
+            "has one"
+        )
+
+
 def _may_be_on_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).name.startswith(".")
+
+
+def _is_cached(snapshot: Path) -> bool:
+    """Return whether a model of the hub has its weights in the cache, or there is no other place for them."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return HF_HUB_OFFLINE or (snapshot / "model.safetensors").is_file()
 
 
 def _from_hub(name: str) -> Path:

@@ -18,6 +18,16 @@ MLA = {
     "qk_rope_head_dim": 8, "v_head_dim": 12,
 }  # fmt: skip
 DEEPSEEK = {**MLA, **MOE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+GEMMA3N: dict[str, Any] = {
+    "sliding_window": 24, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
+    "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "sliding_window": 24, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 32,
+    "num_kv_shared_layers": 0, "enable_moe_block": False, "pad_token_id": 0,
+}  # fmt: skip
 WINDOW: dict[str, Any] = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48,
@@ -78,13 +88,13 @@ FAMILIES = [
     Family("gemma"),
     Family("gemma2", {**WINDOW, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
     Family("gemma3_text", {**WINDOW, "query_pre_attn_scalar": 16}),
-    Family("gemma3n_text", {**WINDOW, "num_hidden_layers": 4, "layer_types": WINDOW["layer_types"] * 2,
-           "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
-           "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4, "pad_token_id": 0},
+    Family("gemma3n_text", {**GEMMA3N, "num_kv_shared_layers": 0}, sharding="plan"),
+    Family("gemma3n_text", {**GEMMA3N, "num_kv_shared_layers": 2}, "shared", sharding="plan"),
+    Family("gemma4_text", GEMMA4, sharding="plan"),
+    Family("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}, "shared",
            sharding="plan"),
-    Family("gemma4_text", {**WINDOW, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY,
-           "global_head_dim": 32, "num_kv_shared_layers": 0, "enable_moe_block": False, "pad_token_id": 0},
-           sharding="plan"),
+    Family("gemma4_text", {**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+           "moe_intermediate_size": 32}, "moe", sharding="plan"),
     Family("vaultgemma", WINDOW),
     Family("phi", {"partial_rotary_factor": 0.5}),
     Family("phi3", sharding="plan"),
@@ -161,6 +171,10 @@ FAMILIES = [
            refused="its indexer keeps keys of its own"),
     Family("glm_moe_dsa", {**DEEPSEEK, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16},
            refused="its indexer keeps keys of its own"),
+    Family("axk2", DEEPSEEK, refused="its indexer keeps keys of its own"),
+    Family("hy_v4", refused="its indexer keeps keys of its own"),
+    Family("dots3_note_text", {"num_key_value_heads": 4}, refused="its indexer keeps keys of its own"),
+    Family("deepseek_v4", refused="it keeps compressed keys besides the KV cache"),
     Family("minimax_m2", MOE, sharding="plan"),
     Family("mamba", {"state_size": 8}, refused=STATE),
     Family("falcon_mamba", {"state_size": 8}, refused=STATE),
@@ -175,6 +189,7 @@ FAMILIES = [
            "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}, refused=STATE),
     Family("lfm2", {"layer_types": ["conv", "full_attention"]}, refused=STATE),
     Family("minimax", {**MOE, "layer_types": ["linear_attention", "full_attention"]}, refused=STATE),
+    Family("inkling_text", refused=STATE),
     Family("zaya", {**MOE, "num_experts_per_tok": 1}, refused=STATE),
     Family("bert", {"is_decoder": True}),
     Family("bert", {"is_decoder": False}, "encoder", refused="its tokens attend to later ones"),

@@ -6,6 +6,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from transformers import AutoConfig, DynamicCache  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+from mii_hpc.architecture import CAUSAL_TYPES, Architecture  # noqa: E402
+from mii_hpc.engine.model.check import PLAIN_CACHES  # noqa: E402
 from mii_hpc.errors import ConfigError  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
 from tests.engine.families import FAMILIES, config_of, save_family, table  # noqa: E402
@@ -64,17 +69,36 @@ def test_a_family_is_served_right_or_refused(family, tmp_path, models):
         assert one.logprobs() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_families_are_sharded_right_or_refused(request):
     if not request.config.getoption("--families"):
         pytest.skip("with --families")
     served = [family for family in FAMILIES if not family.refused]
-    found = shardings(served, 120)
+    found = shardings(served, 600)
     for family in served:
         if family.sharding:
             assert found[family.name] == f"{family.sharding}, {family.attention}"
         else:
             assert found[family.name].startswith("tensor_parallel=2: neither DeepSpeed nor transformers' plan shards")
+
+
+def test_the_login_node_knows_the_types_that_transformers_knows():
+    assert sorted(CAUSAL_TYPES.split()) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def test_what_keeps_a_state_in_transformers_cache_is_refused_on_the_login_node():
+    refused = 0
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = AutoConfig.for_model(kind)
+            cache = DynamicCache(config=config)
+        except Exception:  # noqa: BLE001 (it takes more than its type)
+            continue
+        if {type(layer) for layer in cache.layers} - PLAIN_CACHES:
+            described = {**config.to_dict(), **config.get_text_config().to_dict()}
+            assert Architecture.read(described.get).refused is not None, kind
+            refused += 1
+    assert refused > 20
 
 
 def test_the_readme_tells_what_becomes_of_each_family():

@@ -16,12 +16,14 @@ LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embe
 
 @pytest.fixture
 def model(tmp_path):
-    """Make a model folder with the given config.json."""
+    """Make a model folder with the given config.json, a tokenizer, and a file of weights, which is empty."""
 
     def make(config=LLAMA):
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        (folder / "tokenizer.json").touch()
+        write_tensors(folder / "model.safetensors")
         return folder
 
     return make
@@ -103,7 +105,10 @@ def test_hub_names_come_from_the_cache_when_offline(tmp_path):
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("c0ffee")
     (cached / "snapshots" / "c0ffee").mkdir(parents=True)
-    (cached / "snapshots" / "c0ffee" / "config.json").write_text(json.dumps(LLAMA))
+    snapshot = cached / "snapshots" / "c0ffee"
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    (snapshot / "tokenizer.model").touch()
+    write_tensors(snapshot / "model.safetensors")
     # A process of its own, because huggingface_hub reads its environment when it is imported.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE"))}
     done = subprocess.run(
@@ -120,14 +125,20 @@ def test_hub_names_come_from_the_cache_when_offline(tmp_path):
     assert absent.startswith("model_name_or_path='org/absent': no such folder, and neither the Hugging Face")
 
 
-def test_tokenizer_is_checked_before_the_queue(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"num_attention_heads": 4}')
-    checked = check_model(ModelConfig(model_name_or_path=str(folder), tokenizer=str(folder / ".." / "model")))
-    assert checked.tokenizer == str(folder)
+def test_tokenizer_is_checked_before_the_queue(model):
+    folder = model()
+    assert checked(folder, tokenizer=str(folder / ".." / "model")).tokenizer == str(folder)
     with pytest.raises(ConfigError, match=r"tokenizer='/nowhere/at/all': no such folder"):
-        check_model(ModelConfig(model_name_or_path=str(folder), tokenizer="/nowhere/at/all"))
+        checked(folder, tokenizer="/nowhere/at/all")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=rf"model_name_or_path='{folder}': the folder has no tokenizer, such as"):
+        checked(folder)
+    other = folder.parent / "other"
+    other.mkdir()
+    with pytest.raises(ConfigError, match=rf"tokenizer='{other}': the folder has no tokenizer, such as"):
+        checked(folder, tokenizer=str(other))
+    (other / "tokenizer.model").touch()
+    assert checked(folder, tokenizer=str(other))
 
 
 def write_tensors(path, **tensors):
@@ -154,7 +165,14 @@ FP8 = quantised(quant_method="fp8")
 @pytest.mark.parametrize(
     ("config", "tensors", "sentence"),
     [
-        (FP8, {}, "quantised weights are read from safetensors files, and here are none"),
+        ({"vocab_size": 8, "hidden_size": 4}, {"model.embed_tokens.weight": ("BF16", [9, 4])},
+         "has model.embed_tokens.weight as [9, 4], and config.json says vocab_size=8 and hidden_size=4"),
+        (quantised(quant_method="mxfp4"), PLAIN, "quant_method='mxfp4': the checkpoint's weights are quantised"),
+        (quantised(quant_method="bitsandbytes", load_in_4bit=True), PLAIN, "load_in_4bit=True: the checkpoint's"),
+        (quantised(quant_method="compressed-tensors", config_groups={"group_0": {"weights": {"num_bits": 4}}}), PLAIN,
+         "num_bits=4: the checkpoint's weights are quantised in a way that is not read; bitsandbytes, compressed-"),
+        (quantised(quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}), PLAIN,
+         "sparsity_config.format='sparse-24-bitmask': the checkpoint's"),
         (FP8, {WEIGHT: ("F8_E4M3", [4, 4])}, f"the checkpoint lacks {SCALE}: {WEIGHT} is F8_E4M3"),
         (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", [2, 3])}, f"{SCALE} as F32 [2, 3], which are no scales of"),
         (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("U8", [1, 1])}, f"{SCALE} as U8 [1, 1], which are no scales of"),
@@ -162,9 +180,10 @@ FP8 = quantised(quant_method="fp8")
         (FP8, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
         (FP8, {"model.experts.gate_up_proj": ("F8_E4M3", [2, 4, 4])}, "it has model.experts.gate_up_proj as F8_E4M3"),
         (quantised(quant_method="awq"), PLAIN, "quant_method='awq': the checkpoint's weights are"),
-        (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "quant_method='compressed-t"),
+        (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "transform_config={'R1'"),
         (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two"),
         ({}, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
+        ({}, {"mlp.experts": ("BF16", [2, 4, 4]), "mlp.experts_scale": ("F32", [2])}, "it has mlp.experts_scale"),
         ({}, {**PLAIN, "model.layers.0.mlp.SCB": ("F32", [4])}, "it has model.layers.0.mlp.SCB"),
         ({}, {WEIGHT: ("F8_E4M3", [4, 4])}, f"it has {WEIGHT} as F8_E4M3"),
         ({"num_hidden_layers": 4}, PLAIN, "no tensors of layer 2, 3, of num_hidden_layers=4"),
@@ -172,8 +191,7 @@ FP8 = quantised(quant_method="fp8")
 )  # fmt: skip
 def test_what_the_headers_tell_is_refused_before_the_queue(model, config, tensors, sentence):
     folder = model({**LLAMA, **config})
-    if tensors:
-        write_tensors(folder / "model.safetensors", **tensors)
+    write_tensors(folder / "model.safetensors", **tensors)
     for ranks in (1, 2):
         with pytest.raises(ConfigError) as refusal:
             checked(folder, tensor_parallel=ranks)
@@ -193,6 +211,9 @@ def test_what_cannot_be_sharded_is_refused_before_the_queue(model):
     assert checked(folder)
     with pytest.raises(ConfigError, match="tensor_parallel=2: models of the type 'gpt2' cannot be sharded"):
         checked(folder, tensor_parallel=2)
+    assert checked(model({**LLAMA, "model_type": "falcon", "new_decoder_architecture": True}), tensor_parallel=2)
+    with pytest.raises(ConfigError, match="tensor_parallel=2: models of the type 'falcon' cannot be sharded"):
+        checked(model({**LLAMA, "model_type": "falcon"}), tensor_parallel=2)
 
 
 def test_several_ranks_may_hold_the_same_kv_head(model):
@@ -201,12 +222,16 @@ def test_several_ranks_may_hold_the_same_kv_head(model):
 
 def test_plain_tensors_are_accepted(model):
     folder = model({**LLAMA, "num_hidden_layers": 2})
-    write_tensors(folder / "model.safetensors", **PLAIN)
+    # Gemma 3n has a parameter that is called so.
+    write_tensors(folder / "model.safetensors", **PLAIN, **{"model.layers.0.altup.correct_output_scale": ("BF16", [4])})
     assert checked(folder)
 
 
 def test_files_that_are_cut_short_or_missing_are_refused(model):
     folder = model()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=rf"model_name_or_path='{folder}': the folder has no weights: one of model"):
+        checked(folder)
     write_tensors(folder / "one.safetensors", **PLAIN)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.layers.0.mlp.weight": "one.safetensors"}}))
@@ -303,18 +328,27 @@ def test_an_adapter_is_a_folder(model, tmp_path):
         checked(model(), adapter=str(tmp_path))
 
 
-def test_bin_files_are_for_one_rank(model):
+def test_bin_files_are_for_one_rank_and_plain_weights(model):
     folder = model()
+    (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").touch()
     assert checked(folder)
-    with pytest.raises(ConfigError, match="tensor_parallel=2 takes weights in safetensors files"):
-        checked(folder, tensor_parallel=2)
+    for fields in ({"tensor_parallel": 2}, {"quantization_mode": "int8"}):
+        with pytest.raises(ConfigError, match=r"(=2|='int8') takes weights in safetensors files, and here is"):
+            checked(folder, **fields)
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **FP8}))
+    with pytest.raises(ConfigError, match="a quantised checkpoint takes weights in safetensors files"):
+        checked(folder)
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         ({"model_type": "mamba"}, "models of the type 'mamba' cannot be served: it keeps a state"),
+        ({"model_type": "deepseek_v32"}, "its indexer keeps keys of its own"),
+        ({"model_type": "bert"}, "models of the type 'bert' cannot be served: its tokens attend to later ones"),
+        ({"model_type": "strange"}, "model_type='strange': none of transformers' types of causal language models"),
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, "model_type='llava': none of"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "it keeps a state besides keys and values"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "it is an encoder with a decoder"),
     ],
@@ -322,3 +356,10 @@ def test_bin_files_are_for_one_rank(model):
 def test_what_no_way_serves_is_refused_before_the_queue(model, config, sentence):
     with pytest.raises(ConfigError, match=sentence):
         checked(model({**LLAMA, **config}))
+
+
+def test_a_model_that_brings_its_code_may_be_of_any_type(model):
+    folder = model({**LLAMA, "model_type": "strange", "auto_map": {"AutoModelForCausalLM": "modeling.Strange"}})
+    assert checked(folder, trust_remote_code=True)
+    with pytest.raises(ConfigError, match="trust_remote_code=True runs the code that the model brings"):
+        checked(folder)

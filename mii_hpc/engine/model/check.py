@@ -21,7 +21,8 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.attention import create_backend
@@ -54,6 +55,8 @@ ROUGH_TOLERANCE = 0.05
 ANY_TOLERANCE = float("inf")
 """The same with quantised weights, whose errors random layers make larger: what is finite will do. How near the
 products are is the same for all models."""
+PLAIN_CACHES = frozenset((DynamicLayer, DynamicSlidingWindowLayer, DummyLayer))
+"""Transformers' caches of layers that keep keys and values, or those of another layer, and no more."""
 PAGE_SIZE, BATCH_TOKENS = 8, 32
 PROMPTS = (3, 8, 17, 30, 46, 50, 75, 90)
 """Lengths of the prompts. They cross blocks, chunks, and the small model's windows and rotary bounds."""
@@ -126,6 +129,7 @@ def check_loaded(
 
     To be called on all ranks at once.
     """
+    _refuse_state(module)
     expected = expected_logits(module, device, vocabulary, context)
     tolerance = TOLERANCE if next(module.parameters()).dtype == torch.float32 else ROUGH_TOLERANCE
     before = module.config._attn_implementation  # type: ignore[union-attr]
@@ -145,10 +149,12 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
     try:
         small = miniature(config, ranks)
         vocabulary = small.get_text_config().vocab_size
-        expected = expected_logits(_seeded(small, model, device), device, vocabulary, context)
+        plain = _seeded(small, model, device)
+        expected = expected_logits(plain, device, vocabulary, context)
     except Exception as error:  # noqa: BLE001 (a configuration may have any rules of its own)
         _log.info("no small model of this architecture can be made: %s", error)
         return None
+    _refuse_state(plain)
     name = (config.architectures or [config.model_type])[0]
     reasons = []
     with tempfile.TemporaryDirectory(prefix="mii-check-") as folder:
@@ -193,6 +199,19 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
             f"tensor_parallel=1 ({reasons[0]})"
         )
     raise ConfigError(f"{name} cannot be served: {reasons[0]}")
+
+
+def _refuse_state(module: Any) -> None:
+    """Raise ConfigError for a module whose own cache keeps more than keys and values, as transformers says it.
+
+    A few short prompts need not show that such is lost.
+    """
+    try:
+        kept = {type(layer) for layer in DynamicCache(config=module.config).layers}
+    except (ValueError, KeyError, AttributeError, RuntimeError):  # a cache of the model's own
+        return
+    if more := sorted(layer.__name__ for layer in kept - PLAIN_CACHES):
+        raise ConfigError(f"{type(module).__name__} cannot be served: its cache has a {more[0]}, which keeps a state")
 
 
 def _loaded(small: Any, stored: ModelConfig, ranks: int, sharding: str, device: torch.device) -> nn.Module:

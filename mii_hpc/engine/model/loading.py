@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from mii_hpc.architecture import Architecture
+from mii_hpc.architecture import Architecture, check_type
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine import processor
 from mii_hpc.engine.base import EngineSpec
@@ -73,8 +73,10 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     context, vocabulary = _context(model, config), text.vocab_size
     architecture = _architecture(config)
     architecture.check_served()
+    check_type(config.to_dict(), model.trust_remote_code)
     if Path(model.model_name_or_path).is_dir():
-        check_tensors(Path(model.model_name_or_path), {**config.to_dict(), **text.to_dict()}, spec.world_size)
+        described = {**config.to_dict(), **text.to_dict()}
+        check_tensors(Path(model.model_name_or_path), described, spec.world_size, model.quantization_mode)
     if spec.world_size > 1:
         architecture.check_tensor_parallel(spec.world_size)
     serving = choose_serving(config, model, spec.world_size, device)
@@ -159,7 +161,14 @@ def _dtype(model: ModelConfig, config: Any, device: torch.device) -> torch.dtype
 
 def _architecture(config: Any) -> Architecture:
     text = config.get_text_config()
-    return Architecture.read(lambda name: getattr(text, name, None))
+
+    def get(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except (ValueError, RuntimeError):  # it differs between layers, or between parts
+            return None
+
+    return Architecture.read(get)
 
 
 def _context(model: ModelConfig, config: Any) -> int:

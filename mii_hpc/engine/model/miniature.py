@@ -20,11 +20,11 @@ def miniature(config: Any, ranks: int) -> Any:
     small = copy.deepcopy(config)
     text = small.get_text_config()
     layers = text.num_hidden_layers
-    few = _layers(text)
+    kept = _layers(text)
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == layers and not name.startswith("_"):
-            setattr(text, name, value[:few])
-    sizes = _sizes(text, ranks) | {"num_hidden_layers": few}
+            setattr(text, name, [value[layer] for layer in kept])
+    sizes = _sizes(text, ranks) | {"num_hidden_layers": len(kept), "num_kv_shared_layers": len(kept) // 2}
     for field, size in sizes.items():
         value = getattr(text, field, None)
         is_inner = size == INNER * ranks
@@ -40,8 +40,8 @@ def miniature(config: Any, ranks: int) -> Any:
     return small
 
 
-def _layers(text: Any) -> int:
-    """Return after how many layers each kind has come."""
+def _layers(text: Any) -> list[int]:
+    """Return the first layers until each kind has come; where the last ones use others' keys, as many of these."""
     few = 2
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type"):
         kinds = getattr(text, name, None)
@@ -50,7 +50,10 @@ def _layers(text: Any) -> int:
     dense = getattr(text, "first_k_dense_replace", None)
     if isinstance(dense, int) and dense < text.num_hidden_layers:
         few = max(few, dense + 1)
-    return min(few, int(text.num_hidden_layers))
+    layers = range(int(text.num_hidden_layers))
+    if not getattr(text, "num_kv_shared_layers", None) or len(layers) < 2 * few:
+        return [*layers[:few]]
+    return [*layers[:few], *layers[-few:]]
 
 
 def _sizes(text: Any, ranks: int) -> dict[str, int]:

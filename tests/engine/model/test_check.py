@@ -11,7 +11,7 @@ from mii_hpc.engine.attention.visibility import Visibility, visibility  # noqa: 
 from mii_hpc.engine.model import check  # noqa: E402
 from mii_hpc.errors import ConfigError  # noqa: E402
 from tests.engine.collect import make  # noqa: E402
-from tests.engine.families import FAMILIES  # noqa: E402
+from tests.engine.families import FAMILIES, MOE, Family, config_of  # noqa: E402
 from tests.engine.interpreter import DEVICE  # noqa: E402
 from tests.engine.shards import FAULTS, shardings  # noqa: E402
 from tests.models import tiny_config, tiny_model  # noqa: E402
@@ -29,6 +29,14 @@ def served(architecture="mistral", **changes):
     config = tiny_config(architecture, **{"sliding_window": 16, **changes})
     model = ModelConfig(model_name_or_path="none", inference_engine_config={"attention": "gather"})
     return check.choose_serving(config, model, 1, DEVICE)
+
+
+def test_a_state_that_no_short_prompt_shows_is_refused():
+    # It compresses keys of 128 tokens at a time, and the prompts are shorter.
+    small = {"n_routed_experts": 4, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8, "num_key_value_heads": 1}
+    config = config_of(Family("deepseek_v4", {**MOE, **small, "index_n_heads": 2, "index_head_dim": 16, "hc_mult": 2}))
+    with pytest.raises(ConfigError, match="cannot be served: its cache has a DeepseekV4HCACache, which keeps a state"):
+        check.choose_serving(config, ModelConfig(model_name_or_path="none"), 1, DEVICE)
 
 
 @pytest.fixture
