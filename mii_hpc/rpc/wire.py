@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from pydantic_core import from_json
 
 from mii_hpc import errors
 from mii_hpc._proto import mii_hpc_pb2 as pb
@@ -346,7 +347,8 @@ def _pack_prompt(prompt: Prompt) -> tuple[str, tuple[int, ...], str]:
 def _unpack_prompt(text: str, token_ids: Sequence[int], chat: str) -> Prompt:
     if chat:
         try:
-            return Chat(**json.loads(chat))
+            # Not json's, which goes as deep as Python's stack: what is collected there could not end in order.
+            return Chat(**from_json(chat))
         except (ValueError, TypeError) as error:
             raise InvalidRequestError(f"the request's conversation is not a Chat: {error}") from None
     return tuple(token_ids) or text

@@ -61,6 +61,8 @@ def test_a_conversation_is_json():
         wire.pack_tokenize(Chat([{"role": "user", "content": b"x"}]), False)
     with pytest.raises(InvalidRequestError, match="not a Chat"):
         wire.unpack_tokenize(pb.TokenizeRequest(chat='{"messages": 1}').SerializeToString())
+    with pytest.raises(InvalidRequestError, match="not a Chat: recursion limit"):
+        wire.unpack_tokenize(pb.TokenizeRequest(chat="[" * 100_000).SerializeToString())
     with pytest.raises(InvalidRequestError, match="not a valid TokenizeRequest"):
         wire.unpack_tokenize(b"\xff")
 
