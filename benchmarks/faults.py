@@ -21,6 +21,7 @@ from pathlib import Path
 import mii_hpc as mii
 from mii_hpc.deployments.registry import Registry
 from tests.cluster.cluster import Cluster
+from tests.processes import command_line
 
 CALLERS = 24
 WATCH_SECONDS = 75.0
@@ -59,11 +60,10 @@ class Trial:
     def process(self, module: str, rank: int) -> int:
         """Return the id of a rank's supervisor ("rank"), engine or balancer process."""
         for pid in self.cluster.job_processes(self.hosts[rank]):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                wanted = "submitit.core._submit" if module == "rank" else f"mii_hpc.job.{module}"
-                if wanted in words and "srun" not in words[0] and str(self.entry.run_dir) in " ".join(words):
-                    return pid
+            words = command_line(pid)
+            wanted = "submitit.core._submit" if module == "rank" else f"mii_hpc.job.{module}"
+            if wanted in words and "srun" not in words[0] and str(self.entry.run_dir) in " ".join(words):
+                return pid
         raise LookupError(module)
 
     def call(self) -> None:

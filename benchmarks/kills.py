@@ -31,6 +31,7 @@ from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.generation import Response, joined
 from tests.cluster.cluster import Cluster
 from tests.models import tiny_model
+from tests.processes import command_line
 
 console = Console()
 CALLERS = 32
@@ -188,12 +189,11 @@ def processes(cluster: Cluster, module: str) -> list[int]:
     found = []
     for node in cluster.nodes:
         for pid in cluster.job_processes(node):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                # A job's own ranks run in submitit's process, those that have replaced one in their own.
-                wanted = {f"mii_hpc.job.{module}", *(["submitit.core._submit"] if module == "rank" else [])}
-                if wanted & set(words) and "srun" not in words[0]:
-                    found.append(pid)
+            words = command_line(pid)
+            # A job's own ranks run in submitit's process, those that have replaced one in their own.
+            wanted = {f"mii_hpc.job.{module}", *(["submitit.core._submit"] if module == "rank" else [])}
+            if wanted & set(words) and "srun" not in words[0]:
+                found.append(pid)
     return sorted(found)
 
 
