@@ -269,7 +269,7 @@ class Supervisor:
     async def _obey(self) -> str:
         """Hold the stream to the balancer until it orders to leave; return why, "" when all is well."""
         keys = credentials.load_server(self.run).as_client
-        last_heard, patience, connected_once = time.monotonic(), START_SECONDS, False
+        last_heard, connected_once = time.monotonic(), False
         while True:
             async with transport.open_channel(self.address, keys) as channel:
                 call = pb_grpc.MembershipStub(channel).Join(self._reports(), metadata=transport.authorization(keys))
@@ -297,8 +297,9 @@ class Supervisor:
                 finally:
                     silence.cancel()
                 if connected:
-                    last_heard, patience, connected_once = time.monotonic(), BALANCER_DEADLINE_SECONDS, True
+                    last_heard, connected_once = time.monotonic(), True
             away = time.monotonic() - last_heard
+            patience = BALANCER_DEADLINE_SECONDS if connected_once else START_SECONDS
             if away > patience or (
                 connected_once and away > HOST_DEADLINE_SECONDS and not await host_answers(self.address)
             ):
