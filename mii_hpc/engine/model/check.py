@@ -160,10 +160,10 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
     with tempfile.TemporaryDirectory(prefix="mii-check-") as folder:
         if ranks > 1:
             # By each rank: save_pretrained() would write on one alone.
-            tensors = {name: tensor.clone() for name, tensor in _seeded(small, model, device).state_dict().items()}
+            tensors = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
             save_file(tensors, Path(folder, "model.safetensors"))
         stored = model.model_copy(update={"model_name_or_path": folder, "quantization_mode": None, "adapter": None})
-        for sharding in ("whole",) if ranks == 1 else _shardings(_seeded(small, model, device)):
+        for sharding in ("whole",) if ranks == 1 else _shardings(plain):
             for way, packed in itertools.product(WAYS, (True, False)):
                 failure = None
                 try:

@@ -73,17 +73,18 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     context, vocabulary = _context(model, config), text.vocab_size
     architecture = _architecture(config)
     architecture.check_served()
-    check_type(config.to_dict(), model.trust_remote_code)
+    described = config.to_dict()
+    check_type(described, model.trust_remote_code)
     if Path(model.model_name_or_path).is_dir():
-        described = {**config.to_dict(), **text.to_dict()}
-        check_tensors(Path(model.model_name_or_path), described, spec.world_size, model.quantization_mode)
+        of_text = {**described, **text.to_dict()}
+        check_tensors(Path(model.model_name_or_path), of_text, spec.world_size, model.quantization_mode)
     if spec.world_size > 1:
         architecture.check_tensor_parallel(spec.world_size)
     serving = choose_serving(config, model, spec.world_size, device)
     if serving is not None:
         progress(f"a small model of this architecture is served right ({serving.sharding}, {serving.way})")
     mode = model.quantization_mode
-    quantisation = Quantisation.of(config.to_dict())
+    quantisation = Quantisation.of(described)
     if quantisation is not None:
         progress(f"the checkpoint's weights, quantised by {quantisation.method}, are held in {mode or str(dtype)}")
     if spec.world_size == 1 and mode is None and quantisation is None and model.adapter is None:
