@@ -10,6 +10,7 @@ import secrets
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Self, TypeGuard
 
 from mii_hpc.config import GenerateParamsConfig
@@ -43,13 +44,6 @@ class Chat:
 
 Prompt = str | tuple[int, ...] | Chat
 """A text, the token ids of one, or a conversation."""
-
-
-def size_of(prompt: Prompt) -> int:
-    """Return about how much a prompt holds: its characters, or 8 bytes for each token id."""
-    if isinstance(prompt, Chat):
-        return sum(len(str(value)) for message in prompt.messages for value in message.values())
-    return len(prompt) if isinstance(prompt, str) else 8 * len(prompt)
 
 
 @dataclass(frozen=True)
@@ -100,6 +94,13 @@ class GenerationRequest:
             )
         if self.params.return_full_text and not isinstance(self.prompt, str):
             raise InvalidRequestError("return_full_text=True: the prompt must be a text")
+
+    @cached_property
+    def size(self) -> int:
+        """About how much the prompt holds: its characters, or 8 bytes for each token id."""
+        if isinstance(self.prompt, Chat):
+            return sum(len(str(value)) for message in self.prompt.messages for value in message.values())
+        return len(self.prompt) if isinstance(self.prompt, str) else 8 * len(self.prompt)
 
 
 @dataclass(frozen=True)

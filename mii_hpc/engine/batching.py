@@ -44,7 +44,6 @@ from mii_hpc.generation import (
     Load,
     Observed,
     ResumedAnswer,
-    size_of,
 )
 
 _log = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ class BatchingEngine:
                 return
             self._quotas.enter(request)
             self._requests[request.id] = entry
-            line = _LONG if size_of(request.prompt) > LONG_BYTES else request.caller[0]
+            line = _LONG if request.size > LONG_BYTES else request.caller[0]
             self._tokenising[line].submit(self._tokenise, entry, line)
 
     def cancel(self, request_id: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.errors import QueueFullError
-from mii_hpc.generation import GUEST, OWNER, GenerationRequest, size_of
+from mii_hpc.generation import GUEST, OWNER, GenerationRequest
 
 
 class Quotas:
@@ -41,7 +41,7 @@ class Quotas:
 
         One that was admitted elsewhere is never refused.
         """
-        role, size = request.caller[0], size_of(request.prompt)
+        role, size = request.caller[0], request.size
         waiting, bytes_ = self._waiting[role], self._bytes[role]
         name, most = self._most[role]
         if waiting >= most and not request.admitted:
@@ -56,4 +56,4 @@ class Quotas:
     def leave(self, request: GenerationRequest) -> None:
         """Count a request no longer: it has started, or was dropped."""
         self._waiting[request.caller[0]] -= 1
-        self._bytes[request.caller[0]] -= size_of(request.prompt)
+        self._bytes[request.caller[0]] -= request.size

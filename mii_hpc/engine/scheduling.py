@@ -130,7 +130,8 @@ class Scheduler(Generic[S]):
         waiting = len(self._waiting)
         counts: dict[S, int] = {}
         for sequence in sorted(self._running, key=self._order):
-            count = room.of(sequence, _missing(sequence), _prefills(sequence))
+            missing = _missing(sequence)
+            count = room.of(sequence, missing, prefills=missing > 1)
             # Those before it may have preempted it.
             runs = len(self._waiting) == waiting or sequence in self._running
             if count > 0 and runs and self._allocate(sequence, count, counts):
@@ -154,7 +155,7 @@ class Scheduler(Generic[S]):
     def _room(self) -> _Room:
         """Return what there is in a step, and of that for guests."""
         tokens = self._budget.max_batch_tokens
-        if not (self._waiting.has(OWNER) or self._count(OWNER)):
+        if not (self._waiting.has(OWNER) or any(sequence.caller[0] == OWNER for sequence in self._running)):
             return _Room(tokens, MOST_SCORES, tokens)
         # Their prompts could find no room for ever.
         prompts = (self._waiting.has(GUEST) and not self._had_no_room) or any(
