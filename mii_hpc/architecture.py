@@ -87,10 +87,8 @@ class Architecture:
             return next((value for value in values if isinstance(value, int) and 0 < value < 2**63), None)
 
         kind = get("model_type")
-        is_unsharded = kind in _UNSHARDED if isinstance(kind, str) else False
-        if kind == "falcon" and not get("new_decoder_architecture"):
-            is_unsharded = True
-        unsharded = kind if is_unsharded else None
+        is_old_falcon = kind == "falcon" and not get("new_decoder_architecture")
+        unsharded = kind if isinstance(kind, str) and (kind in _UNSHARDED or is_old_falcon) else None
         return cls(first(_HEADS), first(_KEY_VALUE_HEADS), first(_CONTEXT), _refused(get), unsharded)
 
     def check_served(self) -> None:
