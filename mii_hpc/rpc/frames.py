@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FRAME_BYTES = 2**20
 """A frame with so many bytes takes in no more."""
+FRAME_REQUESTS = 1024
+"""A frame has no more requests, and cancels no more: a message of tiny ones would take a server minutes."""
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -215,11 +217,15 @@ class _Server:
         try:
             async for frame in frames:
                 message = pb.RequestFrame.FromString(frame)
+                if (most := max(len(message.requests), len(message.cancelled))) > FRAME_REQUESTS:
+                    what = f"a frame begins or cancels {most} requests; {FRAME_REQUESTS} are allowed"
+                    raise InvalidRequestError(what)
                 for request in message.requests:
                     self._begin(request)
                     began = True
                 for number in message.cancelled:
                     self._drop(number)
+                await self.answers.room()
             if not began:
                 self._fail(InvalidRequestError("the call has ended without a request"))
         except DecodeError as error:
@@ -341,11 +347,14 @@ class _Requests(_Outbox):
         for request in begun:
             frame.requests.append(request)
             size += len(request.request)
-            if size >= FRAME_BYTES:
+            if size >= FRAME_BYTES or len(frame.requests) == FRAME_REQUESTS:
                 yield frame
                 frame, size = pb.RequestFrame(), 0
-        frame.cancelled.extend(cancelled)
-        if frame.ByteSize():
+        for first in range(0, len(cancelled), FRAME_REQUESTS):
+            frame.cancelled.extend(cancelled[first : first + FRAME_REQUESTS])
+            yield frame
+            frame = pb.RequestFrame()
+        if frame.requests:
             yield frame
 
 
@@ -355,6 +364,13 @@ class _Answers(_Outbox):
         self._chunks: list[tuple[int, bytearray]] = []
         self._latest: dict[tuple[int, int], bytearray] = {}
         self._ends: list[tuple[int, MIIError | None]] = []
+        self._has_room = asyncio.Event()
+
+    async def room(self) -> None:
+        """Wait until no more requests have ended than a frame begins: who reads no answers is asked nothing more."""
+        while len(self._ends) > FRAME_REQUESTS and not self._is_closed:
+            self._has_room.clear()
+            await self._has_room.wait()
 
     def add(self, number: int, index: int, chunk: bytes) -> None:
         latest = self._latest.get((number, index))
@@ -371,6 +387,7 @@ class _Answers(_Outbox):
     def _taken(self) -> Iterator[pb.AnswerFrame]:
         chunks, self._chunks, self._latest = self._chunks, [], {}
         ends, self._ends = self._ends, []
+        self._has_room.set()
         frame, size = pb.AnswerFrame(), 0
         for number, chunk in chunks:
             frame.pieces.add(number=number, chunk=bytes(chunk))

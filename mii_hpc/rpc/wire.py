@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -43,6 +44,8 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
 MAX_POSITION = 100
 """A BatchPosition has no more characters."""
+MAX_LISTED = 301
+"""Of an option that is a list, what comes later is not looked at: it is too long by then."""
 MAX_WORDS = 600
 """An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
 ERROR_KEY = "mii-error"
@@ -147,9 +150,9 @@ def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:
     """Return the options in a message. Raises InvalidRequestError when one is out of its range."""
     given = {field.name: value for field, value in message.params.ListFields()}
     for name in {"stop", "stop_token_ids"} & given.keys():
-        given[name] = tuple(given[name])
+        given[name] = tuple(given[name][:MAX_LISTED])
     if "logit_bias" in given:
-        given["logit_bias"] = dict(given["logit_bias"])
+        given["logit_bias"] = dict(itertools.islice(given["logit_bias"].items(), MAX_LISTED))
     return validate(GenerateParamsConfig, given)
 
 
@@ -161,7 +164,8 @@ def set_resume(message: pb.GenerateRequest, resume: Sequence[ResumedAnswer]) -> 
 
 def get_resume(message: pb.GenerateRequest) -> tuple[ResumedAnswer, ...]:
     """Return from where the request in a message goes on."""
-    return tuple(ResumedAnswer(tuple(answer.token_ids), answer.characters, answer.ended) for answer in message.resume)
+    answers = message.resume[:MAX_LISTED]
+    return tuple(ResumedAnswer(tuple(answer.token_ids), answer.characters, answer.ended) for answer in answers)
 
 
 def pack_tokenize(prompt: Prompt, plain: bool) -> pb.TokenizeRequest:

@@ -145,3 +145,16 @@ def test_what_names_no_position_counts_like_any_request(text):
 def test_methods_are_those_of_the_protocol():
     services = pb.DESCRIPTOR.services_by_name.values()
     assert set(wire.Method) == {f"/{s.full_name}/{method.name}" for s in services for method in s.methods}
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop": ["x"] * 5000}, {"stop_token_ids": [1] * 5000}, {"logit_bias": dict.fromkeys(range(5000), 1.0)}]
+)
+def test_of_a_list_that_is_too_long_only_the_beginning_is_looked_at(given, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(wire, "validate", lambda _kind, options: looked_at.extend(options.values()))
+    wire.unpack_params(pb.GenerateRequest(params=pb.GenerateParams(**given)))
+    assert [len(value) for value in looked_at] == [wire.MAX_LISTED]
+    monkeypatch.undo()
+    with pytest.raises(InvalidRequestError, match="should have at most"):
+        wire.unpack_params(pb.GenerateRequest(params=pb.GenerateParams(**given)))
