@@ -89,7 +89,7 @@ class ModelRunner:
 
     def bind_thread(self) -> None:
         """Give the calling thread, which is to execute steps, the device and the CPU threads of this rank."""
-        compute_with(threads(self._spec))
+        compute_with(threads(self._spec, self._device))
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
 
