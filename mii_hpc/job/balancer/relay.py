@@ -46,8 +46,10 @@ FULL_SECONDS = 0.1
 to make meanwhile, more than the balancer."""
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
-GUESTS_ASKING = 2
-"""So many calls of guests that are no requests are passed on at once: a replica tokenizes for one caller at a time."""
+GUESTS_REST = 3.0
+"""After a call of a guest that is no request, there is none for so many times as long: a replica tokenizes for one
+caller at a time."""
+MOST_REST = 1.0
 MAX_REQUESTS = 16_384
 """Requests of one stream that may be open at once."""
 
@@ -80,7 +82,7 @@ class Relay:
         self._access = access
         self._of_guests: set[ServedRequest] = set()
         self.pace = Pace(config.limits.guest_waiting_bytes)
-        self._guests_asking = asyncio.Semaphore(GUESTS_ASKING)
+        self._guests_turn = asyncio.Lock()
         self._full: dict[int, tuple[float, str]] = {}
         """Until when guests are refused by a replica, by its index, and what it says."""
         self._deployment_name = config.deployment_name
@@ -243,22 +245,28 @@ class Relay:
         """Return a handler that passes calls of a method to any replica, and the answers back."""
 
         async def ask(payload: bytes, context: Context) -> bytes:
-            async with wire.answering(context), contextlib.AsyncExitStack() as turn:
+            async with wire.answering(context):
                 wire.check_size(len(payload))
-                if self._access.is_guest(transport.token_of(context.invocation_metadata())):
-                    await self.pace.keep(len(payload))
-                    await turn.enter_async_context(self._guests_asking)
-                return await self._pass(method, payload, context.time_remaining())
+                if not self._access.is_guest(transport.token_of(context.invocation_metadata())):
+                    return await self._pass(method, payload, context)
+                await self.pace.keep(len(payload))
+                await self._guests_turn.acquire()
+                began = time.monotonic()
+                try:
+                    return await self._pass(method, payload, context)
+                finally:
+                    rest = min(GUESTS_REST * (time.monotonic() - began), MOST_REST)
+                    asyncio.get_running_loop().call_later(rest, self._guests_turn.release)
 
         return grpc.unary_unary_rpc_method_handler(ask)
 
-    async def _pass(self, method: Method, payload: bytes, timeout: float | None) -> bytes:
+    async def _pass(self, method: Method, payload: bytes, context: Context) -> bytes:
         """Pass a call to any replica, and to another when that one is lost."""
         while True:
             try:
                 await self._live()
                 replica = self._router.any()
-                return await replica.ask(method, payload, timeout)
+                return await replica.ask(method, payload, context.time_remaining())
             except grpc.aio.AioRpcError as failure:
                 self._check_lost(failure, replica)
             except grpc.aio.UsageError:
