@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from mii_hpc.errors import ConfigError
+from mii_hpc.printable import one_line
 from mii_hpc.quantisation import Packed
 
 Tensors = Mapping[str, torch.Tensor]
@@ -100,17 +101,22 @@ def four_bits(tensors: Tensors, packed: Packed) -> torch.Tensor:
     """
     try:
         state = json.loads(bytes(tensors["state"].tolist()))
-        shape, block = tuple(state["shape"]), int(state["blocksize"])
         absmax = tensors["absmax"]
         if "nested_absmax" in tensors:
-            largest = tensors["nested_absmax"].repeat_interleave(int(state["nested_blocksize"]))[: len(absmax)]
-            absmax = tensors["nested_quant_map"][absmax.int()] * largest + float(state["nested_offset"])
+            numbers, largest = tensors["nested_quant_map"][absmax.int()], tensors["nested_absmax"]
+            absmax = _times_largest(numbers, largest, int(state["nested_blocksize"])) + float(state["nested_offset"])
         halves = tensors["weight"].contiguous().view(torch.uint8).flatten()
-        numbers = torch.stack([halves >> 4, halves & 15], -1).flatten()[: math.prod(shape)]
-        largest = absmax.repeat_interleave(block)[: len(numbers)]
-        return (tensors["quant_map"][numbers.int()] * largest).view(shape)
-    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise ConfigError(f"{packed.names['state']}: it does not describe the weight: {error}") from None
+        numbers = torch.stack([halves >> 4, halves & 15], -1).flatten()[: math.prod(state["shape"])]
+        numbers = tensors["quant_map"][numbers.int()]
+        return _times_largest(numbers, absmax, int(state["blocksize"])).view(state["shape"])
+    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{packed.names['state']}: it does not describe the weight: {one_line(error)}") from None
+
+
+def _times_largest(numbers: torch.Tensor, largest: torch.Tensor, block: int) -> torch.Tensor:
+    if block < 1 or largest.shape != (-(-len(numbers) // block),):
+        raise ValueError(f"{list(largest.shape)} is not one for each {block} of {len(numbers)}")
+    return numbers * largest.repeat_interleave(block)[: len(numbers)]
 
 
 def mxfp4(tensors: Tensors, packed: Packed) -> torch.Tensor:

@@ -103,7 +103,9 @@ class Checkpoint:
 
     def changes_nothing(self, stored: str) -> bool:
         """Return whether a tensor is a bias of zeros, which some quantisers give to layers that have none."""
-        return stored.endswith(".bias") and stored in self._files and not self.read(stored, torch.device("cpu")).any()
+        stem, _, leaf = stored.rpartition(".")
+        is_bias = leaf == "bias" and f"{stem}.weight" in self._packed
+        return is_bias and not self._tensor(stored, torch.device("cpu")).any()
 
     def _with_added(self, weight: torch.Tensor, low: LowRank) -> torch.Tensor:
         def read(name: str) -> torch.Tensor:

@@ -78,7 +78,17 @@ def test_mxfp4_is_what_transformers_makes_of_it():
 
 @pytest.mark.parametrize(
     "state",
-    [b"{", b"[]", b'{"shape": [9, 9], "blocksize": 64}', b'{"shape": [8, 2], "blocksize": 0}', b"\xff", b"[" * 99999],
+    [
+        b"{",
+        b"[]",
+        b'{"shape": [9, 9], "blocksize": 64}',
+        b'{"shape": [8, 2], "blocksize": 0}',
+        b'{"shape": [8, 2], "blocksize": 4}',
+        b'{"shape": [4, 2], "blocksize": 1e999}',
+        b'{"shape": ["a"]}',
+        b"\xff",
+        b"[" * 99999,
+    ],
 )
 def test_a_state_that_describes_another_weight_is_refused(state):
     tensors = {

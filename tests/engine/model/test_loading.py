@@ -108,6 +108,18 @@ def test_a_dropped_scale_is_refused_by_name(tmp_path):
         make(model_name_or_path=str(tmp_path / "quantised")).load(lambda sentence: None)
 
 
+def test_a_bias_that_a_quantiser_adds_is_left_out_only_if_it_is_zero(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_quantised(tmp_path, "gptq")
+    weights = load_file(tmp_path / "quantised" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.bias"] = torch.ones(128)
+    save_file(weights, tmp_path / "quantised" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"has model\.layers\.1\.mlp\.up_proj\.bias, which the architecture does not"):
+        make(model_name_or_path=str(tmp_path / "quantised")).load(lambda sentence: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "scale"),
     [
