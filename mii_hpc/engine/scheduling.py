@@ -27,6 +27,7 @@ class Scheduled(Protocol):
         caller: who asks for it; never changes.
         tokens: prompt and answer, as far as they are known.
         unknown: how many more are drawn, or will be by the steps that are scheduled.
+        waits: whether it goes on later, when it is known which tokens may come next.
         longest: how many tokens there can be in all: no step is scheduled to draw more.
         computed: how many of them are in the cache, in the blocks of `table`, once the scheduled steps are done.
         registered: of how many of them the blocks are registered for sharing, as far as these are full.
@@ -36,6 +37,9 @@ class Scheduled(Protocol):
 
     @property
     def caller(self) -> Caller: ...
+
+    @property
+    def waits(self) -> bool: ...
 
     tokens: list[int]
     unknown: int
@@ -107,6 +111,11 @@ class Scheduler(Generic[S]):
         """Return whether any sequence waits or runs."""
         return bool(self._running or len(self._waiting))
 
+    @property
+    def waits(self) -> bool:
+        """Whether a sequence that runs waits."""
+        return any(sequence.waits for sequence in self._running)
+
     def remove(self, sequences: Sequence[S]) -> None:
         """Forget sequences, whatever their state, and free their blocks."""
         for sequence in sequences:
@@ -150,7 +159,7 @@ class Scheduler(Generic[S]):
         for part, sequence in zip(slices, chosen, strict=True):
             sequence.computed += len(part.token_ids)
             sequence.unknown += part.sample
-        return Step(slices, self.allocator.take_dirty()), chosen
+        return Step(slices, self.allocator.take_dirty() if slices else ()), chosen
 
     def _room(self) -> _Room:
         """Return what there is in a step, and of that for guests."""
@@ -356,7 +365,9 @@ class _Room:
 
 
 def _missing(sequence: Scheduled) -> int:
-    """Return how many tokens of a running sequence are to be computed; none if the last that it can have is drawn."""
+    """Return how many tokens of a running sequence are to be computed now; none if the last one is drawn already."""
+    if sequence.waits:
+        return 0
     length = len(sequence.tokens) + sequence.unknown
     return length - sequence.computed if length < sequence.longest or not sequence.unknown else 0
 
