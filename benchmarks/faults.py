@@ -184,7 +184,7 @@ def run(cluster: Cluster, home: Path, fault: str) -> None:
         trouble = False
         while trial.seen.now() < WATCH_SECONDS:
             time.sleep(0.2)
-            trouble = trouble or len(trial.seen.states) > 1 or bool(trial.seen.errors)
+            trouble = trouble or len(trial.seen.states) > 1 or bool(trial.seen.errors) or trial.seen.longest > 1
             if trouble and trial.is_whole() and whole is None and trial.seen.now() > 3:
                 whole = trial.seen.now()
             settled = whole is not None and trial.seen.now() > whole + 5 and "stopped" not in fault
