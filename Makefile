@@ -3,9 +3,9 @@
 # make bench   what serving costs and gains, as a table and a plot
 # make bench-faults   what callers see of faults
 # make test    everything: style, types, and all tests
-# make test-real  a real model of 270M weights, which is downloaded, against transformers' own generate
+# make test-real  a real model of 270M weights, and what reads quantised weights, against the libraries that make them
 # make docs    the documentation, with a reference made from the code
-# make families   every family of models, as tiny ones, and up to eight ranks, against transformers' own generate
+# make families   every family, as tiny models, quantised too, and up to eight ranks, against transformers' own generate
 PYTHON ?= python3
 # The CPU build on PyPI's Linux wheels depends on the index; with a GPU choose another, such as TORCH=torch.
 TORCH ?= torch==2.13.0
@@ -57,11 +57,15 @@ test: setup lint
 	$(BIN)/python -m pytest
 
 families: setup
-	$(BIN)/python -m pytest tests/engine/test_families.py tests/engine/test_tensor_parallel.py --families
+	$(BIN)/python -m pytest tests/engine/test_families.py tests/engine/test_tensor_parallel.py \
+	    tests/engine/model/test_loading.py --families
 
 test-real: setup
 	$(BIN)/python -m tests.real $(VENV)/real-model
-	MII_REAL_MODEL=$(VENV)/real-model $(BIN)/python -m pytest tests/engine/test_real.py
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/references \
+	    accelerate bitsandbytes compressed-tensors loguru peft
+	MII_REAL_MODEL=$(VENV)/real-model PYTHONPATH=$(VENV)/references \
+	    $(BIN)/python -m pytest tests/engine/test_real.py tests/engine/model/test_references.py
 
 # The documentation, in .venv/docs.
 docs: setup

@@ -337,7 +337,7 @@ class ModelConfig(_Model):
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_canonical_dtype)] = "auto"
     """"auto" takes the checkpoint's; on a processor without instructions for that, float32, and says so."""
     quantization_mode: Literal["int8", "int4", "fp8"] | None = None
-    """Hold the weights of linear layers in 8 or 4 bits, made of a plain checkpoint as it loads; rows and sums stay in
+    """Hold the weights of linear layers in 8 or 4 bits, made of plain ones as they load; rows and sums stay in
     `dtype`. None holds all weights in `dtype`."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """"auto" is CUDA where it is, else CPU."""

@@ -6,34 +6,16 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mii_hpc.errors import ConfigError
-from mii_hpc.printable import listed, one_line, shown
+from mii_hpc.printable import listed, one_line
+from mii_hpc.quantisation import Quantisation, find_packed, is_of_activations
 from mii_hpc.reading import read_bounded
 
-_QUANTISED_NAMES = re.compile(
-    r"\.(weight_packed|weight_zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\.[^.]+|\w+_blocks"
-    r"|(input|activation|k|v)_scale|SCB|weight_format)$"
-)
-_SCALES_OF = re.compile(r"(.+)_scale(s|_inv)?")
-"""Scales of the tensor of that name; some models have parameters of their own that are called so."""
-_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-_SCALES = {
-    ("fp8", "F8_E4M3"): "weight_scale_inv",
-    ("fbgemm_fp8", "F8_E4M3"): "weight_scale",
-    ("compressed-tensors", "F8_E4M3"): "weight_scale",
-    ("compressed-tensors", "I8"): "weight_scale",
-    ("bitsandbytes", "I8"): "SCB",
-}
-"""Which tensor beside `weight` has its scales, by the method and the dtype of the weight."""
-_OF_ACTIVATIONS = re.compile(r"\.(input_scale|activation_scale|k_scale|v_scale|weight_format)$")
-"""What says how rows and the KV cache are to be quantised, which stay as they are."""
-_READ = "; plain weights and those of 8 bits with scales are read"
-_UNREAD = "the checkpoint's weights are quantised in a way that is not read"
 _EMBEDDINGS = re.compile(r"(language_model\.)?(model\.)?(language_model\.)?embed_tokens\.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,9})\.")
 _LARGEST_HEADER = 16 * 2**20
@@ -59,105 +41,21 @@ class Tensor:
     size: int = 0
 
 
-@dataclass(frozen=True)
-class Quantisation:
-    """How the weights of a checkpoint are quantised; `block` is how many rows and columns share a scale, if given."""
+def as_plain(tensors: Mapping[str, Tensor], quantisation: Quantisation | None) -> dict[str, Tensor | None]:
+    """Return the tensors of a checkpoint as a model has them, quantised weights made plain.
 
-    method: str
-    block: tuple[int, int] | None
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self | None:
-        """Return that of a config.json, None for plain weights. Raises ConfigError for one that is not read."""
-        given = config.get("quantization_config") or config.get("compression_config")
-        if not given:
-            return None
-        given = given if isinstance(given, Mapping) else {"quant_method": given}
-        methods = sorted({known for known, _ in _SCALES})
-        unread = _unread(given, methods)
-        if unread is not None:
-            field, value = unread
-            raise ConfigError(
-                f"{field}={shown(value)}: {_UNREAD}; {', '.join(methods)} are, with 8 bits; take a checkpoint of plain "
-                "weights"
-            )
-        method = given["quant_method"]
-        block = given.get("weight_block_size")
-        if block is not None and not (
-            isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)
-        ):
-            raise ConfigError(f"weight_block_size={one_line(block)}: must be two numbers, the rows and the columns")
-        return cls(method, None if block is None else (block[0], block[1]))
-
-
-def _unread(given: Mapping[str, Any], methods: Sequence[str]) -> tuple[str, Any] | None:
-    """Return what of a quantisation's description is not read, and its value; None where all of it is."""
-    groups = given.get("config_groups")
-    weights = [_under(group, "weights") for group in (groups.values() if isinstance(groups, Mapping) else ())]
-    fields: list[tuple[str, Any, Sequence[Any]]] = [
-        ("quant_method", given.get("quant_method", "unknown"), methods),
-        ("load_in_4bit", given.get("load_in_4bit") or False, [False]),
-        *(("num_bits", _under(each, "num_bits"), [None, 8]) for each in weights),
-        ("transform_config", given.get("transform_config") or None, [None]),
-        ("sparsity_config.format", _under(given.get("sparsity_config"), "format"), [None, "dense"]),
-    ]
-    return next(((field, value) for field, value, read in fields if value not in read), None)
-
-
-def _under(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else None
-
-
-def find_scales(tensors: Mapping[str, Tensor], quantisation: Quantisation | None) -> dict[str, str]:
-    """Return the name of the scales of each quantised weight, by its name.
-
-    Raises ConfigError, by name, for scales that are missing, left over, or of a shape that does not fit, and for
-    weights that are quantised otherwise than config.json says.
+    None stands for a weight whose shape its headers do not tell. Raises ConfigError as find_packed() does.
     """
-    found: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        stem, _, leaf = name.rpartition(".")
-        known = _SCALES.get((quantisation.method, tensor.dtype)) if quantisation is not None else None
-        if leaf == "weight" and known is not None and len(tensor.shape) == 2:
-            scales = tensors.get(f"{stem}.{known}")
-            if scales is None:
-                raise ConfigError(f"the checkpoint lacks {one_line(stem)}.{known}: {one_line(name)} is {tensor.dtype}")
-            if scales.dtype not in _PLAIN_DTYPES or not _fit(scales.shape, tensor.shape, quantisation):
-                raise ConfigError(
-                    f"the checkpoint has {one_line(stem)}.{known} as {scales.dtype} {list(scales.shape)}, which are no "
-                    f"scales of {tensor.dtype} {list(tensor.shape)}"
-                )
-            found[name] = f"{stem}.{known}"
-        elif tensor.dtype.startswith("F8") or (
-            len(tensor.shape) > 1 and tensor.dtype not in _PLAIN_DTYPES and leaf == "weight"
-        ):
-            raise ConfigError(f"{_UNREAD}: it has {one_line(name)} as {tensor.dtype}{_READ}")
-    used = set(found.values())
-    for name in tensors:
-        activations = quantisation is not None and _OF_ACTIVATIONS.search(name)
-        scaled = _SCALES_OF.fullmatch(name)
-        is_quantised = _QUANTISED_NAMES.search(name) or (scaled is not None and scaled[1] in tensors)
-        if is_quantised and name not in used and not activations:
-            raise ConfigError(f"{_UNREAD}: it has {one_line(name)}{_READ}")
-    return found
-
-
-def _fit(scales: tuple[int, ...], weight: tuple[int, ...], quantisation: Quantisation | None) -> bool:
-    """Return whether scales are one for all, one for each output, or one for each block of a weight."""
-    outputs, inputs = weight
-    if scales in ((), (1,), (outputs,), (outputs, 1), (1, 1)):
-        return True
-    if len(scales) != 2 or 0 in scales:
-        return False
-    if quantisation is not None and quantisation.block is not None:
-        rows, columns = quantisation.block
-        return scales == (-(-outputs // rows), -(-inputs // columns))
-    return outputs % scales[0] == 0 and inputs % scales[1] == 0
-
-
-def is_of_activations(name: str) -> bool:
-    """Return whether a tensor of a quantised checkpoint says nothing of its weights."""
-    return _OF_ACTIVATIONS.search(name) is not None
+    packed = find_packed(tensors, quantisation)
+    used = {name for weight in packed.values() for name in weight.names.values()}
+    plain: dict[str, Tensor | None] = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in used and not (quantisation is not None and is_of_activations(name))
+    }
+    return plain | {
+        name: None if weight.shape is None else Tensor("", "F32", weight.shape) for name, weight in packed.items()
+    }
 
 
 def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int, quantization_mode: str | None = None) -> None:
@@ -185,7 +83,7 @@ def check_tensors(folder: Path, config: Mapping[str, Any], ranks: int, quantizat
             raise ConfigError(f"{where}: {asked} takes weights in safetensors files, and here is {stored}; convert it")
         return
     tensors = read_headers(folder)
-    find_scales(tensors, quantisation)
+    find_packed(tensors, quantisation)
     _check_embeddings(where, tensors, config)
     count = config.get("num_hidden_layers")
     numbers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}

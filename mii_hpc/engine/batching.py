@@ -43,6 +43,7 @@ from mii_hpc.generation import (
     GenerationRequest,
     Load,
     Observed,
+    Response,
     ResumedAnswer,
 )
 
@@ -184,6 +185,7 @@ class BatchingEngine:
     def _finish(self, begun: _Begun) -> None:
         """Take what a step has drawn, once it is known."""
         choices = begun.draw.wait()
+        pieces = []
         with self._changed:
             self._steps += 1
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
@@ -191,7 +193,11 @@ class BatchingEngine:
                 if choice and choice.token_id is None:
                     self._scheduler.invalidate(sequence)
                 if choice and part.sample and not sequence.answer.ended:
-                    self._accept(sequence, choice)
+                    pieces.append((sequence.request, self._accept(sequence, choice)))
+            # All of them last: the first wakes whoever sends them, who would take the interpreter from this thread.
+            for entry, piece in pieces:
+                if piece:
+                    entry.deliver(piece)
 
     def _next_step(self, wait: bool) -> tuple[Step, list[_Sequence]]:
         """Return what there is to do now, with the sequences of its slices; `wait` until there is something."""
@@ -220,14 +226,14 @@ class BatchingEngine:
                 self._quotas.leave(sequence.request.request)
         return step, sequences
 
-    def _accept(self, sequence: _Sequence, choice: Choice) -> None:
-        """Add a token to its answer and deliver what that gives; an error ends this one request alone."""
+    def _accept(self, sequence: _Sequence, choice: Choice) -> Response | Exception | None:
+        """Add a token to its answer and return what is to be delivered; an error ends this one request alone."""
         entry = sequence.request
         if not self._is_active(entry):
-            return
+            return None
         if choice.token_id is None:
-            self._fail(entry, InvalidRequestError("the model's numbers for this prompt are not finite"))
-            return
+            self._remove(entry)
+            return InvalidRequestError("the model's numbers for this prompt are not finite")
         ends = choice.token_id in sequence.ends_with
         if not sequence.answer.generated:
             sequence.answer.tell_of_prompt(sequence.of_prompt)
@@ -235,8 +241,8 @@ class BatchingEngine:
             piece = sequence.answer.add(choice.token_id, choice.logprob, ends, choice.top)
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
             _log.exception("request %s failed", entry.request.id)
-            self._fail(entry, RequestError(f"the answer cannot be decoded: {error}"))
-            return
+            self._remove(entry)
+            return RequestError(f"the answer cannot be decoded: {error}")
         sequence.tokens.append(choice.token_id)
         self._generated += 1
         if sequence.answer.ended:
@@ -244,8 +250,7 @@ class BatchingEngine:
             entry.unfinished -= 1
             if not entry.unfinished:
                 del self._requests[entry.request.id]
-        if piece:
-            entry.deliver(piece)
+        return piece
 
     def _tokenise(self, entry: _Request, line: str) -> None:
         try:
@@ -297,11 +302,8 @@ class BatchingEngine:
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
         with self._changed:
             if self._is_active(entry):
-                self._fail(entry, error)
-
-    def _fail(self, entry: _Request, error: Exception) -> None:
-        self._remove(entry)
-        entry.deliver(error)
+                self._remove(entry)
+                entry.deliver(error)
 
     def _remove(self, entry: _Request) -> None:
         del self._requests[entry.request.id]

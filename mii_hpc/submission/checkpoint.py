@@ -13,8 +13,9 @@ from mii_hpc.architecture import Architecture, check_type
 from mii_hpc.config import MIIWarning, ModelConfig
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import one_line
+from mii_hpc.quantisation import Quantisation
 from mii_hpc.reading import read_bounded
-from mii_hpc.tensors import Quantisation, check_tensors, read_headers
+from mii_hpc.tensors import as_plain, check_tensors, read_headers
 
 _TOKENIZERS = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "*.tokenizer", "tekken.json")
 """Files of which any tokenizer has at least one."""
@@ -62,7 +63,7 @@ def check_model(model: ModelConfig) -> ModelConfig:
     architecture.check_served()
     architecture.check_tensor_parallel(model.tensor_parallel)
     check_type(config, model.trust_remote_code)
-    Quantisation.of(described)
+    quantisation = Quantisation.of(described)
     if folder.is_dir() or _is_cached(path.parent):
         check_tensors(path.parent, described, model.tensor_parallel, model.quantization_mode)
         if model.tokenizer is None:
@@ -73,17 +74,17 @@ def check_model(model: ModelConfig) -> ModelConfig:
             "allowed"
         )
     if model.adapter is not None:
-        model = model.model_copy(update={"adapter": _checked_adapter(model, folder)})
+        model = model.model_copy(update={"adapter": _checked_adapter(model, folder, quantisation)})
     if isinstance(model.tokenizer, str):
         model = model.model_copy(update={"tokenizer": _checked_tokenizer(model.tokenizer)})
     return model
 
 
-def _checked_adapter(model: ModelConfig, base: Path) -> str:
+def _checked_adapter(model: ModelConfig, base: Path, quantisation: Quantisation | None) -> str:
     folder = Path(str(model.adapter)).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"adapter='{model.adapter}': no such folder")
-    tensors = read_headers(base) if base.is_dir() else None
+    tensors = as_plain(read_headers(base), quantisation) if base.is_dir() else None
     if tensors is not None and not tensors:
         raise ConfigError(f"adapter='{folder}': takes a model with weights in safetensors files")
     read_adapter(folder, tensors)

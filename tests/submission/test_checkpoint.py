@@ -159,7 +159,12 @@ def quantised(**about):
     return {"quantization_config": about}
 
 
-FP8 = quantised(quant_method="fp8")
+FP8, AWQ = quantised(quant_method="fp8"), quantised(quant_method="awq", bits=4)
+GPTQ, NF4 = quantised(quant_method="gptq", bits=4), quantised(quant_method="bitsandbytes", load_in_4bit=True)
+MXFP4 = quantised(quant_method="mxfp4", modules_to_not_convert=["lm_head"])
+MLP = "model.layers.0.mlp"
+AWQ_LAYER = {f"{MLP}.qweight": ("I32", [32, 1]), f"{MLP}.qzeros": ("I32", [2, 1]), f"{MLP}.scales": ("F16", [2, 8])}
+GPTQ_LAYER = {**AWQ_LAYER, f"{MLP}.qweight": ("I32", [4, 8])}
 
 
 @pytest.mark.parametrize(
@@ -167,19 +172,36 @@ FP8 = quantised(quant_method="fp8")
     [
         ({"vocab_size": 8, "hidden_size": 4}, {"model.embed_tokens.weight": ("BF16", [9, 4])},
          "has model.embed_tokens.weight as [9, 4], and config.json says vocab_size=8 and hidden_size=4"),
-        (quantised(quant_method="mxfp4"), PLAIN, "quant_method='mxfp4': the checkpoint's weights are quantised"),
-        (quantised(quant_method="bitsandbytes", load_in_4bit=True), PLAIN, "load_in_4bit=True: the checkpoint's"),
+        (quantised(quant_method="aqlm"), PLAIN, "quant_method='aqlm': the checkpoint's weights are quantised"),
         (quantised(quant_method="compressed-tensors", config_groups={"group_0": {"weights": {"num_bits": 4}}}), PLAIN,
-         "num_bits=4: the checkpoint's weights are quantised in a way that is not read; bitsandbytes, compressed-"),
+         "num_bits=4: the checkpoint's weights are quantised in a way that is not read; awq, bitsandbytes, "),
+        (quantised(quant_method="compressed-tensors", format="nvfp4-pack-quantized", config_groups={"group_0": {}}),
+         PLAIN, "format='nvfp4-pack-quantized': the checkpoint's"),
         (quantised(quant_method="compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}), PLAIN,
          "sparsity_config.format='sparse-24-bitmask': the checkpoint's"),
         (FP8, {WEIGHT: ("F8_E4M3", [4, 4])}, f"the checkpoint lacks {SCALE}: {WEIGHT} is F8_E4M3"),
-        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", [2, 3])}, f"{SCALE} as F32 [2, 3], which are no scales of"),
-        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("U8", [1, 1])}, f"{SCALE} as U8 [1, 1], which are no scales of"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", [2, 3])}, f"{SCALE} as F32 [2, 3], which do not fit each"),
+        (FP8, {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("U8", [1, 1])}, f"{SCALE} as U8 [1, 1], which do not fit each"),
         (FP8, {WEIGHT: ("I8", [4, 4]), SCALE: ("F32", [1, 1])}, f"a way that is not read: it has {WEIGHT} as I8"),
         (FP8, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
         (FP8, {"model.experts.gate_up_proj": ("F8_E4M3", [2, 4, 4])}, "it has model.experts.gate_up_proj as F8_E4M3"),
-        (quantised(quant_method="awq"), PLAIN, "quant_method='awq': the checkpoint's weights are"),
+        (quantised(quant_method="awq", version="gemv"), PLAIN, "version='gemv': the checkpoint's weights are"),
+        (quantised(quant_method="awq", backend="llm-awq"), PLAIN, "backend='llm-awq': the checkpoint's weights are"),
+        (AWQ, {**AWQ_LAYER, f"{MLP}.qzeros": ("I32", [3, 1])}, f"{MLP}.qzeros as I32 [3, 1], {MLP}.scales as F16 [2,"),
+        (AWQ, {**AWQ_LAYER, f"{MLP}.act.scales": ("F16", [8])}, f"it has {MLP}.act.scales as F16"),
+        (AWQ, {f"{MLP}.qweight": ("I32", [32, 1])}, f"the checkpoint lacks {MLP}.qzeros: {MLP}.qweight is I32"),
+        (FP8, AWQ_LAYER, f"it has {MLP}.qweight as I32"),
+        ({}, AWQ_LAYER, f"it has {MLP}.qweight as I32"),
+        (quantised(quant_method="gptq", bits=5), PLAIN, "bits=5: the checkpoint's"),
+        (quantised(quant_method="gptq", bits=4, checkpoint_format="marlin"), PLAIN, "checkpoint_format='marlin': the"),
+        (quantised(quant_method="gptq", bits=4, is_marlin_format=True), PLAIN, "is_marlin_format=True: the"),
+        (GPTQ, {**GPTQ_LAYER, f"{MLP}.g_idx": ("I32", [31])}, f"{MLP}.g_idx as I32 [31], which do not fit"),
+        (GPTQ, {**GPTQ_LAYER, f"{MLP}.qweight": ("F32", [4, 8])}, f"{MLP}.qweight as F32 [4, 8], {MLP}.qzeros as"),
+        (MXFP4, {"e.down_blocks": ("U8", [2, 4, 3, 16]), "e.down_scales": ("U8", [2, 4])},
+         "e.down_blocks as U8 [2, 4, 3, 16], e.down_scales as U8 [2, 4], which do not fit each other"),
+        (NF4, {WEIGHT: ("U8", [8, 1]), f"{WEIGHT}.absmax": ("F32", [1]), f"{WEIGHT}.quant_map": ("F32", [16])},
+         f"the checkpoint lacks {WEIGHT}.quant_state.bitsandbytes__fp4: {WEIGHT} is U8"),
+        (NF4, {WEIGHT: ("U8", [8, 1])}, f"it has {WEIGHT} as U8"),
         (quantised(quant_method="compressed-tensors", transform_config={"R1": 1}), PLAIN, "transform_config={'R1'"),
         (quantised(quant_method="fp8", weight_block_size=[0, 4]), PLAIN, "weight_block_size=[0, 4]: must be two"),
         ({}, {**PLAIN, SCALE: ("F32", [1, 1])}, f"it has {SCALE}"),
@@ -204,6 +226,46 @@ def test_quantised_weights_are_accepted_with_their_scales(model, shape):
     tensors = {WEIGHT: ("F8_E4M3", [4, 4]), SCALE: ("F32", shape), "model.layers.0.mlp.input_scale": ("F32", [1])}
     write_tensors(folder / "model.safetensors", **tensors)
     assert checked(folder, tensor_parallel=2)
+
+
+def test_packed_weights_are_accepted_as_published(model):
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    blocks = {f"{experts}_blocks": ("U8", [4, 8, 2, 16]), f"{experts}_scales": ("U8", [4, 8, 2])}
+    four_bits = {
+        WEIGHT: ("U8", [8, 1]), f"{WEIGHT}.absmax": ("U8", [1]), f"{WEIGHT}.quant_map": ("F32", [16]),
+        f"{WEIGHT}.nested_absmax": ("F32", [1]), f"{WEIGHT}.nested_quant_map": ("F32", [256]),
+        f"{WEIGHT}.quant_state.bitsandbytes__nf4": ("U8", [99]),
+    }  # fmt: skip
+    int4 = {"format": None, "weights": {"num_bits": 4, "type": "int"}}
+    integers = {f"{MLP}.weight_packed": ("I32", [8, 4]), f"{MLP}.weight_scale": ("BF16", [8, 2])}
+    integers[f"{MLP}.weight_shape"] = ("I64", [2])
+    for config, tensors in (
+        (quantised(quant_method="awq", bits=4, group_size=16, version="GEMM", modules_to_not_convert=None), AWQ_LAYER),
+        (quantised(quant_method="gptq", bits=4, checkpoint_format="gptq", pack_dtype="int32"), GPTQ_LAYER),
+        (GPTQ, {**GPTQ_LAYER, f"{MLP}.g_idx": ("I32", [32])}),
+        (MXFP4, {**blocks, f"{experts}_bias": ("BF16", [4, 8])}),
+        (NF4, four_bits),
+        (
+            quantised(quant_method="compressed-tensors", format="pack-quantized", config_groups={"group_0": int4}),
+            integers,
+        ),
+    ):
+        folder = model({**LLAMA, **config})
+        write_tensors(folder / "model.safetensors", **tensors)
+        assert checked(folder, tensor_parallel=2)
+
+
+def test_layers_that_have_the_inputs_first_are_not_read_quantised(model):
+    with pytest.raises(ConfigError, match="model_type='gpt2': the checkpoint's weights are quantised in a way that is"):
+        checked(model({**LLAMA, **GPTQ, "model_type": "gpt2"}))
+
+
+def test_an_adapter_fits_a_packed_weight(model, adapter):
+    folder = model({**LLAMA, **AWQ})
+    write_tensors(folder / "model.safetensors", **AWQ_LAYER)
+    assert checked(folder, adapter=adapter(tensors={A: ("F32", [2, 32]), B: ("F32", [8, 2])}))
+    with pytest.raises(ConfigError, match=r"of the shape \[4, 4\], and the model's is \[8, 32\]"):
+        checked(folder, adapter=adapter())
 
 
 def test_what_cannot_be_sharded_is_refused_before_the_queue(model):
@@ -265,6 +327,7 @@ def test_an_adapter_is_named_with_its_base(tmp_path):
 LORA = {"peft_type": "LORA", "lora_alpha": 16, "base_model_name_or_path": "org/model", "loftq_config": {}}
 A, B = "base_model.model.model.layers.0.mlp.lora_A.weight", "base_model.model.model.layers.0.mlp.lora_B.weight"
 LOW = {A: ("F32", [2, 4]), B: ("F32", [4, 2])}
+MAGNITUDE = "base_model.model.model.layers.0.mlp.lora_magnitude_vector"
 
 
 @pytest.fixture
@@ -285,6 +348,7 @@ def test_an_adapter_that_fits_is_accepted(model, adapter, monkeypatch):
     assert checked(folder, adapter=adapter()).adapter == adapter()
     monkeypatch.chdir(folder.parent)
     assert checked(folder, adapter="adapter").adapter == adapter()
+    assert checked(folder, adapter=adapter({**LORA, "use_dora": True}, {**LOW, MAGNITUDE: ("F32", [4])}))
     named = {"model.layers.0.mlp.lora_A.weight": LOW[A], "model.layers.0.mlp.lora_B.weight": LOW[B]}
     assert checked(folder, adapter=adapter(tensors=named))
     write_tensors(folder / "model.safetensors", **{name.removeprefix("model."): of for name, of in PLAIN.items()})
@@ -301,7 +365,9 @@ def test_an_adapter_that_fits_is_accepted(model, adapter, monkeypatch):
         ({**LORA, "lora_alpha": "16"}, LOW, "adapter_config.json is none of a LoRA"),
         ({**LORA, "alpha_pattern": {"(": 2}}, LOW, "adapter_config.json is none of a LoRA"),
         ({**LORA, "peft_type": "IA3"}, LOW, "peft_type='IA3': only 'LORA' can be merged"),
-        ({**LORA, "use_dora": True}, LOW, "use_dora=True: cannot be merged"),
+        ({**LORA, "use_dora": True}, LOW, "model.layers.0.mlp has no magnitude, and use_dora=True"),
+        ({**LORA, "use_dora": True}, {**LOW, MAGNITUDE: ("F32", [2])}, "has an unexpected magnitude, and"),
+        (LORA, {**LOW, MAGNITUDE: ("F32", [4])}, "has an unexpected magnitude, and use_dora=False"),
         ({**LORA, "bias": "all"}, LOW, "bias=all: cannot be merged"),
         ({**LORA, "modules_to_save": ["lm_head"]}, LOW, "modules_to_save="),
         ({**LORA, "init_lora_weights": "pissa"}, LOW, "init_lora_weights='pissa' has changed the base model as well"),
@@ -310,7 +376,7 @@ def test_an_adapter_that_fits_is_accepted(model, adapter, monkeypatch):
         (LORA, {**LOW, B: ("F32", [4, 3])}, "lora_A and lora_B of model.layers.0.mlp do not fit each other"),
         (LORA, {**LOW, B: ("F32", [6, 2])}, "it is for model.layers.0.mlp.weight of the shape [6, 4], and"),
         (LORA, {name.replace("mlp", "q"): of for name, of in LOW.items()}, "it changes model.layers.0.q.weight, and"),
-        (LORA, {**LOW, "model.layers.0.mlp.lora_magnitude_vector": ("F32", [4])}, "which is no part of a plain LoRA"),
+        (LORA, {**LOW, "model.layers.0.mlp.lora_E": ("F32", [4])}, "which is no part of a LoRA"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(model, adapter, config, tensors, sentence):

@@ -26,7 +26,8 @@ from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import load_shard, shard
 from mii_hpc.engine.model.weights import refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
-from mii_hpc.tensors import Quantisation, check_tensors
+from mii_hpc.quantisation import Quantisation
+from mii_hpc.tensors import check_tensors
 
 _log = logging.getLogger(__name__)
 

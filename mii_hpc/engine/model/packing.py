@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from mii_hpc.engine.model.linears import share_of
 from mii_hpc.engine.processor import packed_dtype
@@ -81,8 +81,22 @@ def _packed(layer: Any, owners: Counter[int]) -> PackedLinear | None:
     return None if dtype is None else PackedLinear(share.weight.to(dtype), share.bias, share.group, share.inputs)
 
 
+def rounded(count: int) -> int:
+    """Return for how many rows a product is computed that is wanted for `count`: at most an eighth more.
+
+    oneDNN compiles one for each number of rows and shape of weight and keeps up to 1,024 of them, 0.6 MiB each.
+    """
+    if count <= ROWS:
+        return count
+    unit = 1 << ((count - 1).bit_length() - 4)
+    return -(-count // unit) * unit
+
+
 def _product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if not weight.numel():
         return linear(rows, weight, bias)
-    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return output
+    flat = rows.reshape(-1, rows.shape[-1])
+    count = len(flat)
+    padded = pad(flat, (0, 0, 0, rounded(count) - count))
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    return output[:count].view(*rows.shape[:-1], output.shape[-1])

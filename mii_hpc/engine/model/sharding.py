@@ -20,7 +20,7 @@ from mii_hpc.engine.model.plan import Cut, apply_plan
 from mii_hpc.engine.model.quantising import quantised
 from mii_hpc.engine.model.weights import Checkpoint, refuse_left_over, refuse_missing
 from mii_hpc.errors import ConfigError
-from mii_hpc.tensors import Quantisation
+from mii_hpc.quantisation import Quantisation
 
 SHARDINGS = ("DeepSpeed", "plan")
 """How layers are cut, in this order of preference: by DeepSpeed, or by transformers' plan for the family."""
@@ -95,7 +95,8 @@ def load_shard(
         )
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     sources = checkpoint.names(module)
-    refuse_left_over(model, module, sorted(sources.keys() - module.state_dict().keys()))
+    left_over = sources.keys() - module.state_dict().keys()
+    refuse_left_over(model, module, sorted(name for name in left_over if not checkpoint.changes_nothing(sources[name])))
     module, cuts = shard(module, ranks, dtype, sharding)
     refuse_missing(model, [name for name in shapes if name not in sources])
     kept: dict[str, nn.Parameter] = {}

@@ -13,11 +13,13 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from mii_hpc.adapter import WEIGHTS, read_adapter
+from mii_hpc.adapter import WEIGHTS, LowRank, read_adapter
 from mii_hpc.config import ModelConfig
+from mii_hpc.engine.model.dequantising import dequantised
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import listed
-from mii_hpc.tensors import Quantisation, find_scales, is_of_activations, read_headers
+from mii_hpc.quantisation import Quantisation, find_packed
+from mii_hpc.tensors import as_plain, read_headers
 
 
 class Checkpoint:
@@ -25,24 +27,23 @@ class Checkpoint:
 
     def __init__(self, model: ModelConfig, quantisation: Quantisation | None = None) -> None:
         self._folder = _folder(model.model_name_or_path)
-        self._quantisation = quantisation
         self._config: Any = None
         self._conversions: dict[str, _Conversion] = {}
         self._made_by: dict[str, _Conversion] = {}
         # What a conversion has made besides what was asked for.
         self._made: dict[str, torch.Tensor] = {}
         tensors = read_headers(self._folder)
-        self._all_files = {name: tensor.file for name, tensor in tensors.items()}
-        self._scales = find_scales(tensors, quantisation)
-        beside = {*self._scales.values(), *(name for name in tensors if quantisation and is_of_activations(name))}
-        self._files = {name: file for name, file in self._all_files.items() if name not in beside}
-        if not self._files:
+        self._files = {name: tensor.file for name, tensor in tensors.items()}
+        self._packed = find_packed(tensors, quantisation)
+        plain = as_plain(tensors, quantisation)
+        self._names = sorted(plain, key=_by_number)
+        if not self._names:
             raise ConfigError(
                 f"{model.model_name_or_path} has no model.safetensors, which tensor_parallel above 1, "
                 "quantization_mode and adapter need"
             )
         self._adapter = Path(model.adapter) if model.adapter is not None else Path()
-        self._added = {} if model.adapter is None else read_adapter(self._adapter, tensors)
+        self._added = {} if model.adapter is None else read_adapter(self._adapter, plain)
         self._merged: set[str] = set()
 
     def names(self, module: Any) -> dict[str, str]:
@@ -58,7 +59,7 @@ class Checkpoint:
         found: dict[str, str] = {}
         self._config = module.config
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        for stored in sorted(self._files, key=_by_number):
+        for stored in self._names:
             name, pattern = rename_source_key(stored, renamings, converters, module.base_model_prefix, wanted)
             if pattern is None:
                 found[name] = stored
@@ -79,22 +80,18 @@ class Checkpoint:
     def read(self, stored: str, device: torch.device) -> torch.Tensor:
         """Return the tensor that names() calls so; on a GPU it comes there without a copy on the host.
 
-        One that is quantised, or that an adapter is merged into, is returned in float32.
+        One that is quantised is returned as dequantised() makes it, one that an adapter changes in float32.
         """
         if stored in self._made_by:
             if stored not in self._made:
                 self._made |= self._convert(self._made_by[stored], device)
             return self._made.pop(stored)
-        tensor = _tensor(self._folder / self._all_files[stored], stored, device)
-        if (beside := self._scales.get(stored)) is not None:
-            scales = _tensor(self._folder / self._all_files[beside], beside, device).float()
-            if beside.endswith(".SCB"):  # the largest weight of each output
-                scales = scales / 127
-            tensor = dequantised(tensor, scales, self._quantisation.block if self._quantisation else None)
+        if (packed := self._packed.get(stored)) is None:
+            tensor = self._tensor(stored, device)
+        else:
+            tensor = dequantised(packed, {part: self._tensor(name, device) for part, name in packed.names.items()})
         if (low := self._added.get(stored)) is not None:
-            a, b = (_tensor(self._adapter / WEIGHTS, name, device).float() for name in (low.a, low.b))
-            added = low.scale * (b @ a)
-            tensor = tensor.float() + (added.T if low.transposed else added)
+            tensor = self._with_added(tensor.float(), low)
             self._merged.add(stored)
         return tensor
 
@@ -103,6 +100,25 @@ class Checkpoint:
         if unread := sorted(self._added.keys() - self._merged):
             shown = listed(unread, len(unread))
             raise ConfigError(f"adapter='{self._adapter}': it changes {shown}, which the architecture does not read")
+
+    def changes_nothing(self, stored: str) -> bool:
+        """Return whether a tensor is a bias of zeros, which some quantisers give to layers that have none."""
+        stem, _, leaf = stored.rpartition(".")
+        is_bias = leaf == "bias" and f"{stem}.weight" in self._packed
+        return is_bias and not self._tensor(stored, torch.device("cpu")).any()
+
+    def _with_added(self, weight: torch.Tensor, low: LowRank) -> torch.Tensor:
+        def read(name: str) -> torch.Tensor:
+            return _tensor(self._adapter / WEIGHTS, name, weight.device).float()
+
+        added = low.scale * (read(low.b) @ read(low.a))
+        weight = (weight.T if low.transposed else weight) + added
+        if low.magnitude is not None:
+            weight *= (read(low.magnitude) / weight.norm(dim=1)).unsqueeze(1)
+        return weight.T if low.transposed else weight
+
+    def _tensor(self, stored: str, device: torch.device) -> torch.Tensor:
+        return _tensor(self._folder / self._files[stored], stored, device)
 
     def _convert(self, conversion: _Conversion, device: torch.device) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(conversion.converter)
@@ -117,22 +133,6 @@ def _tensor(file: Path, stored: str, device: torch.device) -> torch.Tensor:
     with safe_open(file, framework="pt", device=str(device)) as opened:
         tensor: torch.Tensor = opened.get_tensor(stored)
     return tensor
-
-
-def dequantised(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
-    """Return a weight [outputs, inputs] times its scales, in float32.
-
-    There is one for all of it, one for each output, or one for each `block` of rows and columns; the last blocks may be
-    smaller. Without a `block` they are of one size.
-    """
-    if scales.dim() < 2:
-        return weight.float() * scales.view(-1, 1)
-    rows, columns = block or (weight.shape[0] // scales.shape[0], weight.shape[1] // scales.shape[1])
-    if scales.shape[0] > 1:
-        scales = scales.repeat_interleave(1 if len(scales) == len(weight) else rows, 0)[: len(weight)]
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(columns, 1)[:, : weight.shape[1]]
-    return weight.float() * scales
 
 
 @dataclass
