@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -42,6 +43,20 @@ def choose_device(spec: EngineSpec, progress: Callable[[str], None]) -> torch.de
         progress(f"Slurm has given this job no GPU on {host}; taking {device} all the same")
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def room_on(device: torch.device) -> Iterator[None]:
+    """Raise ConfigError, with what is free, where the device has no room for what is done within this context."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            f"device: {device} on {socket.gethostname()} has no room for this rank: of its {total / 2**30:.1f} GiB "
+            f"{free / 2**30:.1f} are free beside what this and other processes have taken (nvidia-smi lists them); "
+            "more ranks (tensor_parallel) take less each"
+        ) from error
 
 
 def gpus_given(environment: Mapping[str, str]) -> int | None:

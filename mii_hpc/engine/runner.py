@@ -16,7 +16,7 @@ from mii_hpc.engine.attention.interface import attach
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import PagedCache
 from mii_hpc.engine.compiled import CompiledLayers
-from mii_hpc.engine.devices import choose_device
+from mii_hpc.engine.devices import choose_device, room_on
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
 from mii_hpc.engine.memory import compute_with, plan_budget, threads
@@ -55,7 +55,8 @@ class ModelRunner:
         if spec.world_size > 1:
             progress("meeting the other ranks of the replica")
             self._ranks = Ranks(spec, self._device)
-        model = load_model(spec, self._device, progress)
+        with room_on(self._device):
+            model = load_model(spec, self._device, progress)
         self.vocabulary, self.context, self.eos_token_ids = model.vocabulary, model.context, model.eos_token_ids
         self.budget = plan_budget(spec, model.layers, model.context, self._device, model.weights)
         if self._ranks:

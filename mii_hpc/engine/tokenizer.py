@@ -133,6 +133,8 @@ class Tokenizer(TokenizerCodec):
         own = self.pretrained.eos_token_id
         self.vocabulary = vocabulary
         self.eos_token_ids = tuple(eos_token_ids) or (() if own is None else (int(own),))
+        # Each token of an answer is decoded alone once, as what comes before the next.
+        self._alone: dict[tuple[int, bool], str] = {}
 
     def encode(self, prompt: Prompt, plain: bool = False, room: int | None = None) -> list[int]:
         """Return a prompt's token ids, at least one. Raises InvalidRequestError if it has none, or has unknown ones."""
@@ -167,6 +169,14 @@ class Tokenizer(TokenizerCodec):
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids, spaces as they are."""
+        if len(token_ids) != 1:
+            return self._decode(token_ids, skip_special_tokens)
+        key = token_ids[0], skip_special_tokens
+        if key not in self._alone:
+            self._alone[key] = self._decode(token_ids, skip_special_tokens)
+        return self._alone[key]
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         if getattr(self.pretrained, "is_fast", False):
             return str(self.pretrained.backend_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
         return str(

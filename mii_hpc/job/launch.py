@@ -5,18 +5,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import SubmissionError
+from mii_hpc.job.net import refuse_connections
 from mii_hpc.job.signals import DRAIN
 from mii_hpc.schedulers.base import SAFE_PATH
 from mii_hpc.schedulers.local import JOB_ID
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.05
 
 
 def main(run_path: str) -> None:
@@ -27,7 +35,8 @@ def main(run_path: str) -> None:
     # serve()'s process may have blocked or ignored signals.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    world_size = RunDir(Path(run_path)).load_config().model_conf.world_size
+    run = RunDir(Path(run_path))
+    world_size = run.load_config().model_conf.world_size
     mpiexec = find_mpiexec()
     rank = [sys.executable, *SAFE_PATH, "-m", "mii_hpc.job.rank", run_path]
     command = [mpiexec, *_options(mpiexec), "-n", str(world_size), *rank]
@@ -47,7 +56,23 @@ def main(run_path: str) -> None:
     ranks = subprocess.Popen(command, env={**os.environ, JOB_ID: str(os.getpid())}, start_new_session=True)
     if ending:
         end()
+    threading.Thread(target=_seclude, args=(ranks, run), daemon=True).start()
     sys.exit(ranks.wait())
+
+
+def _seclude(mpiexec: subprocess.Popen[bytes], run: RunDir) -> None:
+    """Let nobody connect to mpiexec once the ranks have met over it.
+
+    Open MPI's starts what a caller asks for in the name of its user, and believes a caller that says to be that user.
+    """
+    while mpiexec.poll() is None and not run.members.exists():
+        time.sleep(_LOOK_SECONDS)
+    try:
+        refuse_connections(mpiexec.pid)
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        pass
+    except OSError as error:
+        log.warning("others on this machine can connect to mpiexec, and have it run commands: %s", error.strerror)
 
 
 def find_mpiexec() -> str:

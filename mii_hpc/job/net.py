@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import ipaddress
 import os
 import socket
+import struct
+from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 ANSWER_SECONDS = 2.0
 """A host that is up answers within this, also where nobody listens; the kernel asks twice."""
+_PIDFD_GETFD = 438
+_SO_ATTACH_FILTER = 26
+_DROP_ALL = struct.pack("=HBBI", 6, 0, 0, 0)
+"""A program of one instruction for the kernel's packet filter: return 0, of every packet (linux/filter.h)."""
 
 
 def host_address() -> str:
@@ -59,6 +67,31 @@ def private_file(name: str) -> int:
     descriptor = os.memfd_create(name, 0)
     os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+def refuse_connections(process: int) -> None:
+    """Have the kernel drop all new TCP connections to a process of this user that listens; those that are there go on.
+
+    The process notices nothing. It must descend from this one where the system restricts ptrace. Raises OSError where
+    that is impossible: it has ended, or Linux is older than 5.6.
+    """
+    system = ctypes.CDLL(None, use_errno=True)
+    program = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
+    pidfd = os.pidfd_open(process)
+    try:
+        for entry in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if not str(entry.readlink()).startswith("socket:"):
+                    continue
+                descriptor = system.syscall(_PIDFD_GETFD, pidfd, int(entry.name), 0)
+                if descriptor < 0:
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+                with socket.socket(fileno=descriptor) as theirs:
+                    if theirs.family != socket.AF_UNIX and theirs.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                        told = struct.pack("@HP", 1, ctypes.addressof(program))
+                        theirs.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, told)
+    finally:
+        os.close(pidfd)
 
 
 def listening_socket(address: str) -> socket.socket:

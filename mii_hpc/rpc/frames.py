@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 FRAME_BYTES = 2**20
 """A frame with so many bytes takes in no more."""
+FRAME_REQUESTS = 1024
+"""A frame has no more requests, and cancels no more: a message of tiny ones would take a server minutes."""
+
+_CANCELLED = pb.RequestFrame.DESCRIPTOR.fields_by_name["cancelled"].number
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -214,12 +218,14 @@ class _Server:
         began = False
         try:
             async for frame in frames:
+                _check(frame)
                 message = pb.RequestFrame.FromString(frame)
                 for request in message.requests:
                     self._begin(request)
                     began = True
                 for number in message.cancelled:
                     self._drop(number)
+                await self.answers.room()
             if not began:
                 self._fail(InvalidRequestError("the call has ended without a request"))
         except DecodeError as error:
@@ -294,6 +300,15 @@ class _Server:
         self.answers.close()
 
 
+def _check(frame: bytes) -> None:
+    """Raise InvalidRequestError for a frame of too many requests, before they take the gigabytes that they may."""
+    count = 0
+    for number, begin, end in wire.fields_of(frame):
+        count += 1 + (end - begin) // wire.VARINT_BYTES if number == _CANCELLED else 1
+        if count > 2 * FRAME_REQUESTS:
+            raise InvalidRequestError(f"a frame begins or cancels more than {FRAME_REQUESTS} requests")
+
+
 class _Outbox(ABC):
     """What is to be sent, until the stream has room for it."""
 
@@ -341,11 +356,14 @@ class _Requests(_Outbox):
         for request in begun:
             frame.requests.append(request)
             size += len(request.request)
-            if size >= FRAME_BYTES:
+            if size >= FRAME_BYTES or len(frame.requests) == FRAME_REQUESTS:
                 yield frame
                 frame, size = pb.RequestFrame(), 0
-        frame.cancelled.extend(cancelled)
-        if frame.ByteSize():
+        for first in range(0, len(cancelled), FRAME_REQUESTS):
+            frame.cancelled.extend(cancelled[first : first + FRAME_REQUESTS])
+            yield frame
+            frame = pb.RequestFrame()
+        if frame.requests:
             yield frame
 
 
@@ -355,6 +373,13 @@ class _Answers(_Outbox):
         self._chunks: list[tuple[int, bytearray]] = []
         self._latest: dict[tuple[int, int], bytearray] = {}
         self._ends: list[tuple[int, MIIError | None]] = []
+        self._has_room = asyncio.Event()
+
+    async def room(self) -> None:
+        """Wait until no more requests have ended than a frame begins: who reads no answers is asked nothing more."""
+        while len(self._ends) > FRAME_REQUESTS and not self._is_closed:
+            self._has_room.clear()
+            await self._has_room.wait()
 
     def add(self, number: int, index: int, chunk: bytes) -> None:
         latest = self._latest.get((number, index))
@@ -371,6 +396,7 @@ class _Answers(_Outbox):
     def _taken(self) -> Iterator[pb.AnswerFrame]:
         chunks, self._chunks, self._latest = self._chunks, [], {}
         ends, self._ends = self._ends, []
+        self._has_room.set()
         frame, size = pb.AnswerFrame(), 0
         for number, chunk in chunks:
             frame.pieces.add(number=number, chunk=bytes(chunk))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -43,10 +44,22 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """No message is longer, in either direction."""
 MAX_POSITION = 100
 """A BatchPosition has no more characters."""
+MAX_LISTED = 301
+"""Of an option that is a list, what comes later is not looked at: it is too long by then."""
+MAX_IDS = 2**22
+"""No request has more token ids."""
+MAX_MARKS = 2**20
+"""No conversation has more commas, colons and opening brackets, which bound how many values there are to be made."""
+MAX_FIELDS = 512
+"""No request has more fields, with those of its options. Millions of empty ones would take gigabytes."""
+VARINT_BYTES = 10
+"""A number has no more bytes in a message."""
 MAX_WORDS = 600
 """An error's message is cut to so many characters, of up to 12 bytes on the wire: gRPC has room for 8 KiB."""
 ERROR_KEY = "mii-error"
 """Trailing metadata: an error's class and facts, as JSON. Its message is the status's."""
+
+_PARAMS = pb.GenerateRequest.DESCRIPTOR.fields_by_name["params"].number
 
 Context = grpc.aio.ServicerContext[Any, Any]
 """The server's side of a call."""
@@ -127,12 +140,64 @@ def check_size(size: int) -> None:
         raise InvalidRequestError(f"prompt: the request has {size} bytes; {MAX_MESSAGE_BYTES} are allowed")
 
 
+def fields_of(message: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield a message's fields as they come: number, and where the value begins and ends. Nothing is parsed for it.
+
+    What comes of bytes that are no message means nothing; parsing refuses them.
+    """
+    at = 0
+    while at < len(message):
+        tag, begin = _varint(message, at)
+        end = begin
+        match tag & 7:
+            case 0:
+                end = _varint(message, begin)[1]
+            case 1:
+                end += 8
+            case 2:
+                size, begin = _varint(message, begin)
+                end = begin + size
+            case 5:
+                end += 4
+        yield tag >> 3, begin, end
+        at = end
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """Return the number that is written there, and where it ends: at the end of the message where it does not."""
+    number = 0
+    for place, byte in enumerate(message[at : at + VARINT_BYTES]):
+        number |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return number, at + place + 1
+    return 0, len(message)
+
+
 def parse_request(payload: bytes) -> pb.GenerateRequest:
-    """Return the message in some bytes. Raises InvalidRequestError when they are no such message."""
+    """Return the message in some bytes.
+
+    Raises InvalidRequestError when they are no such message, or one that would take much memory or time for its bytes.
+    """
+    if next(itertools.islice(_fields_of_request(payload), MAX_FIELDS, None), None):
+        raise InvalidRequestError(f"the request has more than {MAX_FIELDS} fields")
     try:
-        return pb.GenerateRequest.FromString(payload)
+        message = pb.GenerateRequest.FromString(payload)
     except DecodeError as error:
         raise InvalidRequestError(f"the request is not a valid GenerateRequest message: {error}") from None
+    _check_ids(len(message.prompt_ids) + sum(len(answer.token_ids) for answer in message.resume))
+    return message
+
+
+def _fields_of_request(payload: bytes) -> Iterator[tuple[int, int, int]]:
+    for number, begin, end in fields_of(payload):
+        yield number, begin, end
+        if number == _PARAMS:
+            yield from fields_of(payload[begin:end])
+
+
+def _check_ids(count: int) -> None:
+    if count > MAX_IDS:
+        raise InvalidRequestError(f"prompt: the request has {count} token ids; {MAX_IDS} are allowed")
 
 
 def unpack_request(message: pb.GenerateRequest) -> GenerationRequest:
@@ -147,9 +212,9 @@ def unpack_params(message: pb.GenerateRequest) -> GenerateParamsConfig:
     """Return the options in a message. Raises InvalidRequestError when one is out of its range."""
     given = {field.name: value for field, value in message.params.ListFields()}
     for name in {"stop", "stop_token_ids"} & given.keys():
-        given[name] = tuple(given[name])
+        given[name] = tuple(given[name][:MAX_LISTED])
     if "logit_bias" in given:
-        given["logit_bias"] = dict(given["logit_bias"])
+        given["logit_bias"] = dict(itertools.islice(given["logit_bias"].items(), MAX_LISTED))
     return validate(GenerateParamsConfig, given)
 
 
@@ -161,7 +226,8 @@ def set_resume(message: pb.GenerateRequest, resume: Sequence[ResumedAnswer]) -> 
 
 def get_resume(message: pb.GenerateRequest) -> tuple[ResumedAnswer, ...]:
     """Return from where the request in a message goes on."""
-    return tuple(ResumedAnswer(tuple(answer.token_ids), answer.characters, answer.ended) for answer in message.resume)
+    answers = message.resume[:MAX_LISTED]
+    return tuple(ResumedAnswer(tuple(answer.token_ids), answer.characters, answer.ended) for answer in answers)
 
 
 def pack_tokenize(prompt: Prompt, plain: bool) -> pb.TokenizeRequest:
@@ -176,6 +242,7 @@ def unpack_tokenize(payload: bytes) -> tuple[Prompt, bool]:
         message = pb.TokenizeRequest.FromString(payload)
     except DecodeError as error:
         raise InvalidRequestError(f"the request is not a valid TokenizeRequest message: {error}") from None
+    _check_ids(len(message.token_ids))
     return _unpack_prompt(message.prompt, message.token_ids, message.chat), message.plain
 
 
@@ -348,6 +415,9 @@ def _pack_prompt(prompt: Prompt) -> tuple[str, tuple[int, ...], str]:
 
 def _unpack_prompt(text: str, token_ids: Sequence[int], chat: str) -> Prompt:
     if chat:
+        if (marks := sum(map(chat.count, ",:[{"))) > MAX_MARKS:
+            what = f"{marks} commas, colons and opening brackets; {MAX_MARKS} are allowed"
+            raise InvalidRequestError(f"messages: the conversation has {what}")
         try:
             # Not json's, which goes as deep as Python's stack: what is collected there could not end in order.
             return Chat(**from_json(chat))

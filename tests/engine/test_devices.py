@@ -7,7 +7,7 @@ from torch._C._distributed_c10d import HashStore
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import EngineSpec
-from mii_hpc.engine.devices import choose_device, gpus_given, ranks_per_device
+from mii_hpc.engine.devices import choose_device, gpus_given, ranks_per_device, room_on
 from mii_hpc.engine.distributed import refuse_mixture
 from mii_hpc.errors import ConfigError
 
@@ -140,3 +140,12 @@ def test_a_replica_of_ranks_with_and_without_a_gpu_is_refused():
     refuse_mixture(store, spec(**replica), torch.device("cpu"))
     with pytest.raises(ConfigError, match=rf"^device='auto': .* compute on cuda on {gethostname()}, cpu on n2; choose"):
         refuse_mixture(store, spec(**replica), torch.device("cuda", 0))
+
+
+def test_no_room_on_the_device_is_said_with_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
+    with (
+        pytest.raises(ConfigError, match=r"cuda:1 on .* has no room for this rank: of its 80.0 GiB 1.0 are free"),
+        room_on(torch.device("cuda", 1)),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")

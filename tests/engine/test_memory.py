@@ -36,5 +36,4 @@ def test_what_strangers_have_of_a_gpu_is_not_planned_with():
 @pytest.mark.parametrize(("device", "configured", "expected"), [("cpu", 3, 3), ("cuda", None, 1), ("cuda", 3, 3)])
 def test_threads_that_meet_for_little_work_are_not_used(device, configured, expected):
     config = ModelConfig(model_name_or_path="m", inference_engine_config={"threads": configured})
-    alone = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "replica_local_size": 1}
-    assert threads(EngineSpec(config, **alone, host="", store_address=""), torch.device(device)) == expected
+    assert threads(EngineSpec.alone(config), torch.device(device)) == expected

@@ -1,7 +1,13 @@
 import asyncio
+import socket
+import subprocess
+import sys
+
+import pytest
 
 from mii_hpc.job import net
-from mii_hpc.job.net import host_answers, reserve_port
+from mii_hpc.job.net import host_answers, refuse_connections, reserve_port
+from tests.waiting import PATIENCE, next_line
 
 
 async def test_a_host_that_is_up_answers_whether_or_not_somebody_listens():
@@ -23,3 +29,29 @@ async def test_a_host_that_is_gone_does_not_answer(monkeypatch):
 
     monkeypatch.setattr(asyncio, "open_connection", refuse)
     assert not await host_answers("10.0.0.1:1")
+
+
+LISTENING = """
+import socket, sys
+ports = [socket.create_server((host, 0), family=family) for family, host in
+         ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))]
+print(*(port.getsockname()[1] for port in ports), flush=True)
+accepted, _ = ports[0].accept()
+while said := accepted.recv(1):
+    accepted.sendall(said)
+"""
+
+
+def test_nobody_connects_any_more_to_a_process_that_listens():
+    with subprocess.Popen([sys.executable, "-c", LISTENING], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
+        ports = [int(port) for port in next_line(process.stdout).split()]
+        with socket.create_connection(("127.0.0.1", ports[0]), PATIENCE) as before:
+            refuse_connections(process.pid)
+            for host, port in zip(("127.0.0.1", "127.0.0.1", "::1"), ports, strict=True):
+                with pytest.raises(TimeoutError):
+                    socket.create_connection((host, port), 0.5)
+            before.sendall(b"x")
+            assert before.recv(1) == b"x", "who is connected stays so"
+    assert process.wait(PATIENCE) == 0
+    with pytest.raises((ProcessLookupError, FileNotFoundError)):
+        refuse_connections(process.pid)

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 import mii_hpc
@@ -138,6 +139,22 @@ def test_another_process_finds_it_by_name_and_by_model(served):
         [sys.executable, "-c", script, str(served.home)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.stdout == "[hi ]\n[hi ]\n", done.stderr
+
+
+def test_nobody_connects_to_mpiexec(served):
+    """It would run commands in its user's name for whoever says to be that user."""
+    (mpiexec,) = psutil.Process(int(served.entry.job_id)).children()
+    doors = [each.laddr for each in mpiexec.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+
+    def is_open(door):
+        try:
+            socket.create_connection(door, 0.5).close()
+        except TimeoutError:
+            return False
+        return True
+
+    assert doors
+    eventually(lambda: not any(map(is_open, doors)), PATIENCE, "it listens to nobody")
 
 
 def test_setup_lines_run_before_the_ranks(served):

@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -270,3 +272,61 @@ async def test_above_its_limit_requests_are_refused():
     pieces, _, _ = await served(requests(1, 2, 3), b"\xff", bounds={"limit": 2})
     assert [piece.number for piece in pieces] == [3]
     assert type(wire.unpack_failure(pieces[0].failure)) is QueueFullError
+
+
+@pytest.mark.parametrize(("field", "entry"), [("requests", b"\x0a\0"), ("cancelled", b"\x10\1"), ("packed", b"\1")])
+async def test_a_frame_of_too_many_requests_is_refused_unparsed(monkeypatch, field, entry):
+    """It would keep a server busy for minutes, and take its memory, however few bytes it has."""
+    frame = entry * 2**21
+    if field == "packed":
+        frame = pb.RequestFrame(cancelled=[1] * 2**21).SerializeToString()
+    parsed = []
+    unparsed = SimpleNamespace(FromString=parsed.append)
+    monkeypatch.setattr(frames, "pb", SimpleNamespace(RequestFrame=unparsed, AnswerFrame=pb.AnswerFrame))
+
+    async def sent():
+        yield frame
+
+    server = Server()
+    with pytest.raises(InvalidRequestError, match=r"^a frame begins or cancels more than 1024 requests$"):
+        async for _ in frames.serve(sent(), server.answer):
+            pass
+    assert not parsed and not server.began
+
+
+async def test_more_requests_than_a_frame_has_go_in_several():
+    server = Server()
+    stream = server.stream()
+    callers = [Caller(stream, str(number).encode()) for number in range(2 * frames.FRAME_REQUESTS + 1)]
+    await until(lambda: len(server.asked) == len(callers))
+    for caller in callers:
+        caller.leave()
+    await until(lambda: len(server.cancelled) == len(callers))
+    assert not stream.has_ended
+
+
+async def test_who_reads_no_answers_is_asked_nothing_more(monkeypatch):
+    monkeypatch.setattr(frames, "FRAME_REQUESTS", 10)
+    taken = []
+
+    async def sent():
+        for first in itertools.count(step=10):
+            await asyncio.sleep(0)
+            taken.append(first)
+            requests = [pb.NumberedRequest(number=number) for number in range(first, first + 10)]
+            yield pb.RequestFrame(requests=requests).SerializeToString()
+
+    async def refuse(_request):
+        raise QueueFullError("full")
+
+    async def turns():
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return len(taken)
+
+    async with contextlib.aclosing(frames.serve(sent(), refuse)) as serving:
+        await anext(serving)
+        before = await turns()
+        assert await turns() == before < 10
+        await anext(serving)
+        assert await turns() > before, "who reads on is"

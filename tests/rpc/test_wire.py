@@ -1,3 +1,4 @@
+import random
 from dataclasses import asdict, replace
 
 import pytest
@@ -5,7 +6,15 @@ import pytest
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.generation import Chat, Description, GenerationFinishReason, GenerationRequest, Response, joined
+from mii_hpc.generation import (
+    Chat,
+    Description,
+    GenerationFinishReason,
+    GenerationRequest,
+    Response,
+    ResumedAnswer,
+    joined,
+)
 from mii_hpc.rpc import wire
 
 ALL_SET = GenerateParamsConfig(
@@ -145,3 +154,72 @@ def test_what_names_no_position_counts_like_any_request(text):
 def test_methods_are_those_of_the_protocol():
     services = pb.DESCRIPTOR.services_by_name.values()
     assert set(wire.Method) == {f"/{s.full_name}/{method.name}" for s in services for method in s.methods}
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop": ["x"] * 5000}, {"stop_token_ids": [1] * 5000}, {"logit_bias": dict.fromkeys(range(5000), 1.0)}]
+)
+def test_of_a_list_that_is_too_long_only_the_beginning_is_looked_at(given, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(wire, "validate", lambda _kind, options: looked_at.extend(options.values()))
+    wire.unpack_params(pb.GenerateRequest(params=pb.GenerateParams(**given)))
+    assert [len(value) for value in looked_at] == [wire.MAX_LISTED]
+    monkeypatch.undo()
+    with pytest.raises(InvalidRequestError, match="should have at most"):
+        wire.unpack_params(pb.GenerateRequest(params=pb.GenerateParams(**given)))
+
+
+def test_the_fields_of_a_message_are_seen_without_parsing():
+    message = wire.pack_request(GenerationRequest("id", "a prompt", ALL_SET, (ResumedAnswer((1, 2), 3),) * 2))
+    payload = message.SerializeToString()
+    fields = [(number, payload[begin:end]) for number, begin, end in wire.fields_of(payload)]
+    named = {
+        field.name: [value for number, value in fields if number == field.number] for field, _ in message.ListFields()
+    }
+    assert {name: values for name, values in named.items() if name in ("id", "prompt")} == {
+        "id": [b"id"],
+        "prompt": [b"a prompt"],
+    }
+    assert named["params"] == [message.params.SerializeToString()]
+    assert named["resume"] == [answer.SerializeToString() for answer in message.resume]
+    assert sum(map(len, named.values())) == len(fields)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_no_message_has_fields_that_end(seed):
+    chance = random.Random(seed)
+    payload = chance.randbytes(chance.randrange(300))
+    assert len(list(wire.fields_of(payload))) <= len(payload)
+
+
+EMPTY = {"stop": b"\x52\0", "resume": b"\xa2\1\0", "unknown": b"\xf8\x3f\1"}
+
+
+@pytest.mark.parametrize("field", EMPTY)
+def test_a_request_of_too_many_fields_is_refused_unparsed(field, monkeypatch):
+    """Millions of empty ones would take gigabytes."""
+    payload = EMPTY[field] * 2**20
+    if field == "stop":
+        options = pb.GenerateRequest(params=pb.GenerateParams(stop=[""] * 2**20))
+        payload = options.SerializeToString()
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "pb", None)
+        with pytest.raises(InvalidRequestError, match=r"^the request has more than 512 fields$"):
+            wire.parse_request(payload)
+
+
+def test_token_ids_are_bounded(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_IDS", 3)
+    resume = [pb.ResumedAnswer(token_ids=[1, 2])] * 2
+    for message in (pb.GenerateRequest(prompt_ids=[1] * 4), pb.GenerateRequest(resume=resume)):
+        with pytest.raises(InvalidRequestError, match=r"^prompt: the request has 4 token ids; 3 are allowed$"):
+            wire.parse_request(message.SerializeToString())
+    with pytest.raises(InvalidRequestError, match="4 token ids"):
+        wire.unpack_tokenize(pb.TokenizeRequest(token_ids=[1] * 4).SerializeToString())
+
+
+def test_a_conversation_of_too_many_values_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(wire, "from_json", None)
+    chat = '{"messages": [' + "[]," * 2**20
+    with pytest.raises(InvalidRequestError, match=r"^messages: the conversation has \d+ commas, colons and opening"):
+        wire.unpack_request(pb.GenerateRequest(chat=chat))

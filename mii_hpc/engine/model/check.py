@@ -151,6 +151,8 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
         vocabulary = small.get_text_config().vocab_size
         plain = _seeded(small, model, device)
         expected = expected_logits(plain, device, vocabulary, context)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 (a configuration may have any rules of its own)
         _log.info("no small model of this architecture can be made: %s", error)
         return None

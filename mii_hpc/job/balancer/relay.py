@@ -28,6 +28,7 @@ from mii_hpc.generation import GUEST, OWNER, Received, new_seed
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.ending import Ending
+from mii_hpc.job.balancer.pace import Pace
 from mii_hpc.job.balancer.router import Router
 from mii_hpc.rpc import frames, transport, wire
 from mii_hpc.rpc.frames import LostError, ServedRequest
@@ -45,6 +46,10 @@ FULL_SECONDS = 0.1
 to make meanwhile, more than the balancer."""
 IDLE_SECONDS = 30.0
 """A caller's stream without a request is ended after this."""
+GUESTS_REST = 3.0
+"""After a call of a guest that is no request, there is none for so many times as long: a replica tokenizes for one
+caller at a time."""
+MOST_REST = 1.0
 MAX_REQUESTS = 16_384
 """Requests of one stream that may be open at once."""
 
@@ -60,6 +65,7 @@ class Relay:
     `on_broken` is called with a replica's index, its epoch and a reason when the connection to it broke.
 
     Attributes:
+        pace: what long requests of guests go by.
         migrations: how many requests went on elsewhere because a replica was lost, by its index.
         resumed: how many came because their balancer was lost or replaced, by the replica where they went on.
         lost: how many were given up because a replica was lost, by its index.
@@ -75,6 +81,8 @@ class Relay:
     ) -> None:
         self._access = access
         self._of_guests: set[ServedRequest] = set()
+        self.pace = Pace(config.limits.guest_waiting_bytes)
+        self._guests_turn = asyncio.Lock()
         self._full: dict[int, tuple[float, str]] = {}
         """Until when guests are refused by a replica, by its index, and what it says."""
         self._deployment_name = config.deployment_name
@@ -123,12 +131,14 @@ class Relay:
         """Pass a caller's request to the next replica, and on from there while replicas are lost."""
         if self._ending.has_begun:
             raise await self._stopping("is ending")
+        is_guest = asked in self._of_guests
         try:
+            if is_guest:
+                await self.pace.keep(len(asked.payload))
             await self._live()
             replica = self._router.next(BatchPosition.parse(asked.position))
         except MIIError as error:
             raise self._located(error) from None
-        is_guest = asked in self._of_guests
         until, refusal = self._full.get(replica.index, (0.0, ""))
         if is_guest and time.monotonic() < until:
             raise self._located(QueueFullError(refusal), replica)
@@ -236,22 +246,36 @@ class Relay:
 
         async def ask(payload: bytes, context: Context) -> bytes:
             async with wire.answering(context):
-                while True:
-                    try:
-                        await self._live()
-                        replica = self._router.any()
-                        return await replica.ask(method, payload, context.time_remaining())
-                    except grpc.aio.AioRpcError as failure:
-                        self._check_lost(failure, replica)
-                    except grpc.aio.UsageError:
-                        pass
-                    except asyncio.CancelledError:
-                        if transport.is_being_cancelled():
-                            raise
-                    except MIIError as error:
-                        raise self._located(error) from None
+                wire.check_size(len(payload))
+                if not self._access.is_guest(transport.token_of(context.invocation_metadata())):
+                    return await self._pass(method, payload, context)
+                await self.pace.keep(len(payload))
+                await self._guests_turn.acquire()
+                began = time.monotonic()
+                try:
+                    return await self._pass(method, payload, context)
+                finally:
+                    rest = min(GUESTS_REST * (time.monotonic() - began), MOST_REST)
+                    asyncio.get_running_loop().call_later(rest, self._guests_turn.release)
 
         return grpc.unary_unary_rpc_method_handler(ask)
+
+    async def _pass(self, method: Method, payload: bytes, context: Context) -> bytes:
+        """Pass a call to any replica, and to another when that one is lost."""
+        while True:
+            try:
+                await self._live()
+                replica = self._router.any()
+                return await replica.ask(method, payload, context.time_remaining())
+            except grpc.aio.AioRpcError as failure:
+                self._check_lost(failure, replica)
+            except grpc.aio.UsageError:
+                pass
+            except asyncio.CancelledError:
+                if transport.is_being_cancelled():
+                    raise
+            except MIIError as error:
+                raise self._located(error) from None
 
     def _check_lost(self, failure: grpc.aio.AioRpcError, replica: ReplicaConnection) -> None:
         """Raise the error of a call that failed for another reason than that its replica is lost."""

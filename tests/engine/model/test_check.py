@@ -148,6 +148,15 @@ def test_where_no_small_model_can_be_made_the_loaded_one_is_tried(monkeypatch, t
     assert models[1].serving.way == "cached"
 
 
+def test_a_small_model_that_finds_no_room_is_not_one_that_cannot_be_made(monkeypatch):
+    def full(config, ranks):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(check, "miniature", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        served()
+
+
 @pytest.mark.parametrize("context", [1, 15, 16, 17, 40, 5000])
 def test_windows_are_read_from_mask_functions(context):
     def window(batch, head, query, key):

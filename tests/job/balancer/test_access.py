@@ -11,7 +11,7 @@ import pytest
 
 from mii_hpc.deployments import credentials, sharing
 from mii_hpc.errors import AuthenticationError, QueueFullError, RequestCancelledError, RequestError
-from mii_hpc.job.balancer import relay
+from mii_hpc.job.balancer import pace, relay
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
@@ -210,6 +210,24 @@ async def test_guests_are_held_to_their_limits_and_the_owner_gets_in(deploy, mon
             await guest.generate("a")
     else:
         assert str((await guest.generate("x"))[0]) == "x "
+
+
+async def test_long_requests_of_guests_wait_for_each_other_and_the_owners_for_none(deploy, monkeypatch):
+    monkeypatch.setattr(pace, "BYTES_PER_SECOND", 1)
+    deployment = await deploy(replica_num=1, share=SHARED, limits={"guest_waiting_bytes": 132_000})
+    guest, owner, long = deployment.guest(), deployment.client(), "a" * pace.LONG_BYTES
+    await guest.generate(long, max_new_tokens=1)
+    waiting = [asyncio.create_task(guest.generate(long, max_new_tokens=1)), asyncio.create_task(guest.tokenize(long))]
+    await until(lambda: deployment.balancer.relay.pace.waiting >= 2 * pace.LONG_BYTES)
+    for ask in (guest.generate, guest.tokenize):
+        with pytest.raises(QueueFullError, match=r"limits\.guest_waiting_bytes=132000 are allowed"):
+            await ask(long)
+    await owner.generate(long, max_new_tokens=1)
+    await owner.tokenize("a")
+    await guest.generate("a", max_new_tokens=1)
+    for call in waiting:
+        call.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_rotation_fails_no_call_of_a_busy_client(deploy):
