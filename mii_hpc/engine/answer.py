@@ -118,13 +118,15 @@ class Answer:
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             top_logprobs=tuple(self._top_logprobs),
-            prompt_logprobs=tuple(logprob for logprob, _ in self._of_prompt),
-            prompt_top_logprobs=tuple(top for _, top in self._of_prompt) if self._params.top_logprobs else (),
             index=self._index,
             prompt_length=self._prompt_length,
             generated_length=self.generated,
             finish_reason=self.finish_reason,
         )
+        if self._of_prompt:
+            piece.prompt_logprobs = tuple(logprob for logprob, _ in self._of_prompt)
+            if self._params.top_logprobs:
+                piece.prompt_top_logprobs = tuple(top for _, top in self._of_prompt)
         self._text = ""
         self._token_ids.clear()
         self._logprobs.clear()

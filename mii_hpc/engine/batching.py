@@ -384,11 +384,11 @@ class _Sequence:
     computed: int = 0
     registered: int = 0
     slot: int | None = None
+    caller: Caller = field(init=False)
 
-    @property
-    def caller(self) -> Caller:
-        """Who asks."""
-        return self.request.request.caller
+    def __post_init__(self) -> None:
+        """Note who asks."""
+        self.caller = self.request.request.caller
 
     @property
     def waits(self) -> bool:

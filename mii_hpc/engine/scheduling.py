@@ -99,6 +99,7 @@ class Scheduler(Generic[S]):
         self._waiting: _Waiting[S] = _Waiting()
         self.prefix_queries = self.prefix_hits = 0
         """Tokens that sequences have looked for, and found, in what the cache holds, when they started."""
+        self._preemptions = 0
         self._had_no_room = False
         """Whether the next that waits found none in the last step that had tokens left for it."""
         self._slots = list(range(budget.max_batch_size - 1, -1, -1))
@@ -136,13 +137,13 @@ class Scheduler(Generic[S]):
             self._preempt(sequence)
         if self._had_no_room:
             self._share_alike()
-        waiting = len(self._waiting)
+        preemptions = self._preemptions
         counts: dict[S, int] = {}
-        for sequence in sorted(self._running, key=self._order):
-            missing = _missing(sequence)
-            count = room.of(sequence, missing, prefills=missing > 1)
+        missing = {sequence: _missing(sequence) for sequence in self._running}
+        for sequence in self._in_turns(missing):
+            count = room.of(sequence, missing[sequence], prefills=missing[sequence] > 1)
             # Those before it may have preempted it.
-            runs = len(self._waiting) == waiting or sequence in self._running
+            runs = self._preemptions == preemptions or sequence in self._running
             if count > 0 and runs and self._allocate(sequence, count, counts):
                 counts[sequence] = count
                 room.take(sequence, count)
@@ -150,7 +151,7 @@ class Scheduler(Generic[S]):
         for sequence, count in counts.items():
             self._register(sequence, sequence.computed + count)
         admitted: set[S] = set()
-        if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
+        if self._preemptions == preemptions:  # so there may be blocks for others
             admitted = self._admit(room, counts)
         self._short.update(sequence for sequence in counts if self._is_short(sequence))
         self._latest.update(zip(counts, self._turns, strict=False))
@@ -172,12 +173,16 @@ class Scheduler(Generic[S]):
         )
         return _Room(tokens, MOST_SCORES, self._budget.guest_tokens, shared_with_prompts=prompts)
 
-    def _order(self, sequence: S) -> tuple[bool, bool, int]:
-        """Tell who has his turn first: those that decode, the guests among them behind the owner's and in turns."""
-        if _prefills(sequence):
-            return True, False, 0
-        is_guest = sequence.caller[0] == GUEST
-        return False, is_guest, self._latest.get(sequence, 0) if is_guest else 0
+    def _in_turns(self, missing: dict[S, int]) -> list[S]:
+        """Return those that run, those that decode first, the guests among them behind the owner's and in turns."""
+        decoding = [sequence for sequence, count in missing.items() if count <= 1]
+        guests = [sequence for sequence in decoding if sequence.caller[0] == GUEST]
+        if guests:
+            decoding = [sequence for sequence in decoding if sequence.caller[0] != GUEST]
+            decoding += sorted(guests, key=lambda sequence: self._latest.get(sequence, 0))
+        if len(decoding) < len(missing):
+            decoding += [sequence for sequence, count in missing.items() if count > 1]
+        return decoding
 
     def _next(self, room: _Room | None = None) -> S | None:
         """Return the next that is to start, of a role that may have more running, and has room in the step."""
@@ -200,6 +205,7 @@ class Scheduler(Generic[S]):
                 self._preempt(shares.youngest_of_the_most(over))
 
     def _preempt(self, sequence: S) -> None:
+        self._preemptions += 1
         self._running.remove(sequence)
         self._release(sequence)
         self._waiting.add(sequence, first=True)
