@@ -124,7 +124,7 @@ class Guide:
             raise InvalidRequestError(f"structured_outputs: {self._failure}")
         self._matcher.consume_token(token_id)
         _check(self._matcher)
-        return self._matcher.is_stopped()
+        return bool(self._matcher.is_stopped())
 
     def look_ahead(self, executor: Executor, done: Callable[[], object]) -> Future[Any]:
         """Begin to find out what may come next, and call `done` once it is known."""

@@ -25,6 +25,7 @@ class Sampler:
 
     Attributes:
         tokens: prompt and answer as far as they are known; the sequence's own list, which grows.
+        is_guided: whether `allowed` says which tokens may come.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Sampler:
         self._min_new_tokens = params.min_new_tokens
         self._masked = list(eos_token_ids)
         self._guide = guide
+        self.is_guided = guide is not None
         self._random = random.Random() if params.seed is None else random.Random(params.seed + index)
         self._generated = 0
         self._prompt_length = len(tokens)
@@ -61,11 +63,6 @@ class Sampler:
     def forbidden(self) -> list[int]:
         """Tokens that may not come now: those that would end the answer before its minimum. Not of a guided one."""
         return self._masked if self._generated < self._min_new_tokens and not self.is_guided else []
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether `allowed` says which tokens may come."""
-        return self._guide is not None
 
     def allowed(self) -> np.ndarray:
         """Return which tokens [vocabulary] may come now, of a sequence that is guided."""
