@@ -15,16 +15,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mii_hpc as mii
 from mii_hpc.deployments.registry import Registry
+from mii_hpc.schedulers import state_of
 from tests.cluster.cluster import Cluster
 from tests.processes import command_line
 
 CALLERS = 24
+CROWD = 64
 WATCH_SECONDS = 75.0
+AGAIN_SECONDS = 300.0
+"""Of a job that starts again twice: Slurm has it wait until the credentials of its first start have expired."""
+HOME_MEGABYTES = 16
+DEAD = f"all nodes cut, {CROWD} threads"
 
 
 @dataclass
@@ -48,7 +55,8 @@ class Trial:
         self.cluster, self.home, self.name = cluster, home, name
         self.client = mii.serve(
             deployment_name=name, home=home, cluster="slurm", replica_num=4, startup_timeout=120,
-            inference_engine_config={"engine": "echo", "echo_delay": 0.02}, slurm={"tasks_per_node": 1},
+            inference_engine_config={"engine": "echo", "echo_delay": 0.02},
+            slurm={"tasks_per_node": 1, "partition": "low"},
         )  # fmt: skip
         entry = Registry(home).get(name)
         assert entry is not None
@@ -136,17 +144,33 @@ def requeue(trial: Trial) -> None:
 
 
 def wait_for_ready(trial: Trial) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + AGAIN_SECONDS / 2
     while time.monotonic() < deadline and not trial.is_whole():
         time.sleep(0.2)
 
 
-def requeue_twice(trial: Trial) -> None:
-    requeue(trial)
-    time.sleep(5)
-    wait_for_ready(trial)
-    requeue(trial)
-    time.sleep(5)
+def preempt(trial: Trial) -> None:
+    """Let a job of a partition that goes before need all nodes."""
+    job = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
+    subprocess.run(job, check=True, stdout=subprocess.DEVNULL)
+
+
+def twice(fault: Callable[[Trial], None]) -> Callable[[Trial], None]:
+    def again(trial: Trial) -> None:
+        fault(trial)
+        time.sleep(5)
+        wait_for_ready(trial)
+        fault(trial)
+        time.sleep(5)
+
+    return again
+
+
+def fill_home(trial: Trial) -> None:
+    """Leave no room where registry and run directories are."""
+    with contextlib.suppress(OSError), (trial.home / "full").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def suspend(trial: Trial) -> None:
@@ -168,12 +192,35 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "node 0 cut": lambda trial: trial.cluster.kill_node(trial.hosts[0]),
     "suspended for 25 s": suspend,
     "requeued": requeue,
-    "requeued twice": requeue_twice,
+    "requeued twice": twice(requeue),
+    "preempted twice": twice(preempt),
+    "home full": fill_home,
     "scancel": lambda trial: trial.scancel(),
     "scancel INT": lambda trial: trial.scancel("--signal=INT"),
     "scancel USR1": lambda trial: trial.scancel("--signal=USR1"),
     "scancel batch USR2": lambda trial: trial.scancel("--batch", "--signal=USR2"),
 }
+
+
+def run_crowd(cluster: Cluster, home: Path) -> None:
+    """Print what many threads of one client see of a deployment whose nodes are all gone without a word."""
+    trial = Trial(cluster, home, "crowd")
+    for host in trial.hosts:
+        cluster.kill_node(host)
+
+    def ask(_: int) -> tuple[str, float]:
+        began = time.monotonic()
+        try:
+            trial.client("x")
+        except mii.MIIError as error:
+            return type(error).__name__, time.monotonic() - began
+        return "an answer", time.monotonic() - began
+
+    with ThreadPoolExecutor(CROWD) as pool:
+        told = list(pool.map(ask, range(CROWD)))
+    kinds, times = sorted({kind for kind, _ in told}), [seconds for _, seconds in told]
+    print(f"| {DEAD} | {len(told)} {'+'.join(kinds)} {min(times):.1f} to {max(times):.1f} s | | | | |", flush=True)
+    cluster.reset()
 
 
 def run(cluster: Cluster, home: Path, fault: str) -> None:
@@ -182,25 +229,28 @@ def run(cluster: Cluster, home: Path, fault: str) -> None:
         FAULTS[fault](trial)
         whole = None
         trouble = False
-        while trial.seen.now() < WATCH_SECONDS:
+        seconds = AGAIN_SECONDS if "twice" in fault else WATCH_SECONDS
+        while trial.seen.now() < seconds:
             time.sleep(0.2)
-            trouble = trouble or len(trial.seen.states) > 1 or bool(trial.seen.errors)
+            trouble = trouble or len(trial.seen.states) > 1 or bool(trial.seen.errors) or trial.seen.longest > 1
             if trouble and trial.is_whole() and whole is None and trial.seen.now() > 3:
                 whole = trial.seen.now()
             settled = whole is not None and trial.seen.now() > whole + 5 and "stopped" not in fault
             gone = Registry(home).get(trial.name) is None and not trial.left() and trial.seen.now() > 12
             if settled or gone or (whole is not None and trial.seen.now() > 45):
                 break
-    seen = trial.seen
+    seen, entry = trial.seen, Registry(home).get(trial.name)
+    shown = state_of(entry) if entry else "no entry"
     kinds = sorted({kind for _, kind in seen.errors})
     times = [at for at, _ in seen.errors]
     jobs = [job for job in cluster.squeue() if str(job.id) == trial.entry.job_id]
     print(f"| {fault} | {len(seen.errors)} {'+'.join(kinds)}"
           + (f" {min(times):.1f} to {max(times):.1f} s" if times else "")
           + f", longest call {seen.longest:.1f} s"
-          + f" | {', '.join(f'{state} {at:.1f}' for at, state in seen.states)}"
-          + f" | {f'whole at {whole:.1f} s' if whole else 'not whole'}"
+          + f" | {', '.join(f'{state} {at:.1f}' for at, state in seen.states)}, shown at the end: {shown}"
+          + f" | {f'whole at {whole:.1f} s' if whole else 'not whole' if trouble else 'undisturbed'}"
           + f" | {', '.join(f'{job.state}/{job.reason}' for job in jobs)}", end="", flush=True)  # fmt: skip
+    (home / "full").unlink(missing_ok=True)
     with contextlib.suppress(mii.MIIError):
         trial.client.terminate_server()
     deadline = time.monotonic() + 15
@@ -215,14 +265,23 @@ def main(*faults: str) -> None:
     """Print a row for each fault."""
     folder = Path(tempfile.mkdtemp(prefix="mii-faults-"))
     folder.chmod(0o755)
-    with Cluster(folder / "cluster") as cluster:
+    home = folder / "home"
+    home.mkdir(0o700)
+    # Before the nodes have file systems of their own.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={HOME_MEGABYTES}m,mode=700", "mii-home", home], check=True)
+    with contextlib.ExitStack() as held:
+        held.callback(lambda: subprocess.run(["umount", "--lazy", home], check=True))
+        cluster = held.enter_context(Cluster(folder / "cluster"))
         os.environ.update(cluster.env)
         print(
             "| fault | callers saw | states, from second | service | job | left after 15 s |\n|---|---|---|---|---|---|"
         )
-        for fault in faults or FAULTS:
+        for fault in faults or [*FAULTS, DEAD]:
             try:
-                run(cluster, folder / "home", fault)
+                if fault == DEAD:
+                    run_crowd(cluster, home)
+                else:
+                    run(cluster, home, fault)
             except Exception as error:  # noqa: BLE001 (the next fault is still worth its row)
                 print(f"| {fault} | {type(error).__name__}: {error}", flush=True)
                 cluster.reset()

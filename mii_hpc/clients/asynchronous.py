@@ -52,8 +52,10 @@ from mii_hpc.generation import (
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.frames import ClosedError, LostError, Metadata, RequestStream
 
-CONNECT_SECONDS = (1.0, 3.0, 3.0, 3.0)
-"""How long a client waits for a connection, between the times that it asks whether the job still runs."""
+CONNECT_SECONDS = (1.0,) * 10
+"""How long a client waits for a connection, between two looks for the balancer in the registry."""
+LOOKS_PER_QUESTION = 3
+"""After the first of so many it asks whether the job still runs; many users share the scheduler."""
 ANSWER_SECONDS = 10.0
 """How long it waits for the scheduler's answer, and for the balancer's to anything but a request."""
 REMEMBERED_SECONDS = 2.0
@@ -439,6 +441,9 @@ class AsyncMIIClient:
         self, lost: LostError, connection: transport.Connection, shown: Metadata, replica: int | None
     ) -> Exception:
         """Return what the end of the stream means to a request: an error, or that it may go on elsewhere."""
+        if lost.is_silent:
+            self._leave(connection)
+            return _BalancerLostError(self._unavailable("gives no sign of life"))
         if lost.failure is None:
             return _BalancerLostError(self._unavailable("has ended the stream of requests"))
         if lost.failure.code() is grpc.StatusCode.UNAUTHENTICATED and self._has_new_token(shown):
@@ -452,10 +457,7 @@ class AsyncMIIClient:
         if failure.code() is grpc.StatusCode.UNAUTHENTICATED:
             self._metadata = None  # the token may have been rotated; the next call reads it again
         if wire.is_lost(failure):
-            # The balancer may have moved (a requeued job); the next call looks it up again. The connection is not
-            # closed, because other calls may still run on it.
-            if self._connection is connection:
-                self._connection = None
+            self._leave(connection)  # the balancer may have moved (a requeued job)
             with contextlib.suppress(RegistryError, DeploymentNotFoundError):
                 self._find()
                 return self._unavailable("does not answer: " + (failure.details() or "connection lost"))
@@ -466,9 +468,13 @@ class AsyncMIIClient:
         """Whether the name is, or will be, another job's; the next call looks it up again then."""
         if not isinstance(error, DeploymentStoppingError) or not error.comes_back:
             return False
-        if self._connection is connection:  # it is not closed, because other calls still run on it
-            self._connection = None
+        self._leave(connection)
         return True
+
+    def _leave(self, connection: transport.Connection) -> None:
+        """Have the next call look the balancer up again; a connection is not closed while others may run on it."""
+        if self._connection is connection:
+            self._connection = None
 
     def _located(self, error: MIIError, replica: int | None = None) -> MIIError:
         """Return an error with the deployment and the replica that it is about, where the server has not said them."""
@@ -509,7 +515,7 @@ class AsyncMIIClient:
     async def _connect(self) -> transport.Connection:
         """Connect; ask whether the job still runs as soon as that takes long."""
         try:
-            for seconds in CONNECT_SECONDS:
+            for look, seconds in enumerate(CONNECT_SECONDS):
                 found = await asyncio.to_thread(self._find)
                 self._metadata = transport.authorization(found.credentials)
                 if not found.entry.address:
@@ -521,8 +527,9 @@ class AsyncMIIClient:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(connection.channel.channel_ready(), seconds)
                     return connection
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.to_thread(check_live, found), ANSWER_SECONDS)
+                if look % LOOKS_PER_QUESTION == 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.to_thread(check_live, found), ANSWER_SECONDS)
             raise self._unavailable(f"does not answer at {self._target[0]} within {sum(CONNECT_SECONDS):.0f} s")
         except MIIError as error:
             self._failure = time.monotonic(), error

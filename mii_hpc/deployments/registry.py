@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 CLAIM_TURNS = 200
 """How often to try to replace a stale entry that others replace, too."""
-HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 4.0
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
 """A heartbeat older than this means that the balancer is down, or cannot write."""
 TEXT_LENGTH = 4096

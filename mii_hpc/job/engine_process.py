@@ -20,13 +20,12 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine import codec_of, create_engine
 from mii_hpc.engine.base import Engine, EngineSpec
-from mii_hpc.job import liveness
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 from mii_hpc.job.tasks import Tasks
-from mii_hpc.rpc import transport
+from mii_hpc.rpc import liveness, transport
 
 log = logging.getLogger(__name__)
 

@@ -26,14 +26,13 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.files import tail
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError
-from mii_hpc.job import liveness
-from mii_hpc.job.liveness import Pulse
 from mii_hpc.job.net import LOOPBACK, host_answers, listening_socket, private_file
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
 from mii_hpc.job.signals import DRAIN
 from mii_hpc.job.tasks import Tasks
-from mii_hpc.rpc import transport
+from mii_hpc.rpc import liveness, transport
+from mii_hpc.rpc.liveness import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ START_SECONDS = 300.0
 """The balancer must be there within this time of a rank's start."""
 BALANCER_DEADLINE_SECONDS = 40.0
 """Without a balancer for this long, later, a rank ends the job, unless the balancer serves others."""
-HOST_DEADLINE_SECONDS = 8.0
+HOST_DEADLINE_SECONDS = 1.0
 """It does after this where the balancer's host does not answer either: no process of it can be started again."""
 REVIVE_SECONDS = 6.0
 """Without a balancer for this long, rank 0 is taken for lost."""

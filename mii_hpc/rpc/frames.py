@@ -5,6 +5,8 @@ stream for all its requests, which it numbers, and the tokens that an engine mak
 
 Nobody on a stream waits for another: what cannot be sent yet is joined, answer by answer. A slow reader gets fewer and
 longer pieces, and no more waits for it than its answers.
+
+A server that has nothing to say sends an empty frame as a sign of life. To a caller, a silent server is a lost one.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from google.protobuf.message import DecodeError
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, MIIError, QueueFullError
-from mii_hpc.rpc import wire
+from mii_hpc.rpc import liveness, wire
+from mii_hpc.rpc.liveness import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +40,19 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class LostError(Exception):
-    """A stream has ended before the request did; `failure` is what gRPC says of it, None where it ended in order."""
+    """A stream has ended before the request did.
 
-    def __init__(self, failure: grpc.aio.AioRpcError | None = None) -> None:
+    `failure` is what gRPC says of it; None where it ended in order, or because the server `is_silent`.
+    """
+
+    def __init__(self, failure: grpc.aio.AioRpcError | None = None, *, is_silent: bool = False) -> None:
         super().__init__(failure)
-        self.failure = failure
+        self.failure, self.is_silent = failure, is_silent
 
     @property
     def is_of_connection(self) -> bool:
-        """Whether the connection broke, and with it whatever else went over it."""
-        return self.failure is not None and wire.is_lost(self.failure)
+        """Whether the connection broke, or leads to nobody, and with it whatever else went over it."""
+        return self.is_silent or (self.failure is not None and wire.is_lost(self.failure))
 
 
 class ClosedError(LostError):
@@ -54,7 +60,10 @@ class ClosedError(LostError):
 
 
 class RequestStream:
-    """The caller's side. Belongs to one event loop; closed once it has been without a request for `idle_seconds`."""
+    """The caller's side. Belongs to one event loop; closed once it has been without a request for `idle_seconds`.
+
+    It ends when the server has given no sign of life for liveness.SILENT_SECONDS.
+    """
 
     def __init__(
         self,
@@ -73,7 +82,9 @@ class RequestStream:
             self._call = method(self._outbox.frames(), metadata=metadata)
         except grpc.aio.UsageError:  # the channel is closed
             raise ClosedError from None
+        self._pulse = Pulse()
         self._reading = asyncio.create_task(self._read())
+        self._listening = asyncio.create_task(self._end_when_silent())
 
     def __len__(self) -> int:
         """Return how many requests have not ended."""
@@ -112,6 +123,7 @@ class RequestStream:
         lost = LostError()
         try:
             async for frame in self._call:
+                self._pulse.beat()
                 for piece in pb.AnswerFrame.FromString(frame).pieces:
                     self._take(piece)
         except grpc.aio.AioRpcError as failure:
@@ -120,6 +132,11 @@ class RequestStream:
             lost = ClosedError()
         finally:
             self._end(lost)
+
+    async def _end_when_silent(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # whose traceback would hold the stream after its end
+            await self._pulse.lost()
+            self._end(LostError(is_silent=True))
 
     def _take(self, piece: pb.Piece) -> None:
         if piece.number not in self._open:  # cancelled meanwhile
@@ -150,6 +167,7 @@ class RequestStream:
         for _, ended in ending.values():
             _resolve(ended, lost)
         self._call.cancel()
+        self._listening.cancel()
 
 
 class ServedRequest:
@@ -312,14 +330,20 @@ def _check(frame: bytes) -> None:
 class _Outbox(ABC):
     """What is to be sent, until the stream has room for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat_seconds: float | None = None) -> None:
+        self._beat_seconds = beat_seconds
         self._filled = asyncio.Event()
         self._is_closed = False
 
     async def frames(self) -> AsyncGenerator[bytes]:
-        """Yield frames as there is something to send, and room, until it is closed and empty."""
+        """Yield frames as there is something to send, and room, until it is closed and empty; empty ones meanwhile."""
         while not self._is_closed:
-            await self._filled.wait()
+            try:
+                async with asyncio.timeout(self._beat_seconds):
+                    await self._filled.wait()
+            except TimeoutError:
+                yield b""
+                continue
             await asyncio.sleep(0)  # so that what follows at once travels along, such as the end behind a last piece
             self._filled.clear()
             for frame in self._taken():
@@ -369,7 +393,7 @@ class _Requests(_Outbox):
 
 class _Answers(_Outbox):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(liveness.BEAT_SECONDS)
         self._chunks: list[tuple[int, bytearray]] = []
         self._latest: dict[tuple[int, int], bytearray] = {}
         self._ends: list[tuple[int, MIIError | None]] = []

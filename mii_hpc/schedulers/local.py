@@ -116,7 +116,11 @@ class LocalJob(Job):
         """Return None: there is no walltime."""
 
     def start_rank(self, run: RunDir, config: MIIConfig, rank: int, node: str) -> bool:
-        """Do nothing: mpiexec ends all ranks when one dies."""
+        """Do nothing: mpiexec ends all ranks when one dies.
+
+        Told to spare them (Open MPI's --enable-recovery), it would also leave those that wait for ever to meet one
+        that has died before.
+        """
         return True
 
     def hasten(self) -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ from mii_hpc.generation import Chat, Tokenization, joined
 from mii_hpc.job.balancer import lifetime
 from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.inference import InferenceService
+from mii_hpc.rpc import frames
 from tests.live import Deployment
 from tests.waiting import PATIENCE, until
 
@@ -404,8 +406,8 @@ async def test_the_status_of_a_deployment_that_does_not_answer(deploy, monkeypat
 
 @pytest.mark.parametrize("live", [False, True], ids=["dead", "silent"])
 async def test_many_calls_to_a_dead_deployment_learn_it_together(deploy, monkeypatch, live):
-    """Each has its error after one wait, and a list has one for each prompt; the scheduler is asked once a wait."""
-    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1, 0.2))
+    """Each has its error after one wait, and a list has one for each prompt; the scheduler is asked sparingly."""
+    monkeypatch.setattr(clients, "CONNECT_SECONDS", (0.1,) * 4)
     monkeypatch.setattr(clients, "REMEMBERED_SECONDS", PATIENCE)
     deployment = await deploy()
     await gone(deployment)
@@ -573,6 +575,27 @@ async def test_without_retry_a_lost_balancer_is_an_error(deploy):
             pass
     with pytest.raises(InvalidRequestError, match=r"^retry='always': must be 'resume' or None$"):
         await deployment.client().generate("x", retry="always")
+
+
+async def test_a_silent_balancer_is_a_lost_one(deploy, held, monkeypatch):
+    """A request goes on elsewhere, over a new connection; without retry it fails."""
+    deployment = await deploy(echo_delay=0.01)
+    falls_silent = asyncio.Event()
+    pulse = SimpleNamespace(beat=lambda: None, lost=falls_silent.wait)
+    monkeypatch.setattr(frames, "Pulse", lambda: pulse)
+    first, second = deployment.client(), deployment.client()
+    answer = asyncio.create_task(first.generate(WORDS, max_new_tokens=100))
+    told = asyncio.create_task(second.generate(WORDS, max_new_tokens=100, retry=None))
+    await until(lambda: [stats.running for stats in deployment.stats()] == [1, 1])
+    before = first._connection
+    falls_silent.set()
+    with pytest.raises(UnavailableError, match=r"^deployment 'chat' gives no sign of life$"):
+        await told
+    falls_silent.clear()
+    held.set()
+    assert_repeated((await answer)[0], 100)
+    assert (await answer)[0].migrations >= 1
+    assert first._connection not in (None, before)
 
 
 async def test_a_request_waits_for_a_lost_balancer_no_longer_than_its_timeout_or_its_job(deploy, monkeypatch):

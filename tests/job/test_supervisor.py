@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from mii_hpc.errors import DeploymentFailedError, ReplicaLostError
-from mii_hpc.job import liveness, supervisor
+from mii_hpc.job import supervisor
 from mii_hpc.job.rendezvous import Member, World
 from mii_hpc.job.supervisor import AbandonedError, keep_balancer
 from mii_hpc.placement import role_of
+from mii_hpc.rpc import liveness
 from mii_hpc.submission import submit as submission
 from tests.waiting import PATIENCE, until
 

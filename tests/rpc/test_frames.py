@@ -7,7 +7,7 @@ import pytest
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
-from mii_hpc.rpc import frames, wire
+from mii_hpc.rpc import frames, liveness, wire
 from mii_hpc.rpc.frames import LostError, RequestStream
 from tests.waiting import PATIENCE, until
 
@@ -19,14 +19,17 @@ class Call:
         self.serving = frames.serve(sent, answer, **bounds)
         self.has_room = asyncio.Event()
         self.has_room.set()
-        self.frames = []
+        self.frames, self.beats = [], 0
         self._task = None
 
     async def __aiter__(self):
         self._task = asyncio.current_task()
         async with contextlib.aclosing(self.serving) as serving:
             async for frame in serving:
-                self.frames.append(pb.AnswerFrame.FromString(frame))
+                if frame:
+                    self.frames.append(pb.AnswerFrame.FromString(frame))
+                else:
+                    self.beats += 1
                 yield frame
                 await self.has_room.wait()
 
@@ -221,6 +224,31 @@ async def test_an_idle_stream_is_closed_by_its_caller():
     await until(lambda: stream.has_ended)
     with pytest.raises(LostError), stream.request(b"late", print):
         pass
+
+
+async def test_a_server_with_nothing_to_say_gives_signs_of_life(monkeypatch):
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", PATIENCE)
+    server = Server()
+    stream = server.stream()
+    (caller,) = await asked(server, stream, b"a")
+    await until(lambda: server.calls[0].beats > 3)
+    server.send(b"a", b"1")
+    server.end(b"a")
+    await caller.ended
+    assert caller.chunks == [b"1"]
+    stream.close()
+
+
+async def test_a_silent_server_is_a_lost_one(monkeypatch):
+    monkeypatch.setattr(liveness, "SILENT_SECONDS", 0.1)
+    server = Server()
+    stream = server.stream()
+    caller = Caller(stream, b"a")
+    with pytest.raises(LostError) as lost:
+        await asyncio.wait_for(caller.ended, PATIENCE)
+    assert (lost.value.is_silent, lost.value.is_of_connection) == (True, True)
+    assert stream.has_ended
 
 
 async def served(*sent, bounds=None, then=None):

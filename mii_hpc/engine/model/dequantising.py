@@ -20,7 +20,7 @@ Tensors = Mapping[str, torch.Tensor]
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """At which place of a word each of eight outputs is."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The positive values of four bits; a fifth's place is the sign."""
+"""What three bits of a number are; the fourth is the sign."""
 
 
 def dequantised(packed: Packed, tensors: Tensors) -> torch.Tensor:

@@ -16,12 +16,12 @@ from mii_hpc.deployments.registry import Entry, Registry
 from mii_hpc.deployments.rundir import Failure, RunDir
 from mii_hpc.deployments.state import DeploymentState
 from mii_hpc.errors import DeploymentExistsError
-from mii_hpc.job import liveness
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.ending import Ending
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
+from mii_hpc.rpc import liveness
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError
-from mii_hpc.job import liveness
-from mii_hpc.job.liveness import Pulse
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.placement import role_of
+from mii_hpc.rpc import liveness
+from mii_hpc.rpc.liveness import Pulse
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ import pytest
 
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, RequestError
-from mii_hpc.job import liveness
 from mii_hpc.job.balancer import membership
 from mii_hpc.job.balancer.membership import Membership
 from mii_hpc.job.tasks import Tasks
+from mii_hpc.rpc import liveness
 from tests.waiting import PATIENCE, until
 
 

@@ -6,28 +6,31 @@ TCP and gRPC's keepalive answer for a process that is stopped; only the process 
 from __future__ import annotations
 
 import asyncio
+import time
 
 BEAT_SECONDS = 2.0
 """How often a process gives a sign of life."""
-SILENT_SECONDS = 10.0
-"""A process that gives none for this long is lost."""
+SILENT_SECONDS = 9.5
+"""A process that gives none for this long is lost: whoever depends on it knows within ten."""
 
 
 class Pulse:
     """How long another process has been silent. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._waits = 0
+        self._latest = time.monotonic()
 
     def beat(self) -> None:
         """Note a sign of life."""
-        self._waits = 0
+        self._latest = time.monotonic()
 
     async def lost(self) -> None:
-        """Return when there was no sign of life for SILENT_SECONDS.
+        """Return SILENT_SECONDS after the last sign of life.
 
         That is time in which this process ran: one that was stopped itself, as in a suspended job, judges nobody.
         """
-        while self._waits * BEAT_SECONDS < SILENT_SECONDS:
-            self._waits += 1
-            await asyncio.sleep(BEAT_SECONDS)
+        silent = 0.0
+        while silent < SILENT_SECONDS:
+            pause, latest = min(BEAT_SECONDS, SILENT_SECONDS - silent), self._latest
+            await asyncio.sleep(pause)
+            silent = silent + pause if self._latest == latest else min(pause, time.monotonic() - self._latest)
