@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import math
 import os
 import re
@@ -27,6 +28,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import from_json
 
 from mii_hpc.constants import TaskType
 from mii_hpc.errors import ConfigError, InvalidRequestError, UnknownArgument
@@ -37,6 +39,8 @@ from mii_hpc.reading import read_bounded
 NAME_LENGTH = 100
 STOP_CHARACTERS = 2**16
 """All stop strings of all answers to a request have no more than these."""
+GRAMMAR_BYTES = 2**16
+"""What a request says of the grammar of its answers is no longer, as JSON."""
 YAML_BYTES = 2**16
 """No YAML file is longer: PyYAML reads some 100 KiB a second."""
 YAML_NODES = 10_000
@@ -144,6 +148,47 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) else value
 
 
+def _as_grammar(value: Any) -> Any:
+    """Return what answers are to be as JSON with a single key: json, regex, choice or grammar."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value = from_json(value)
+        except ValueError as error:
+            raise ValueError(f"must be a dictionary, or one as JSON: {error}") from None
+    kinds = ("json", "json_object", "regex", "choice", "grammar")
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a dictionary with one of {', '.join(kinds)}")
+    given = {kind: wanted for kind, wanted in value.items() if wanted is not None and wanted is not False}
+    for kind in given.keys() - set(kinds):
+        raise ValueError(unknown_name("field", str(kind), kinds))
+    if len(given) != 1:
+        raise ValueError(f"give one of {', '.join(kinds)}, not {' and '.join(given) or 'none'}")
+    ((kind, wanted),) = given.items()
+    if kind == "json_object":
+        kind, wanted = "json", {"type": "object"}
+    try:
+        if kind == "json" and isinstance(wanted, str):
+            wanted = from_json(wanted)
+        text = json.dumps({kind: wanted}, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{kind} is not to be written as JSON: {error}") from None
+    if kind == "json":
+        is_right, right = isinstance(wanted, Mapping), "a JSON schema, as a dictionary or as JSON"
+    elif kind == "choice":
+        is_right = isinstance(wanted, list | tuple) and bool(wanted) and all(isinstance(one, str) for one in wanted)
+        right = "a list of one or more strings"
+    else:
+        is_right, right = isinstance(wanted, str) and bool(wanted), "a string that is not empty"
+    if not is_right:
+        raise ValueError(f"{kind} must be {right}, not {shown(wanted)}")
+    if size > GRAMMAR_BYTES:
+        raise ValueError(f"{kind} has {size} bytes as JSON, and {GRAMMAR_BYTES} are allowed")
+    return text
+
+
 def _written_as(how: str, pattern: str) -> AfterValidator:
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -216,6 +261,11 @@ class GenerateParamsConfig(_Model):
     """Let the tokenizer put its special tokens, such as that of the beginning, around a prompt of text."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the answer's text."""
+
+    structured_outputs: Annotated[str | None, BeforeValidator(_as_grammar)] = None
+    """Hold answers to a grammar: a dictionary with one of `json` (a JSON schema), `json_object` (true), `regex`,
+    `choice` (a list of strings), `grammar` (as Lark or GBNF write one), or the same as JSON; at most 65536 bytes of it.
+    Names are vLLM's. An answer ends only where it is complete, or at a stop string, or with its bounds in tokens."""
 
     @field_validator("stop")
     @classmethod

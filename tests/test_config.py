@@ -348,6 +348,22 @@ def test_configurations_are_frozen():
         ({"num_return_sequences": 2, "do_sample": False}, "needs do_sample=True"),
         ({"num_return_sequences": 2, "temperature": 0}, "needs do_sample=True and a temperature"),
         ({"max_tokens": 5}, "unknown field 'max_tokens': did you mean 'max_new_tokens'"),
+        (
+            {"structured_outputs": {}},
+            "structured_outputs: give one of json, json_object, regex, choice, grammar, not none",
+        ),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "not regex and choice"),
+        ({"structured_outputs": {"jsn": {}}}, "structured_outputs: unknown field 'jsn': did you mean 'json'"),
+        ({"structured_outputs": ["a"]}, "must be a dictionary with one of json, "),
+        ({"structured_outputs": "json"}, "structured_outputs='json': must be a dictionary, or one as JSON: "),
+        ({"structured_outputs": {"json": []}}, "json must be a JSON schema, as a dictionary or as JSON, not []"),
+        ({"structured_outputs": {"json": "{"}}, "json is not to be written as JSON: EOF"),
+        ({"structured_outputs": {"json": {"a": {1}}}}, "json is not to be written as JSON: "),
+        ({"structured_outputs": {"regex": ""}}, "regex must be a string that is not empty, not ''"),
+        ({"structured_outputs": {"regex": "\ud800"}}, "regex is not to be written as JSON: "),
+        ({"structured_outputs": {"choice": []}}, "choice must be a list of one or more strings, not []"),
+        ({"structured_outputs": {"choice": "ab"}}, "choice must be a list of one or more strings, not 'ab'"),
+        ({"structured_outputs": {"grammar": "é" * 2**15}}, "grammar has 65551 bytes as JSON, and 65536 are allowed"),
     ],
 )
 def test_options_of_a_request_have_ranges(options, sentence):
@@ -363,6 +379,15 @@ def test_the_ends_of_the_ranges_are_allowed():
     )
     params = validate(GenerateParamsConfig, {"stop": "one", "seed": 0, "min_new_tokens": 4, "max_new_tokens": 4})
     assert params.stop == ("one",)
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, '{"type": "object"}'])
+def test_what_answers_are_held_to_is_json(schema):
+    wanted = {"structured_outputs": {"json": schema, "regex": None, "json_object": False}}
+    held = validate(GenerateParamsConfig, wanted).structured_outputs
+    assert held == '{"json": {"type": "object"}}'
+    for same in (held, {"json_object": True}):
+        assert validate(GenerateParamsConfig, {"structured_outputs": same}).structured_outputs == held
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
 
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.constants import GenerationFinishReason
 from mii_hpc.engine.text import StopStrings, TextSource
 from mii_hpc.errors import InvalidRequestError
 from mii_hpc.generation import Prompt, Response, ResumedAnswer, TopLogprobs
+
+if TYPE_CHECKING:
+    from mii_hpc.engine.guiding import Guide
 
 Scored = tuple[float, TopLogprobs]
 """A token's log probability, and the most likely tokens in its place."""
@@ -32,12 +36,17 @@ class Answer:
         limit: int,
         index: int = 0,
         limit_reason: GenerationFinishReason = GenerationFinishReason.LENGTH,
+        guide: Guide | None = None,
     ) -> None:
-        """Expect at most `limit` tokens; an answer that long ends with `limit_reason`."""
+        """Expect at most `limit` tokens; an answer that long ends with `limit_reason`.
+
+        With a `guide`, the answer ends as soon as nothing can follow.
+        """
         self.generated = 0
         self.finish_reason = GenerationFinishReason.NONE
         self._params = params
         self._source = source
+        self._guide = guide
         self._stop = StopStrings(params.stop)
         self._prompt_length = prompt_length
         self._limit = limit
@@ -64,6 +73,7 @@ class Answer:
         """Take the next token; `ends` marks the end-of-sequence token, which has no text.
 
         Returns what is to be sent now: a piece for every token of a stream, else one when the answer ends.
+        Raises InvalidRequestError for a token that the guide does not have there.
         """
         self._grow(token_id, logprob, ends, top)
         return self._take() if self._params.stream or self.ended else None
@@ -71,7 +81,7 @@ class Answer:
     def resume(self, answer: ResumedAnswer, ends_with: Container[int] = ()) -> None:
         """Go on behind what has been delivered of this answer, as if all its tokens had been added here.
 
-        Raises InvalidRequestError when the answer ends with one of them.
+        Raises InvalidRequestError when the answer ends with one of them, or its guide does not have them.
         """
         for token_id in answer.token_ids:
             self._grow(token_id, None, token_id in ends_with)
@@ -89,6 +99,7 @@ class Answer:
                 self._top_logprobs.append(top)
         if not ends:
             self._push(self._source.push(token_id))
+            ends = self._guide is not None and self._guide.advance(token_id)
         if not self.ended and (ends or self.generated >= self._limit):
             self._push(self._source.flush())
             if not self.ended:
@@ -107,13 +118,15 @@ class Answer:
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             top_logprobs=tuple(self._top_logprobs),
-            prompt_logprobs=tuple(logprob for logprob, _ in self._of_prompt),
-            prompt_top_logprobs=tuple(top for _, top in self._of_prompt) if self._params.top_logprobs else (),
             index=self._index,
             prompt_length=self._prompt_length,
             generated_length=self.generated,
             finish_reason=self.finish_reason,
         )
+        if self._of_prompt:
+            piece.prompt_logprobs = tuple(logprob for logprob, _ in self._of_prompt)
+            if self._params.top_logprobs:
+                piece.prompt_top_logprobs = tuple(top for _, top in self._of_prompt)
         self._text = ""
         self._token_ids.clear()
         self._logprobs.clear()

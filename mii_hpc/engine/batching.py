@@ -9,6 +9,8 @@ The life of a request here:
 4. Each step computes some tokens of some sequences, on all ranks alike (runner.py).
 5. The leader draws a token for each, and each answer gives its pieces until it ends or is cancelled. On a GPU the next
    step is scheduled and begun meanwhile: an answer that turns out to have ended has a token too much, which is dropped.
+
+An answer that is held to a grammar waits for its token, and for what may follow that (guiding.py); the others go on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 
 from mii_hpc.engine.answer import Answer, Scored, answer_limit
 from mii_hpc.engine.base import EngineSpec
+from mii_hpc.engine.guiding import Guide, Guides
 from mii_hpc.engine.quotas import Quotas
 from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.sampling import create_sampling
@@ -52,6 +56,10 @@ _log = logging.getLogger(__name__)
 LONG_BYTES = 2**16
 """A longer prompt is tokenised beside the others."""
 _LONG = "long"
+_GUIDED = {OWNER: "guided", GUEST: "guided-guest"}
+LOOKING_SECONDS = 0.01
+"""How long a step waits for what may follow in answers that are guided. Most take less than a hundredth of that."""
+LOOKING_THREADS = 4
 
 
 class BatchingEngine:
@@ -72,8 +80,10 @@ class BatchingEngine:
         self._closed = False
         # The owner's need not wait for a thousand of guests, nor any for a long one, which takes seconds.
         self._tokenising = {
-            line: ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{line}") for line in (OWNER, GUEST, _LONG)
+            line: ThreadPoolExecutor(1, thread_name_prefix=f"tokenise-{line}")
+            for line in (OWNER, GUEST, _LONG, *_GUIDED.values())
         }
+        self._looking = ThreadPoolExecutor(LOOKING_THREADS, thread_name_prefix="guide")
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def load(self, progress: Callable[[str], None]) -> None:
@@ -81,6 +91,7 @@ class BatchingEngine:
         runner = ModelRunner(self._spec, progress)
         config = self._spec.model.inference_engine_config
         self._tokenizer = Tokenizer(self._spec.model, runner.vocabulary, runner.eos_token_ids)
+        self._guides = Guides(self._tokenizer)
         self._scheduler: Scheduler[_Sequence] = Scheduler(
             runner.budget,
             config.prefix_sharing and runner.recompute_beyond is None,
@@ -116,6 +127,7 @@ class BatchingEngine:
             self._quotas.enter(request)
             self._requests[request.id] = entry
             line = _LONG if request.size > LONG_BYTES else request.caller[0]
+            line = _GUIDED[request.caller[0]] if request.params.structured_outputs else line
             self._tokenising[line].submit(self._tokenise, entry, line)
 
     def cancel(self, request_id: str) -> None:
@@ -164,6 +176,7 @@ class BatchingEngine:
             self._changed.notify_all()
         for threads in self._tokenising.values():
             threads.shutdown(wait=False, cancel_futures=True)
+        self._looking.shutdown(wait=False)
 
     def _lead(self, runner: ModelRunner) -> None:
         sampling = create_sampling(runner.drawn, self._tokenizer.vocabulary, self._tokenizer.eos_token_ids)
@@ -186,6 +199,7 @@ class BatchingEngine:
         """Take what a step has drawn, once it is known."""
         choices = begun.draw.wait()
         pieces = []
+        looking: list[Future[Any]] = []
         with self._changed:
             self._steps += 1
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
@@ -194,10 +208,18 @@ class BatchingEngine:
                     self._scheduler.invalidate(sequence)
                 if choice and part.sample and not sequence.answer.ended:
                     pieces.append((sequence.request, self._accept(sequence, choice)))
+                    if sequence.guide and not sequence.answer.ended and self._is_active(sequence.request):
+                        looking.append(sequence.guide.look_ahead(self._looking, self._notify))
             # All of them last: the first wakes whoever sends them, who would take the interpreter from this thread.
             for entry, piece in pieces:
                 if piece:
                     entry.deliver(piece)
+        if looking:
+            wait_for(looking, LOOKING_SECONDS)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _next_step(self, wait: bool) -> tuple[Step, list[_Sequence]]:
         """Return what there is to do now, with the sequences of its slices; `wait` until there is something."""
@@ -214,7 +236,9 @@ class BatchingEngine:
                 if self._closed:
                     return Step(stop=True), []
                 if scheduler.has_work() or not wait:
-                    return self._schedule()
+                    step, sequences = self._schedule()
+                    if step.slices or not wait or not scheduler.waits:
+                        return step, sequences
                 self._changed.wait()
 
     def _schedule(self) -> tuple[Step, list[_Sequence]]:
@@ -239,6 +263,9 @@ class BatchingEngine:
             sequence.answer.tell_of_prompt(sequence.of_prompt)
         try:
             piece = sequence.answer.add(choice.token_id, choice.logprob, ends, choice.top)
+        except InvalidRequestError as error:
+            self._remove(entry)
+            return error
         except Exception as error:  # noqa: BLE001 (whatever a tokenizer does wrong stays with this request)
             _log.exception("request %s failed", entry.request.id)
             self._remove(entry)
@@ -277,26 +304,37 @@ class BatchingEngine:
         ends = tokenizer.ends(params)
         limit = answer_limit(params, len(token_ids), self._context)
         sequences = []
-        for index, so_far in enumerate(request.resume or (ResumedAnswer(),) * params.num_return_sequences):
+        count = params.num_return_sequences
+        guides: list[Guide] = []
+        if params.structured_outputs:
+            guides = self._guides.make(params.structured_outputs, ends, count)
+        for index, so_far in enumerate(request.resume or (ResumedAnswer(),) * count):
             if so_far.ended:
                 continue
+            guide = guides[index] if guides else None
+            # Of a guided answer the grammar says with which spaces it begins.
+            before = token_ids if params.return_full_text or guide else ()
             tokens = list(token_ids)
             tokenizer.check(so_far.token_ids)
             answer = Answer(
                 params,
-                tokenizer.detokenizer(token_ids if params.return_full_text else (), params.skip_special_tokens),
+                tokenizer.detokenizer(before, params.skip_special_tokens),
                 prompt=request.prompt,
                 prompt_length=len(token_ids),
                 limit=limit,
                 index=index,
+                guide=guide,
             )
-            sampler = Sampler(params, tokens, tokenizer.vocabulary, (*{*tokenizer.eos_token_ids, *ends},), index)
+            ending = (*{*tokenizer.eos_token_ids, *ends},)
+            sampler = Sampler(params, tokens, tokenizer.vocabulary, ending, index, guide)
             answer.resume(so_far, ends)
             sampler.skip(len(so_far.token_ids))
+            if guide:
+                guide.look_ahead(self._looking, self._notify).result()
             tokens += so_far.token_ids
             longest = len(token_ids) + limit
             scores = params.prompt_logprobs and len(token_ids) > 1 and not so_far.token_ids
-            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest, scores))
+            sequences.append(_Sequence(entry, tokens, sampler, answer, ends, longest, scores, guide))
         return sequences
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
@@ -339,17 +377,23 @@ class _Sequence:
     ends_with: frozenset[int]
     longest: int
     scores: bool
+    guide: Guide | None = None
     of_prompt: list[Scored] = field(default_factory=list)
     unknown: int = 0
     table: list[int] = field(default_factory=list)
     computed: int = 0
     registered: int = 0
     slot: int | None = None
+    caller: Caller = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note who asks."""
+        self.caller = self.request.request.caller
 
     @property
-    def caller(self) -> Caller:
-        """Who asks."""
-        return self.request.request.caller
+    def waits(self) -> bool:
+        """Whether it is not known yet which tokens its guide allows next."""
+        return self.guide is not None and (self.unknown > 0 or not self.guide.is_ready)
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,8 @@ class _Echo:
 
     def begin(self, codec: EchoCodec, context: int) -> None:
         params = self.request.params
+        if params.structured_outputs:
+            raise InvalidRequestError("structured_outputs: the echo engine repeats its prompt and cannot be guided")
         self.tokens = codec.encode(self.request.prompt)
         count = len(self.tokens)
         once = max(count, params.min_new_tokens)

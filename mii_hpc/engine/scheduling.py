@@ -27,6 +27,7 @@ class Scheduled(Protocol):
         caller: who asks for it; never changes.
         tokens: prompt and answer, as far as they are known.
         unknown: how many more are drawn, or will be by the steps that are scheduled.
+        waits: whether it goes on later, when it is known which tokens may come next.
         longest: how many tokens there can be in all: no step is scheduled to draw more.
         computed: how many of them are in the cache, in the blocks of `table`, once the scheduled steps are done.
         registered: of how many of them the blocks are registered for sharing, as far as these are full.
@@ -36,6 +37,9 @@ class Scheduled(Protocol):
 
     @property
     def caller(self) -> Caller: ...
+
+    @property
+    def waits(self) -> bool: ...
 
     tokens: list[int]
     unknown: int
@@ -95,6 +99,7 @@ class Scheduler(Generic[S]):
         self._waiting: _Waiting[S] = _Waiting()
         self.prefix_queries = self.prefix_hits = 0
         """Tokens that sequences have looked for, and found, in what the cache holds, when they started."""
+        self._preemptions = 0
         self._had_no_room = False
         """Whether the next that waits found none in the last step that had tokens left for it."""
         self._slots = list(range(budget.max_batch_size - 1, -1, -1))
@@ -106,6 +111,11 @@ class Scheduler(Generic[S]):
     def has_work(self) -> bool:
         """Return whether any sequence waits or runs."""
         return bool(self._running or len(self._waiting))
+
+    @property
+    def waits(self) -> bool:
+        """Whether a sequence that runs waits."""
+        return any(sequence.waits for sequence in self._running)
 
     def remove(self, sequences: Sequence[S]) -> None:
         """Forget sequences, whatever their state, and free their blocks."""
@@ -127,13 +137,13 @@ class Scheduler(Generic[S]):
             self._preempt(sequence)
         if self._had_no_room:
             self._share_alike()
-        waiting = len(self._waiting)
+        preemptions = self._preemptions
         counts: dict[S, int] = {}
-        for sequence in sorted(self._running, key=self._order):
-            missing = _missing(sequence)
-            count = room.of(sequence, missing, prefills=missing > 1)
+        missing = {sequence: _missing(sequence) for sequence in self._running}
+        for sequence in self._in_turns(missing):
+            count = room.of(sequence, missing[sequence], prefills=missing[sequence] > 1)
             # Those before it may have preempted it.
-            runs = len(self._waiting) == waiting or sequence in self._running
+            runs = self._preemptions == preemptions or sequence in self._running
             if count > 0 and runs and self._allocate(sequence, count, counts):
                 counts[sequence] = count
                 room.take(sequence, count)
@@ -141,7 +151,7 @@ class Scheduler(Generic[S]):
         for sequence, count in counts.items():
             self._register(sequence, sequence.computed + count)
         admitted: set[S] = set()
-        if len(self._waiting) == waiting:  # nobody was preempted, so there may be blocks for others
+        if self._preemptions == preemptions:  # so there may be blocks for others
             admitted = self._admit(room, counts)
         self._short.update(sequence for sequence in counts if self._is_short(sequence))
         self._latest.update(zip(counts, self._turns, strict=False))
@@ -150,7 +160,7 @@ class Scheduler(Generic[S]):
         for part, sequence in zip(slices, chosen, strict=True):
             sequence.computed += len(part.token_ids)
             sequence.unknown += part.sample
-        return Step(slices, self.allocator.take_dirty()), chosen
+        return Step(slices, self.allocator.take_dirty() if slices else ()), chosen
 
     def _room(self) -> _Room:
         """Return what there is in a step, and of that for guests."""
@@ -163,12 +173,16 @@ class Scheduler(Generic[S]):
         )
         return _Room(tokens, MOST_SCORES, self._budget.guest_tokens, shared_with_prompts=prompts)
 
-    def _order(self, sequence: S) -> tuple[bool, bool, int]:
-        """Tell who has his turn first: those that decode, the guests among them behind the owner's and in turns."""
-        if _prefills(sequence):
-            return True, False, 0
-        is_guest = sequence.caller[0] == GUEST
-        return False, is_guest, self._latest.get(sequence, 0) if is_guest else 0
+    def _in_turns(self, missing: dict[S, int]) -> list[S]:
+        """Return those that run, those that decode first, the guests among them behind the owner's and in turns."""
+        decoding = [sequence for sequence, count in missing.items() if count <= 1]
+        guests = [sequence for sequence in decoding if sequence.caller[0] == GUEST]
+        if guests:
+            decoding = [sequence for sequence in decoding if sequence.caller[0] != GUEST]
+            decoding += sorted(guests, key=lambda sequence: self._latest.get(sequence, 0))
+        if len(decoding) < len(missing):
+            decoding += [sequence for sequence, count in missing.items() if count > 1]
+        return decoding
 
     def _next(self, room: _Room | None = None) -> S | None:
         """Return the next that is to start, of a role that may have more running, and has room in the step."""
@@ -191,6 +205,7 @@ class Scheduler(Generic[S]):
                 self._preempt(shares.youngest_of_the_most(over))
 
     def _preempt(self, sequence: S) -> None:
+        self._preemptions += 1
         self._running.remove(sequence)
         self._release(sequence)
         self._waiting.add(sequence, first=True)
@@ -356,7 +371,9 @@ class _Room:
 
 
 def _missing(sequence: Scheduled) -> int:
-    """Return how many tokens of a running sequence are to be computed; none if the last that it can have is drawn."""
+    """Return how many tokens of a running sequence are to be computed now; none if the last one is drawn already."""
+    if sequence.waits:
+        return 0
     length = len(sequence.tokens) + sequence.unknown
     return length - sequence.computed if length < sequence.longest or not sequence.unknown else 0
 

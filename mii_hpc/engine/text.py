@@ -30,14 +30,18 @@ class Detokenizer:
         decode: Callable[[Sequence[int]], str],
         byte_tokens: frozenset[int] = frozenset(),
         after: Sequence[int] = (),
+        joins: bool = False,
     ) -> None:
         """Use `decode` for any run of tokens; `byte_tokens` are those of a byte-fallback vocabulary.
+
+        It `joins` when the bytes of a text are those of its tokens, one after the other, as in byte-level vocabularies.
 
         With `after`, the tokens of a text, the pieces are what comes after it: a decoder that drops the space before
         a text's first word leaves it before these.
         """
         self._decode = decode
         self._byte_tokens = byte_tokens
+        self._joins = joins
         # Only the tokens from the last certain pieces on: a decoder may treat the first token of a text
         # in a way of its own (such as dropping its space), so the one before the new ones stays as context.
         self._window: list[int] = []
@@ -52,6 +56,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is now certain; it may be empty."""
+        if self._joins and len(self._window) == self._context:  # nothing is held back
+            text = self._decode([token_id])
+            if text and REPLACEMENT not in text:
+                self._window, self._context, self._sent = [token_id], 1, len(text)
+                return text
         self._window.append(token_id)
         text = self._decode(self._window)
         if token_id in self._byte_tokens:

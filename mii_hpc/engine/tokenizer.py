@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any, Self
 
 from jinja2 import TemplateError
+from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -133,6 +134,8 @@ class Tokenizer(TokenizerCodec):
         own = self.pretrained.eos_token_id
         self.vocabulary = vocabulary
         self.eos_token_ids = tuple(eos_token_ids) or (() if own is None else (int(own),))
+        backend = getattr(self.pretrained, "backend_tokenizer", None)
+        self._joins = backend is not None and type(backend.decoder) is ByteLevel
         # Each token of an answer is decoded alone once, as what comes before the next.
         self._alone: dict[tuple[int, bool], str] = {}
 
@@ -188,7 +191,7 @@ class Tokenizer(TokenizerCodec):
     def detokenizer(self, after: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
         """Return what decodes one answer, token by token, as the text that comes after these tokens."""
         decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
-        return Detokenizer(decode, frozenset(self._bytes), after)
+        return Detokenizer(decode, frozenset(self._bytes), after, self._joins)
 
 
 def _load(model: ModelConfig) -> Any:

@@ -26,7 +26,6 @@ COMPLETION_TOKENS = 16
 """What a completion may have where the request does not say it, as OpenAI has it."""
 TOP_LOGPROBS = 20
 ANYTHING_BUT_TEXT = "only text is understood"
-NOT_GUIDED = "answers are not held to a schema or grammar here"
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "tools are not called here"),
@@ -35,12 +34,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": (("none", "auto"), "functions are not called here"),
     "audio": ((), ANYTHING_BUT_TEXT),
     "modalities": ((["text"],), ANYTHING_BUT_TEXT),
-    "response_format": (({"type": "text"},), f"{NOT_GUIDED}; only {{'type': 'text'}} is honoured"),
-    "structured_outputs": ((), NOT_GUIDED),
-    "guided_json": ((), NOT_GUIDED),
-    "guided_regex": ((), NOT_GUIDED),
-    "guided_choice": (([],), NOT_GUIDED),
-    "guided_grammar": (("",), NOT_GUIDED),
     "suffix": (("",), "text is only continued, not filled in"),
     "best_of": ((1,), "all answers that are made are returned; use n"),
     "prediction": ((), "it is not supported"),
@@ -128,6 +121,12 @@ class Generation(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = []
+    response_format: Any = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -159,6 +158,7 @@ class Generation(BaseModel):
             raise RefusedError(f"n={self.n}: more than one answer needs a temperature above 0", "n")
         return {
             **chosen,
+            "structured_outputs": self._structured_outputs(),
             "max_new_tokens": 1 if self.max_tokens == 0 else self.max_tokens,
             "min_new_tokens": self.min_tokens,
             "seed": None if self.seed is None else self.seed % 2**63,
@@ -173,6 +173,20 @@ class Generation(BaseModel):
             "top_logprobs": self.top_logprobs_wanted or 0,
             "prompt_logprobs": self.begins_with_prompt and self.top_logprobs_wanted is not None,
         }
+
+    def _structured_outputs(self) -> dict[str, Any] | None:
+        """Return what answers are held to, in the one form that is ours, of the several that there are."""
+        asked: dict[str, dict[str, Any]] = {}
+        if self.response_format is not None and (wanted := _of_format(self.response_format)):
+            asked["response_format"] = wanted
+        if self.structured_outputs:
+            asked["structured_outputs"] = self.structured_outputs
+        for kind in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{kind}")) not in (None, "", []):
+                asked[f"guided_{kind}"] = {kind: value}
+        if len(asked) > 1:
+            raise RefusedError(f"{', '.join(asked)}: give one of them", next(iter(asked)))
+        return next(iter(asked.values()), None)
 
     def prompts(self) -> list[Prompt]:
         """Return what to answer. Raises InvalidRequestError when there is nothing, or it cannot be read."""
@@ -301,6 +315,22 @@ def body_of(message: str, status: int, code: str | None, param: str | None) -> d
     """Return the body of a refusal."""
     kind = "invalid_request_error" if status < 429 else "rate_limit_error" if status == 429 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _of_format(response_format: Any) -> dict[str, Any] | None:
+    """Return what OpenAI's response_format holds answers to. A schema is kept to, whether it is `strict` or not."""
+    match response_format:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"json_object": True}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return {"json": schema}
+    raise RefusedError(
+        "response_format: must be {'type': 'text'}, {'type': 'json_object'}, or {'type': 'json_schema', 'json_schema': "
+        "{'name': ..., 'schema': ...}}",
+        "response_format",
+    )
 
 
 def _conversation(messages: list[dict[str, Any]], continues: bool, arguments: dict[str, Any]) -> Chat:

@@ -1,6 +1,7 @@
 """A request that is interrupted anywhere, and goes on, gives what it would have given undisturbed."""
 
 import random
+from importlib.util import find_spec
 
 import pytest
 
@@ -9,6 +10,11 @@ from mii_hpc.errors import InvalidRequestError, QueueFullError
 from mii_hpc.generation import GenerationRequest, Received, Response, ResumedAnswer, joined
 from tests.engine.collect import drained, make, running, submit
 
+GRAMMARS = [
+    {"regex": "([a-f ]|🙂|é){3,30}"},
+    {"json": {"enum": ["für", "🙂🚀", "a b c d e f"], "x-guidance": {"whitespace_pattern": " "}}},
+    {"choice": [" yes", "no", "🙂 or"]},
+]
 PROMPTS = ["Hello there, how are", "def f(x):\n    return 🙂", "The quick brown fox jumps over it " * 3, "Für €5 🚀 🙂"]
 
 
@@ -35,7 +41,7 @@ def engine(request, tmp_path_factory):
             drained(engine)
 
 
-def drawn_options(draw):
+def drawn_options(draw, engine):
     options = {
         "max_new_tokens": draw.randint(2, 40),
         "seed": draw.randrange(2**62),
@@ -58,6 +64,8 @@ def drawn_options(draw):
         options |= {"top_logprobs": draw.choice([0, 2]), "prompt_logprobs": draw.random() < 0.5}
     if draw.random() < 0.3:
         options["min_new_tokens"] = draw.randint(0, options["max_new_tokens"])
+    if draw.random() < 0.4 and engine.tokenizer and find_spec("llguidance"):
+        options["structured_outputs"] = draw.choice(GRAMMARS)
     return options
 
 
@@ -73,7 +81,7 @@ def assert_same(pieces, expected, case):
 
 def test_whatever_the_request_and_wherever_it_is_cut(engine):
     draw = random.Random(7)
-    requests = [(draw.choice(PROMPTS), drawn_options(draw)) for _ in range(60)]
+    requests = [(draw.choice(PROMPTS), drawn_options(draw, engine)) for _ in range(60)]
     plain = [submit(engine, prompt, **options) for prompt, options in requests]
     for (_, options), answer in zip(requests, plain, strict=True):
         text = answer.wait().text()
@@ -119,6 +127,17 @@ def test_characters_that_were_not_delivered_are(engine):
     after = submit(engine, "x y", resume=(ResumedAnswer(token_ids, 0),), **options).wait()
     assert after.text() == answer.text()
     assert after.token_ids() == answer.token_ids()[4:]
+
+
+def test_what_a_grammar_does_not_have_cannot_go_on(engine):
+    if not engine.tokenizer:
+        with pytest.raises(InvalidRequestError, match="the echo engine repeats its prompt"):
+            submit(engine, "x", structured_outputs={"choice": ["a"]}).wait()
+        return
+    pytest.importorskip("llguidance")
+    (other,) = engine.tokenizer("b")["input_ids"]
+    with pytest.raises(InvalidRequestError, match=r"^structured_outputs: .*doesn't satisfy the grammar"):
+        submit(engine, "x", resume=(ResumedAnswer((other,), 0),), structured_outputs={"choice": ["aa"]}).wait()
 
 
 def test_what_cannot_go_on_is_refused(engine):

@@ -28,6 +28,12 @@ class Answer:
     drawn: int = 0
     caller: tuple = ("owner", "")
     number: int = field(default_factory=itertools.count().__next__)
+    is_held: bool = False
+    """As those that are guided, which wait for their tokens."""
+
+    @property
+    def waits(self):
+        return self.is_held and self.unknown > 0
 
 
 class Machine:
@@ -45,8 +51,8 @@ class Machine:
         self.begun = deque()
         self.slots = {}
 
-    def add(self, tokens, limit=1, caller=("owner", "")):
-        answer = Answer(list(tokens), len(tokens) + limit, limit, caller=caller)
+    def add(self, tokens, limit=1, caller=("owner", ""), is_held=False):
+        answer = Answer(list(tokens), len(tokens) + limit, limit, caller=caller, is_held=is_held)
         self.answers.add(answer)
         self.scheduler.add(answer)
         return answer
@@ -80,6 +86,7 @@ class Machine:
             history = [] if part.fresh else self.slots[part.slot]
             history = [*history[: part.start], *part.token_ids] if history else [*answer.tokens[:end]]
             if part.token_ids[-1] == DRAWN:
+                assert not answer.is_held
                 history[-1] = self.slots[part.slot][part.start]
             assert part.sample == (end == len(answer.tokens) + answer.unknown - part.sample)
             histories.append(history)
@@ -320,7 +327,8 @@ def test_nobody_ever_reads_what_is_not_his(seed, lag):
             ]
             if draw.random() < 0.1:
                 tokens.insert(draw.randrange(len(tokens)), BAD)
-            machine.add(tokens, limit=draw.randrange(1, 14), caller=(draw.choice("ab"), draw.choice("cd")))
+            caller = draw.choice("ab"), draw.choice("cd")
+            machine.add(tokens, draw.randrange(1, 14), caller, is_held=draw.random() < 0.2)
         if machine.answers and draw.random() < 0.05:
             machine.drop(draw.choice(sorted(machine.answers, key=lambda answer: answer.number)))
             machine.check()

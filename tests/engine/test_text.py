@@ -23,14 +23,30 @@ def sent_by(strings, pieces):
     return sent + stop.flush(), False
 
 
-def test_bytes_of_any_kind_join_to_the_decoding_of_all():
+@pytest.mark.parametrize("joins", [False, True])
+def test_bytes_of_any_kind_join_to_the_decoding_of_all(joins):
     draw = random.Random(1)
     for _ in range(300):
         text = "".join(draw.choice("aé€🙂👩‍🚀 ") for _ in range(12)).encode()
         noise = bytes(draw.randrange(256) for _ in range(draw.randrange(6)))
         data = text[: draw.randrange(len(text))] + noise + text[draw.randrange(len(text)) :]
-        detokenizer = Detokenizer(byte_decode)
+        detokenizer = Detokenizer(byte_decode, joins=joins)
         assert "".join(map(detokenizer.push, data)) + detokenizer.flush() == byte_decode(data)
+
+
+def test_tokens_of_several_bytes_are_sent_alike_whether_they_are_known_to_join():
+    draw = random.Random(2)
+    cuts = [bytes(draw.choices("aé🙂".encode(), k=draw.randint(0, 3))) for _ in range(60)]
+    words = [*cuts, *(text.encode() for text in ("word", " é", "🙂", " 👩‍🚀 "))]
+
+    def decode(token_ids):
+        return b"".join(words[number] for number in token_ids).decode("utf-8", errors="replace")
+
+    for _ in range(300):
+        token_ids = draw.choices(range(len(words)), k=30)
+        one, other = Detokenizer(decode), Detokenizer(decode, joins=True)
+        assert [one.push(token) for token in token_ids] == [other.push(token) for token in token_ids]
+        assert one.flush() == other.flush()
 
 
 def test_an_emoji_cut_by_tokens_is_held_back_until_it_is_whole():

@@ -1,6 +1,12 @@
 """A gateway before a real engine, compared with transformers."""
 
+import json
+import re
+from typing import Literal
+
+import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.engine.reference import Reference
 from tests.gateway.test_metrics import values
@@ -85,3 +91,40 @@ def test_it_answers_as_transformers_does(face, api, reference):
         ]
         texts = [[choice.text for choice in choices] for choices in seeded]
         assert texts[0] == texts[1] != texts[2]
+
+
+class Person(BaseModel):
+    name: Literal["für", "🙂🚀", "Ann"]
+    age: int = Field(ge=0, le=150)
+    friends: list[Literal["Bo", "Cy"]] = Field(max_length=2)
+
+
+def test_answers_are_held_to_a_schema(face, api):
+    pytest.importorskip("llguidance")
+    asked = {"model": "chat", "messages": MESSAGES, "temperature": 1.5, "max_tokens": 200}
+    parsed = api.chat.completions.parse(response_format=Person, n=3, seed=1, **asked)
+    assert all(isinstance(choice.message.parsed, Person) for choice in parsed.choices)
+    assert {choice.finish_reason for choice in parsed.choices} == {"stop"}
+    with api.chat.completions.stream(response_format=Person, seed=1, **asked) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    one = api.chat.completions.create(response_format=wanted, **asked).choices[0].message.content
+    assert json.loads(one) == {"a": 1}
+    begun = api.chat.completions.create(response_format={"type": "json_object"}, **asked).choices[0].message.content
+    assert begun[0] == "{"
+    for extra, right in (
+        ({"guided_json": json.dumps(schema)}, lambda text: json.loads(text) == {"a": 1}),
+        ({"guided_regex": "[ab]{3}"}, re.compile("[ab]{3}").fullmatch),
+        ({"guided_choice": ["yes", "no"]}, {"yes", "no"}.__contains__),
+        ({"guided_grammar": 'start: "x" | "y" start'}, re.compile("y*x").fullmatch),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, {"yes", "no"}.__contains__),
+    ):
+        answer = api.completions.create(model="chat", prompt="a", max_tokens=100, extra_body=extra)
+        assert right(answer.choices[0].text), extra
+    for bad in ({"type": "strin"}, {"uniqueItems": True}):
+        wanted = {"type": "json_schema", "json_schema": {"name": "bad", "schema": bad}}
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="structured_outputs: "):
+                api.chat.completions.create(response_format=wanted, stream=stream, **asked)

@@ -178,10 +178,17 @@ def test_a_model_that_is_not_there(api, name):
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 2, "temperature": 0}, "n", "needs a temperature above 0"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools are not called"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only {'type': 'text'} is honoured"),
-        ({"response_format": JSON_SCHEMA}, "response_format", "answers are not held to a schema"),
-        ({"response_format": "json"}, "response_format", "answers are not held to a schema"),
-        ({"guided_regex": "[a-z]+"}, "guided_regex", "not held to a schema or grammar"),
+        ({"response_format": "json"}, "response_format", "must be {'type': 'text'}, {'type': 'json_object'}"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format",
+            "'json_schema': {'name': ..., 'schema': ...}",
+        ),
+        ({"response_format": JSON_SCHEMA, "guided_regex": "a"}, "response_format", "guided_regex: give one of them"),
+        ({"guided_choice": [1]}, None, "choice must be a list of one or more strings"),
+        ({"guided_regex": "a" * 2**16}, None, "and 65536 are allowed"),
+        ({"structured_outputs": {"xml": "a"}}, None, "unknown field 'xml': valid are choice, grammar, json"),
+        ({"response_format": {"type": "json_object"}}, None, "the echo engine repeats its prompt"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
@@ -203,7 +210,7 @@ def test_bad_requests(api, body, param, said):
 
 
 def test_unknown_fields_and_those_that_ask_for_nothing_are_ignored(api):
-    ignored = {"user": "me", "store": True, "tools": [], "response_format": {"type": "text"}, "temperature": None}
+    ignored = {"user": "me", "store": True, "tools": [], "response_format": {"type": "text"}, "guided_choice": []}
     body = {"model": "chat", "messages": MESSAGES, "frequency_penalty": 0.0, **ignored}
     assert api.post("/chat/completions", cast_to=object, body=body)["choices"][0]["message"]["content"] == ECHOED
 

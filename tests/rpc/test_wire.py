@@ -41,6 +41,7 @@ ALL_SET = GenerateParamsConfig(
     stop_token_ids=(3, 5),
     add_special_tokens=False,
     skip_special_tokens=False,
+    structured_outputs={"choice": ["é", "🙂"]},
 )
 
 

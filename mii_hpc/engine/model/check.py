@@ -76,6 +76,7 @@ class _Sequence:
     registered: int = 0
     slot: int | None = None
     scores: bool = False
+    waits: bool = False
     caller: Caller = (OWNER, "")
 
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.engine.answer import Scored
+from mii_hpc.engine.guiding import Guide
 from mii_hpc.engine.step import Step
 from mii_hpc.generation import TopLogprobs
 
@@ -23,6 +25,7 @@ class Sampler:
 
     Attributes:
         tokens: prompt and answer as far as they are known; the sequence's own list, which grows.
+        is_guided: whether `allowed` says which tokens may come.
     """
 
     def __init__(
@@ -32,8 +35,9 @@ class Sampler:
         vocabulary: int,
         eos_token_ids: Sequence[int],
         index: int,
+        guide: Guide | None = None,
     ) -> None:
-        """Sample for the `index`-th answer to a prompt."""
+        """Sample for the `index`-th answer to a prompt, among what its `guide` allows if it has one."""
         self.tokens = tokens
         self.greedy = params.greedy
         self.temperature = params.temperature or 1.0
@@ -48,6 +52,8 @@ class Sampler:
         self._vocabulary = vocabulary
         self._min_new_tokens = params.min_new_tokens
         self._masked = list(eos_token_ids)
+        self._guide = guide
+        self.is_guided = guide is not None
         self._random = random.Random() if params.seed is None else random.Random(params.seed + index)
         self._generated = 0
         self._prompt_length = len(tokens)
@@ -55,13 +61,18 @@ class Sampler:
 
     @property
     def forbidden(self) -> list[int]:
-        """Tokens that may not come now: those that would end the answer before its minimum."""
-        return self._masked if self._generated < self._min_new_tokens else []
+        """Tokens that may not come now: those that would end the answer before its minimum. Not of a guided one."""
+        return self._masked if self._generated < self._min_new_tokens and not self.is_guided else []
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens [vocabulary] may come now, of a sequence that is guided."""
+        assert self._guide is not None
+        return self._guide.allowed(self._generated >= self._min_new_tokens)
 
     @property
     def is_plain(self) -> bool:
         """Whether the most likely token is the one to take, as the model gives it."""
-        return self.greedy and self.penalty == 1.0 and not self.forbidden and not self.adds
+        return self.greedy and self.penalty == 1.0 and not self.forbidden and not self.adds and not self.is_guided
 
     @property
     def adds(self) -> bool:

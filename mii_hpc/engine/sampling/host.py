@@ -80,6 +80,8 @@ def _choose_by_options(
     for place, sampler in enumerate(chosen):
         if sampler.forbidden:
             scores[place, sampler.forbidden] = -torch.inf
+        if sampler.is_guided:
+            scores[place].masked_fill_(torch.from_numpy(~sampler.allowed()).to(scores.device), -torch.inf)
     greedy = [place for place, sampler in enumerate(chosen) if sampler.greedy]
     for place, token in zip(greedy, scores[greedy].argmax(dim=-1).tolist(), strict=True):
         tokens[rows[place]] = token

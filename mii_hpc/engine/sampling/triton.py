@@ -48,7 +48,7 @@ class TritonSampling:
         rows = len(step.slices)
         numbers = np.zeros((rows, PARAMETERS), dtype=np.int32)
         floats = numbers.view(np.float32)
-        forbidden: dict[int, list[int]] = {}  # beside those that end every answer, which the kernel knows
+        forbidden: dict[int, np.ndarray] = {}  # beside those that end every answer, which the kernel knows
         for row, (part, sampler) in enumerate(zip(step.slices, samplers, strict=True)):
             flags = 0
             if part.fresh and sampler.penalty != 1.0:
@@ -63,7 +63,9 @@ class TritonSampling:
                 if sampler.forbidden:
                     flags |= ENDLESS.value
                     if own := [token_id for token_id in sampler.forbidden if token_id not in self._eos_token_ids]:
-                        forbidden[row] = own
+                        forbidden[row] = np.array(own, dtype=np.int64)
+                if sampler.is_guided:
+                    forbidden[row] = ~sampler.allowed()
                 if sampler.greedy:
                     flags |= GREEDY.value
                 else:
@@ -93,7 +95,7 @@ class TritonSampling:
         rows: Sequence[int],
         step: Step,
         samplers: Sequence[Sampler],
-        forbidden: Mapping[int, list[int]],
+        forbidden: Mapping[int, np.ndarray],
     ) -> torch.Tensor:
         """Return the logits with what some rows' options add, and without the tokens that are forbidden in them."""
         scores = logits.float()  # a copy, unless they are that already
@@ -108,7 +110,7 @@ class TritonSampling:
                 counts = self._counts[part.slot]
                 scores[row] -= counts * sampler.frequency_penalty + (counts > 0) * sampler.presence_penalty
             if row in forbidden:
-                scores[row, upload(np.array(forbidden[row], dtype=np.int64), logits.device)] = -torch.inf
+                scores[row, upload(forbidden[row], logits.device)] = -torch.inf
         return scores
 
     def _recount(self, slot: int, answer: Sequence[int]) -> None:

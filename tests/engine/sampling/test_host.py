@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -14,8 +15,8 @@ SAMPLES = 2000
 RARE = 3.72
 
 
-def sampler(vocabulary, index=0, prompt=(0,), eos=(), **options):
-    return Sampler(GenerateParamsConfig(**options), prompt, vocabulary, eos, index)
+def sampler(vocabulary, index=0, prompt=(0,), eos=(), guide=None, **options):
+    return Sampler(GenerateParamsConfig(**options), prompt, vocabulary, eos, index, guide)
 
 
 def expected(logits, temperature=1.0, top_k=None, top_p=1.0):
@@ -151,3 +152,28 @@ def test_the_end_is_forbidden_until_the_minimum():
     logits = torch.tensor([[0.0, 9.0, 5.0]])
     one = sampler(3, eos=(1,), do_sample=False, min_new_tokens=2)
     assert [choose(logits, [one])[0].token_id for _ in range(3)] == [2, 2, 1]
+
+
+class Only:
+    """Allows some tokens, and those that end an answer once it may."""
+
+    def __init__(self, *tokens, ends=()):
+        self._tokens, self._ends = tokens, ends
+
+    def allowed(self, may_end):
+        allowed = np.zeros(8, dtype=bool)
+        allowed[[*self._tokens, *(self._ends if may_end else ())]] = True
+        return allowed
+
+
+def test_only_what_the_guide_allows_is_drawn_whatever_else_is_asked_for():
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3, 2]])
+    options = [{"do_sample": False}, {"top_p": 0.01}, {"top_k": 1}, {"logit_bias": {0: 100, 6: -100}}, {"top_p": 1}]
+    for option in options:
+        guided = sampler(8, guide=Only(5, ends=(3,)), min_new_tokens=1, logprobs=True, top_logprobs=1, **option)
+        choices = [choose(logits, [guided, sampler(8, do_sample=False)]) for logits in [logits.expand(2, -1)] * 2]
+        assert [first.token_id for first, _ in choices] in ([5, 3], [5, 5])
+        assert [second.token_id for _, second in choices] == [0, 0]
+        first = choices[0][0]
+        assert first.logprob == pytest.approx(float(logits[0].log_softmax(-1)[5]))
+        assert first.top[0][0] == 0

@@ -1,5 +1,6 @@
 """Compares the kernel with what the host draws: on CUDA where it is, and else in Triton's interpreter."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -38,7 +39,20 @@ OPTIONS = [
     {"top_p": 1.0, "logit_bias": {3: -100.0, 5: 14.0}},
     {"do_sample": False, "top_logprobs": 5},
     {"top_p": 0.8, "logit_bias": {2: 12.0}, "presence_penalty": 2.0, "top_logprobs": 3},
+    {"top_p": 0.9, "top_k": 40, "min_new_tokens": 1, "structured_outputs": {"json_object": True}, "top_logprobs": 2},
 ]
+
+
+class Even:
+    """Allows every other token."""
+
+    def __init__(self, vocabulary):
+        self._vocabulary = vocabulary
+
+    def allowed(self, may_end):
+        allowed = np.arange(self._vocabulary) % 2 == 0
+        allowed[[*ENDS, OWN_END]] = may_end
+        return allowed
 
 
 @pytest.fixture
@@ -51,7 +65,11 @@ def kernels():
 
 def samplers(vocabulary, count, tokens=(5, 6, 7)):
     options = [GenerateParamsConfig(logprobs=True, seed=row, **OPTIONS[row % len(OPTIONS)]) for row in range(count)]
-    return [Sampler(params, [*tokens], vocabulary, (*ENDS, *params.stop_token_ids), index=0) for params in options]
+    guides = [Even(vocabulary) if params.structured_outputs else None for params in options]
+    return [
+        Sampler(params, [*tokens], vocabulary, (*ENDS, *params.stop_token_ids), 0, guide)
+        for params, guide in zip(options, guides, strict=True)
+    ]
 
 
 class Shifted:
