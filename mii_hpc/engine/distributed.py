@@ -41,26 +41,28 @@ class Ranks:
         refuse_mixture(self._store, spec, device)
         host, port = _name_of(spec)
         _set_environment(spec, host, port, device)
-        use_shared_memory = self._all_can(spec, _shared_memory_works(spec, device))
-        if not dist.is_initialized():  # else by an earlier pipeline of the same script, or by the script
-            dist.init_process_group(
-                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore("replica", self._store),
-                rank=spec.rank,
-                world_size=spec.world_size,
-                timeout=MEETING_TIMEOUT,
-            )
-        self._plans = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
-        self._sent: list[dist.Work] = []
-        import deepspeed
+        works = _shared_memory_works(spec, device)
+        with claimed(_shared_buffer(spec, host, port)) if works else contextlib.nullcontext(False) as is_ours:
+            use_shared_memory = self._all_can(spec, is_ours)
+            if not dist.is_initialized():  # else by an earlier pipeline of the same script, or by the script
+                dist.init_process_group(
+                    backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                    store=PrefixStore("replica", self._store),
+                    rank=spec.rank,
+                    world_size=spec.world_size,
+                    timeout=MEETING_TIMEOUT,
+                )
+            self._plans = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+            self._sent: list[dist.Work] = []
+            import deepspeed
 
-        if not use_shared_memory:
-            # Its all-reduce goes through the group above then.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        with quiet():
-            deepspeed.init_distributed()
-        if use_shared_memory:
-            _unlink_shared_memory(spec, host, port)
+            if not use_shared_memory:
+                # Its all-reduce goes through the group above then.
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            with quiet():
+                deepspeed.init_distributed()
+            if use_shared_memory:
+                dist.barrier()  # until all have each other's buffers open
 
     def broadcast(self, numbers: Sequence[int]) -> None:
         """Send the numbers to all other ranks; for the leader. They may still be on their way when this returns."""
@@ -217,12 +219,27 @@ def _shared_memory_works(spec: EngineSpec, device: torch.device) -> bool:
     return True
 
 
-def _unlink_shared_memory(spec: EngineSpec, host: str, port: str) -> None:
-    """Unlink this rank's shared buffer once all ranks have it open, so that it ends with them.
+def _shared_buffer(spec: EngineSpec, host: str, port: str) -> Path:
+    """Return the file of this rank's shared buffer. Its name is made in DeepSpeed's csrc/cpu/comm/shm.cpp."""
+    return Path("/dev/shm", f"deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_{spec.rank}")
 
-    DeepSpeed leaves it when its processes end: 66 MiB of the host's memory for each rank that was ever started.
-    The name is made in its csrc/cpu/comm/shm.cpp.
+
+@contextlib.contextmanager
+def claimed(buffer: Path) -> Iterator[bool]:
+    """Make the file of a shared buffer; yield whether it is ours: DeepSpeed would take one that another has put there.
+
+    Afterwards it is unlinked, so that it ends with those who have it open. DeepSpeed leaves it when its processes end:
+    66 MiB of the host's memory for each rank that was ever started.
     """
-    dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_{spec.rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    try:
+        with contextlib.suppress(OSError):
+            buffer.unlink()  # our own is left over from a process that was killed
+        os.close(os.open(buffer, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        _log.warning("%s: cannot be made, using sockets in the place of shared memory: %s", buffer, error.strerror)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        buffer.unlink(missing_ok=True)

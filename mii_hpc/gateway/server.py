@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import os
 import resource
 import socket
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.config import MIIConfig
@@ -23,6 +26,10 @@ from mii_hpc.rpc import transport
 
 TOKEN_SECONDS = 1.0
 """How long a token is remembered after it was read from its file; so soon a rotated one opens nothing."""
+REQUEST_SECONDS = 10.0
+"""A connection without a request, or one whose first lines do not come, is closed after this: it needs no token, and
+there is room for so many."""
+HANDSHAKE_SECONDS = 5.0
 STOP_SECONDS = 3
 """How long requests may go on when the gateway is told to end."""
 
@@ -72,10 +79,56 @@ class Server(uvicorn.Server):
             await super().startup(sockets)
             self._on_start(self.config.uds)
         else:
-            await super().startup([_listening(self.config.host, self.config.port)])
+            with _short_handshakes() if self.config.is_ssl else contextlib.nullcontext():
+                await super().startup([_listening(self.config.host, self.config.port)])
             scheme = "https" if self.config.is_ssl else "http"
             port = self.servers[0].sockets[0].getsockname()[1]
             self._on_start(f"{scheme}://{self.config.host}:{port}")
+
+
+class Protocol(H11Protocol):
+    """A connection that is closed when there is no request on it for REQUEST_SECONDS, whatever else is sent."""
+
+    _closing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what comes."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        self._watch()
+
+    def _watch(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self._closing is not None and (answering or self.transport.is_closing()):
+            self._closing.cancel()
+            self._closing = None
+        elif self._closing is None and not answering and not self.transport.is_closing():
+            self._closing = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
+
+
+@contextlib.contextmanager
+def _short_handshakes() -> Iterator[None]:
+    """Let what listens from now on give up a TLS handshake soon; uvicorn has no option for it."""
+    loop = asyncio.get_running_loop()
+    create_server = functools.partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_SECONDS)
+    with contextlib.ExitStack() as undo:
+        undo.callback(delattr, loop, "create_server")
+        setattr(loop, "create_server", create_server)  # noqa: B010 (mypy forbids the plain way)
+        yield
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -124,6 +177,7 @@ def create_server(
         log_level="warning",  # of uvicorn's own; who starts it says where it listens
         access_log=False,
         server_header=False,
+        http=Protocol,
         lifespan="off",
         timeout_graceful_shutdown=STOP_SECONDS,
     )

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from mii_hpc.deployments import credentials
+from mii_hpc.gateway import server
 from mii_hpc.gateway.http import MAX_BODY_BYTES
 from mii_hpc.gateway.server import TOKEN_SECONDS
 from tests.waiting import PATIENCE, eventually
@@ -168,6 +169,31 @@ def test_a_thousand_slow_connections_do_not_stop_it(face, many_files, sent):
             assert api.completions.create(model="chat", prompt="a", max_tokens=1).choices[0].text == "a "
             stream = api.completions.create(model="chat", prompt="a b", max_tokens=3, stream=True)
             assert "".join(chunk.choices[0].text for chunk in stream) == "a b a "
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /v1/comp", HEALTH], ids=["nothing", "a part of a line", "a request before"]
+)
+def test_a_connection_without_a_request_is_closed_however_much_it_says(face, monkeypatch, sent):
+    """Nobody without the token has a connection for long."""
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    host, port = face.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as connection:
+        connection.sendall(sent)
+
+        def is_closed():
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    connection.send(b"x")
+                    return connection.recv(4096, socket.MSG_DONTWAIT) == b""
+                except (BrokenPipeError, ConnectionResetError):
+                    return True
+            return False
+
+        eventually(is_closed, PATIENCE, "it is closed", pause=0.05)
 
 
 def test_it_follows_the_name_to_another_run(start, deploy_in_thread):

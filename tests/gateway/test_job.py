@@ -1,5 +1,6 @@
 """The gateway in the job: `gateway=True`, on this machine."""
 
+import contextlib
 import socket
 import ssl
 
@@ -43,6 +44,9 @@ def test_it_answers_with_the_deployments_certificate_and_ends_with_it(tmp_path):
             assert http.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{url}/health", timeout=PATIENCE)
+        place = httpx.URL(url).host, httpx.URL(url).port
+        with socket.create_connection(place, PATIENCE) as silent, contextlib.suppress(ConnectionResetError):
+            assert silent.recv(1) == b"", "there was no handshake in time"
     finally:
         client.terminate_server()
     eventually(lambda: not listens(url))
