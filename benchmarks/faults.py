@@ -207,11 +207,12 @@ def run_crowd(cluster: Cluster, home: Path) -> None:
     trial = Trial(cluster, home, "crowd")
     for host in trial.hosts:
         cluster.kill_node(host)
+    client = mii.MIIClient(trial.client.mii_config)
 
     def ask(_: int) -> tuple[str, float]:
         began = time.monotonic()
         try:
-            trial.client("x")
+            client("x")
         except mii.MIIError as error:
             return type(error).__name__, time.monotonic() - began
         return "an answer", time.monotonic() - began

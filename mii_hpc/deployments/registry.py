@@ -30,6 +30,8 @@ CLAIM_TURNS = 200
 HEARTBEAT_SECONDS = 4.0
 SILENT_SECONDS = 3 * HEARTBEAT_SECONDS
 """A heartbeat older than this means that the balancer is down, or cannot write."""
+PROGRESS = "progress.json"
+"""A file of the run directory; where there is no room to write a heartbeat, the time of this file is one."""
 TEXT_LENGTH = 4096
 NOT_FOR_GUESTS = Path(os.devnull) / "not-for-guests"
 STALE_SECONDS = 60.0
@@ -258,5 +260,15 @@ class Registry:
 
 
 def heartbeat_is_fresh(entry: Entry, seconds: float = STALE_SECONDS) -> bool:
-    """Whether the deployment has written its heartbeat within so many seconds."""
-    return time.time() - entry.heartbeat < seconds
+    """Whether the deployment has given its heartbeat within so many seconds, if only by the time of a file."""
+    now = time.time()
+    return now - entry.heartbeat < seconds or now - _written(entry.run_dir / PROGRESS) < seconds
+
+
+def _written(path: Path) -> float:
+    """Return when a file was written, in seconds since the epoch; 0 where there is none."""
+    try:
+        with path.open("rb") as file:  # which makes an NFS client ask the server
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return 0.0

@@ -24,7 +24,7 @@ from mii_hpc.deployments.files import (
     unless_stale,
     write_atomically,
 )
-from mii_hpc.deployments.registry import Entry
+from mii_hpc.deployments.registry import PROGRESS, Entry
 
 _STAMP = "%Y%m%d-%H%M%S"
 _NAME = re.compile(r"(?P<deployment>.+)-(?P<stamp>\d{8}-\d{6})-[0-9a-f]{6}")
@@ -310,11 +310,16 @@ class RunDir:
     @property
     def progress(self) -> Path:
         """How far the run has come, as JSON."""
-        return self.path / "progress.json"
+        return self.path / PROGRESS
 
     def write_progress(self, progress: Progress) -> None:
         """Leave word for the balancer that comes next."""
         write_atomically(self.progress, json.dumps(asdict(progress)))
+
+    def beat(self) -> None:
+        """Give a sign of life where there is no room to write one in the registry. Raises OSError."""
+        now = time.time()
+        os.utime(self.progress, (now, now))
 
     @property
     def chain(self) -> Path:

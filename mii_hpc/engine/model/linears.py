@@ -38,7 +38,8 @@ class Linear(nn.Module):
             rows = rows[..., self.inputs]
         if self._group is None:
             return linear(rows, self.weight, self.bias)
-        output: torch.Tensor = sum_over_ranks(linear(rows, self.weight), self._group)
+        output = linear(rows, self.weight)
+        sum_over_ranks(output, self._group)
         return output if self.bias is None else output + self.bias
 
 
@@ -80,17 +81,10 @@ class Part(nn.Module):
         return output
 
 
-@torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=())
-def sum_over_ranks(rows: torch.Tensor, group: str) -> torch.Tensor:
-    """Return the sum of the ranks' rows. An operator of our own, because torch.compile leaves it as it is."""
-    output = rows.clone()
-    dist.all_reduce(output, group=_resolve_process_group(group))  # type: ignore[arg-type]
-    return output
-
-
-@sum_over_ranks.register_fake
-def _(rows: torch.Tensor, group: str) -> torch.Tensor:
-    return torch.empty_like(rows)
+@torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=("rows",))
+def sum_over_ranks(rows: torch.Tensor, group: str) -> None:
+    """Add the other ranks' rows to these, which are contiguous. torch.compile leaves an operator of ours as it is."""
+    dist.all_reduce(rows, group=_resolve_process_group(group))  # type: ignore[arg-type]
 
 
 def replace_linears(module: nn.Module) -> None:

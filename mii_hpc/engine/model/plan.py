@@ -116,7 +116,9 @@ def _cut(name: str, dim: int, ranks: int, rank: int, pieces: int = 1) -> Cut:
 
 
 def _sum_of_experts(part: nn.Module, inputs: Any, output: Any) -> Any:
-    return sum_over_ranks(output.contiguous(), _everyone())
+    output = output.contiguous()
+    sum_over_ranks(output, _everyone())
+    return output
 
 
 def _everyone() -> str:

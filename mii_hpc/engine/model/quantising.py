@@ -57,7 +57,7 @@ class QuantisedLinear(nn.Module):
             rows = rows[..., self._inputs]
         output = self._product(rows)
         if self._group_name is not None and rows.is_cuda:
-            output = sum_over_ranks(output, self._group_name)
+            sum_over_ranks(output, self._group_name)
         elif self._group_name is not None:
             from deepspeed import comm
 

@@ -179,6 +179,8 @@ class Lifetime:
                 return
             except (OSError, RegistryError) as error:  # a full or absent filesystem must not end the deployment
                 log.warning("the registry entry could not be written: %s", error)
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(self._run.beat)
             with contextlib.suppress(TimeoutError):
                 is_quiet = not waiting and self._succession.is_quiet
                 async with asyncio.timeout(HEARTBEAT_SECONDS if is_quiet else 0.5):

@@ -1,10 +1,11 @@
 import asyncio
+import os
 import threading
 
 import pytest
 
 from mii_hpc.deployments import credentials
-from mii_hpc.deployments.registry import Registry
+from mii_hpc.deployments.registry import Registry, heartbeat_is_fresh
 from mii_hpc.job.balancer import lifetime
 from tests.live import Deployment
 from tests.waiting import PATIENCE, until
@@ -31,8 +32,10 @@ async def test_a_broken_filesystem_does_not_end_the_deployment(deploy, monkeypat
         real(self, entry)
 
     monkeypatch.setattr(Registry, "publish", full)
+    os.utime(deployment.run.progress, (0, 0))
     await until(lambda: len(failed) == 3)
     last = deployment.registry.get("chat").heartbeat
+    assert heartbeat_is_fresh(deployment.registry.get("chat").model_copy(update={"heartbeat": 0}))
     await until(lambda: deployment.registry.get("chat").heartbeat > last)
 
 
