@@ -87,9 +87,9 @@ class Guides:
                 from llguidance import hf
 
                 try:
-                    self._tokens = hf.from_tokenizer(
-                        self._model.pretrained, self._model.vocabulary, list(self._model.eos_token_ids) or None
-                    )
+                    # Which tokens end an answer is for its Guide to say; llguidance takes one, or chooses it itself.
+                    end = next(iter(self._model.eos_token_ids), None)
+                    self._tokens = hf.from_tokenizer(self._model.pretrained, self._model.vocabulary, end)
                 except Exception as error:  # noqa: BLE001 (whatever kind it is, this model's answers are not guided)
                     raise InvalidRequestError(
                         f"structured_outputs: not with this model's tokenizer: {one_line(error)}"
