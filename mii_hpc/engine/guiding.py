@@ -36,8 +36,8 @@ LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 """What llguidance may do for one grammar, and for one token of an answer: some 10 ms, of memory some 100 MB."""
-WHITESPACE = {"whitespace_pattern": r"[ \t\n\r]{1,32}"}
-"""Between the parts of JSON: a model that writes nothing else does not do so for ever."""
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON comes as Python writes it. Where a model may choose the space between its parts, some write nothing else."""
 
 _TRIAL = f"""
 import json, resource, sys
@@ -47,7 +47,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 ((kind, wanted),) = json.load(sys.stdin).items()
 try:
     if kind == "json":
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(wanted), defaults={WHITESPACE!r})
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(wanted), defaults={ONE_LINE!r})
     else:
         grammar = grammar_from(kind, json.dumps(wanted) if kind == "choice" else wanted)
 except ValueError as error:

@@ -23,8 +23,6 @@ from tests.models import VOCABULARY, replace_tokenizer_by_sentencepiece, save_to
 
 pytestmark = pytest.mark.engine
 
-COMPACT = {"x-guidance": {"whitespace_pattern": " "}}
-"""A random model would write whitespace for long."""
 PERSON = {
     "type": "object",
     "properties": {
@@ -35,7 +33,6 @@ PERSON = {
     },
     "required": ["name", "age", "tags", "ok"],
     "additionalProperties": False,
-    **COMPACT,
 }
 OPTIONS = [
     {"do_sample": False},
@@ -98,6 +95,15 @@ def test_json_beside_answers_that_are_not_guided(engine):
         assert answer.wait().token_ids() == alone.token_ids()
     again = submit(engine, "A person:", structured_outputs=json.dumps({"json": json.dumps(PERSON)}), **OPTIONS[1])
     assert again.wait().token_ids() == guided[1].token_ids()
+
+
+def test_a_model_that_likes_spaces_writes_json_all_the_same(engine):
+    spaces = [number for number in range(len(engine.tokenizer)) if engine.tokenizer.decode([number]).isspace()]
+    assert spaces
+    wanted = {"json": {"type": "object", "properties": {"a": {"enum": [1]}, "b": {"enum": [[2, 3]]}}}}
+    wanted["json"] |= {"required": ["a", "b"], "additionalProperties": False}
+    answer = submit(engine, "x", structured_outputs=wanted, do_sample=False, logit_bias=dict.fromkeys(spaces, 100))
+    check(answer, '{"a": 1, "b": [2, 3]}'.__eq__)
 
 
 @pytest.mark.parametrize(
