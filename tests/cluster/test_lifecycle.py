@@ -74,7 +74,7 @@ def test_lost_supervisors_are_replaced_in_the_same_job(cluster, home, serve):
     eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
 
 
-@pytest.mark.parametrize("options", [["--signal=INT"], ["--batch", "--signal=USR2"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["--signal=INT"], ["--signal=USR1"], ["--batch", "--signal=USR2"]], ids=" ".join)
 def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, options):
     serve("signalled")
     entry = Registry(home).get("signalled")
@@ -82,6 +82,22 @@ def test_whatever_signal_scancel_sends_ends_it_in_order(cluster, home, serve, op
     eventually(lambda: Registry(home).get("signalled") is None, PATIENCE, "the name is free")
     eventually(lambda: not processes(cluster), PATIENCE, "every process is gone")
     assert not list((entry.run_dir / "failures").iterdir())
+
+
+def test_a_suspended_job_loses_nothing(cluster, home, serve):
+    client = serve("suspended")
+    job_id = Registry(home).get("suspended").job_id
+    words = [f"word{number}" for number in range(300)]
+    pieces = client.stream(" ".join(words), timeout=PATIENCE)
+    text = next(pieces).generated_text
+    subprocess.run(["scontrol", "suspend", job_id], check=True, timeout=PATIENCE)
+    states = lambda: [job.state for job in cluster.squeue() if str(job.id) == job_id]  # noqa: E731
+    eventually(lambda: states() == ["SUSPENDED"], PATIENCE, "it is suspended")
+    subprocess.run(["scontrol", "resume", job_id], check=True, timeout=PATIENCE)
+    text += "".join(piece.generated_text for piece in pieces)
+    assert text.split() == words
+    eventually(lambda: state_of(home, "suspended") == "ready", PATIENCE, "it serves")
+    assert (Registry(home).get("suspended").job_id, answered(client, {0, 1})) == (job_id, True)
 
 
 def test_a_requeued_job_is_found_again(cluster, home, serve):
