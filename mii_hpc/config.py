@@ -331,7 +331,7 @@ class EngineConfig(_Model):
     queue_bound: int = Field(1024, ge=1)
     """Requests that may wait; more are refused with QueueFullError. Those of guests are counted apart, see `limits`."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads per rank."""
+    """CPU threads per rank; None is its share of the cores, and one beside a GPU."""
     step_timeout: float = Field(120.0, gt=0)
     """Seconds after which a replica that has requests in hand and makes no step is formed anew. One step may be long:
     a large prefill on CPUs, or the first of a shape, for which kernels are compiled. Processes that are stopped, and
