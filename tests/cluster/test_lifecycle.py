@@ -39,6 +39,11 @@ def state_of(home, name):
     return entry and entry.state
 
 
+def slurm_states(cluster, job_id):
+    """What Slurm says of a job, in a list: it may have forgotten it."""
+    return [job.state for job in cluster.squeue() if str(job.id) == job_id]
+
+
 def processes(cluster):
     return [pid for node in cluster.nodes for pid in cluster.job_processes(node)]
 
@@ -91,8 +96,7 @@ def test_a_suspended_job_loses_nothing(cluster, home, serve):
     pieces = client.stream(" ".join(words), timeout=PATIENCE)
     text = next(pieces).generated_text
     subprocess.run(["scontrol", "suspend", job_id], check=True, timeout=PATIENCE)
-    states = lambda: [job.state for job in cluster.squeue() if str(job.id) == job_id]  # noqa: E731
-    eventually(lambda: states() == ["SUSPENDED"], PATIENCE, "it is suspended")
+    eventually(lambda: slurm_states(cluster, job_id) == ["SUSPENDED"], PATIENCE, "it is suspended")
     subprocess.run(["scontrol", "resume", job_id], check=True, timeout=PATIENCE)
     text += "".join(piece.generated_text for piece in pieces)
     assert text.split() == words
@@ -107,11 +111,7 @@ def test_a_requeued_job_is_found_again(cluster, home, serve):
     preempt = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
     for incarnation, requeue in enumerate((["scontrol", "requeue", job_id], preempt), 1):
         subprocess.run(requeue, check=True, timeout=PATIENCE)
-
-        def is_pending():
-            return [job.state for job in cluster.squeue() if str(job.id) == job_id] == ["PENDING"]
-
-        eventually(is_pending, PATIENCE, "it waits in the queue")
+        eventually(lambda: slurm_states(cluster, job_id) == ["PENDING"], PATIENCE, "it waits in the queue")
         assert state_of(home, "requeued") == "pending"
         with pytest.raises(mii.UnavailableError, match="is not serving yet: its job"):
             mii.client("requeued", mii_config={"home": home})("x")
@@ -155,11 +155,7 @@ def test_the_last_survivor_ends_the_job(cluster, home, serve):
     with pytest.raises(mii.UnavailableError):
         client("x", timeout=2 * PATIENCE)
     eventually(lambda: Registry(home).get("cut") is None, 2 * PATIENCE, "the name is free")
-    eventually(
-        lambda: [job.state for job in cluster.squeue() if str(job.id) == entry.job_id] != ["RUNNING"],
-        PATIENCE,
-        "the job has ended",
-    )
+    eventually(lambda: slurm_states(cluster, entry.job_id) != ["RUNNING"], PATIENCE, "the job has ended")
 
 
 def test_a_setup_line_that_fails_is_named(home, ended):
