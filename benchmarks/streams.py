@@ -37,7 +37,6 @@ from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.job import engine_process
 from mii_hpc.job.balancer.balancer import Balancer
-from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.membership import Replica
 from mii_hpc.submission import submit as submission
 
@@ -76,7 +75,7 @@ def run_balancer(run: RunDir, addresses: list[str], told: Connection) -> None:
         balancer = Balancer(run, run.load_config(), keys, run.begin(0))
         for index, address in enumerate(addresses):
             replica = Replica(index, range(index, index + 1), epoch=1, host="localhost")
-            balancer.router.add(await ReplicaConnection.open(replica, address, keys.as_client))
+            await balancer._admit(replica, address)
         told.send(f"127.0.0.1:{await balancer.listen('127.0.0.1:0')}")
         await balancer.server.wait_for_termination()
 
