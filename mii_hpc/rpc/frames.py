@@ -365,8 +365,7 @@ def _check(frame: bytes) -> None:
 class _Outbox(ABC):
     """What is to be sent, until the stream has room for it."""
 
-    def __init__(self, beat_seconds: float | None = None) -> None:
-        self._beat_seconds = beat_seconds
+    def __init__(self) -> None:
         self._filled = asyncio.Event()
         self._is_closed = False
         self.pause = 0.0
@@ -376,13 +375,9 @@ class _Outbox(ABC):
         """Yield frames as there is something to send, and room, until it is closed and empty; empty ones meanwhile."""
         due = 0.0
         while not self._is_closed:
-            if not self._filled.is_set():
-                try:
-                    async with asyncio.timeout(self._beat_seconds):
-                        await self._filled.wait()
-                except TimeoutError:
-                    yield b""
-                    continue
+            if not self._filled.is_set() and not await self._fills():
+                yield b""
+                continue
             # Also when nothing is to be waited for: so that what follows at once travels along, such as the end behind
             # a last piece.
             await asyncio.sleep(due - time.monotonic())
@@ -391,6 +386,10 @@ class _Outbox(ABC):
                 yield frame.SerializeToString()
             if 0 < self.pause <= MOST_PAUSE:
                 due = time.monotonic() + self.pause
+
+    async def _fills(self) -> bool:
+        """Wait until there is something to send; return False where a sign of life is to be sent before."""
+        return await self._filled.wait()
 
     def close(self) -> None:
         """Send what is there, and no more."""
@@ -448,11 +447,19 @@ class _Requests(_Outbox):
 
 class _Answers(_Outbox):
     def __init__(self) -> None:
-        super().__init__(liveness.BEAT_SECONDS)
+        super().__init__()
+        self._beat_seconds = liveness.BEAT_SECONDS
         self._chunks: list[tuple[int, bytearray]] = []
         self._latest: dict[tuple[int, int], bytearray] = {}
         self._ends: list[tuple[int, MIIError | None]] = []
         self._has_room = asyncio.Event()
+
+    async def _fills(self) -> bool:
+        try:
+            async with asyncio.timeout(self._beat_seconds):
+                return await self._filled.wait()
+        except TimeoutError:
+            return False
 
     async def room(self) -> None:
         """Wait until no more requests have ended than a frame begins: who reads no answers is asked nothing more."""
