@@ -4,8 +4,8 @@ A message costs each process that it passes a tenth of a millisecond of Python, 
 stream for all its requests, which it numbers, and the tokens that an engine makes in one step come back together.
 
 Nobody on a stream waits for another: what cannot be sent yet is joined, answer by answer. A slow reader gets fewer and
-longer pieces, and no more waits for it than its answers. Who reads many streams lets their servers pause between two
-frames.
+longer pieces, and no more waits for it than its answers. Who cannot follow all the streams that he reads lets their
+servers pause between two frames.
 
 A server that has nothing to say sends an empty frame as a sign of life. To a caller, a silent server is a lost one.
 """
@@ -38,6 +38,8 @@ FRAME_REQUESTS = 1024
 
 FRAMES_PER_SECOND = 5000
 """Of all streams that a process reads. To read a frame takes it a tenth of a millisecond, however little is in it."""
+RATE_SECONDS = 0.25
+"""The time in which frames are counted."""
 LEAST_PAUSE = 0.004
 """In seconds: so few streams that a shorter one would do need none."""
 MOST_PAUSE = 1.0
@@ -68,15 +70,31 @@ class ClosedError(LostError):
 
 
 class StreamGroup:
-    """The streams that a process reads side by side; `pause` seconds between two frames of each, it can follow all."""
+    """The streams that a process reads side by side.
+
+    Attributes:
+        is_crowded: whether more frames come of late than it can follow.
+    """
 
     def __init__(self) -> None:
         self._busy: set[RequestStream] = set()
+        self.is_crowded = False
+        self._since, self._frames = -math.inf, 0
 
     @property
     def pause(self) -> float:
+        """How long each server is to pause between two frames, in seconds, so that it can follow all."""
         pause = len(self._busy) / FRAMES_PER_SECOND
-        return pause if pause >= LEAST_PAUSE else 0.0
+        return pause if self.is_crowded and pause >= LEAST_PAUSE else 0.0
+
+    def count(self, now: float) -> None:
+        """Count a frame that has come now, in seconds."""
+        self._frames += 1
+        if now < self._since + RATE_SECONDS:
+            return
+        bound = FRAMES_PER_SECOND / 2 if self.is_crowded else FRAMES_PER_SECOND  # which pausing keeps them from
+        self.is_crowded = self._frames > bound * (now - self._since)
+        self._since, self._frames = now, 0
 
     def note(self, stream: RequestStream) -> None:
         """Note whether a stream has requests."""
@@ -155,6 +173,7 @@ class RequestStream:
         try:
             async for frame in self._call:
                 self._pulse.beat()
+                self._group.count(time.monotonic())
                 self._outbox.tell_pause()
                 for piece in pb.AnswerFrame.FromString(frame).pieces:
                     self._take(piece)

@@ -136,11 +136,28 @@ async def test_a_slow_reader_bounds_only_itself(monkeypatch):
     assert all(sum(len(chunk) for _, chunk in frame) <= 1000 for frame in server.calls[0].pieces())
 
 
-async def test_where_a_process_reads_many_streams_their_servers_pause(monkeypatch):
+def test_streams_are_crowded_while_more_frames_come_than_can_be_followed():
+    group, now = frames.StreamGroup(), 1000.0
+
+    def after_a_second_of(count):
+        nonlocal now
+        for _ in range(count):
+            now += 1 / count
+            group.count(now)
+        return group.is_crowded
+
+    rates = (0.1, 0.9, 1.2, 0.9, 0.6, 0.4, 0.9)
+    crowded = [after_a_second_of(round(rate * frames.FRAMES_PER_SECOND)) for rate in rates]
+    assert crowded == [False, False, True, True, True, False, False]
+
+
+async def test_where_a_process_cannot_follow_its_streams_their_servers_pause(monkeypatch):
     """It could not follow otherwise: each has a frame for every step of its own engine."""
     monkeypatch.setattr(frames, "FRAMES_PER_SECOND", 6)
     monkeypatch.setattr(frames, "LEAST_PAUSE", 0.2)
+    monkeypatch.setattr(frames.StreamGroup, "count", lambda self, now: None)
     server, group = Server(), frames.StreamGroup()
+    group.is_crowded = True
     streams = [server.stream(group=group) for _ in range(3)]
     (alone,) = await asked(server, streams[0], b"0")
     assert group.pause == 0

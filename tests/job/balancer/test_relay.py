@@ -449,8 +449,10 @@ async def test_a_stream_to_a_replica_that_breaks_alone_costs_no_replica(deploy, 
 
 async def test_the_streams_of_all_replicas_are_one_group(deploy, held, monkeypatch):
     monkeypatch.setattr(frames, "FRAMES_PER_SECOND", 1)
+    monkeypatch.setattr(frames.StreamGroup, "count", lambda self, now: None)
     deployment = await deploy(replica_num=2, echo_delay=0.01)
     client, group = deployment.client(), deployment.balancer._streams
+    group.is_crowded = True
     calls = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(4)]
     await until(lambda: group.pause == 2)
     held.set()
