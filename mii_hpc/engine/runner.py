@@ -20,6 +20,7 @@ from mii_hpc.engine.devices import choose_device, room_on
 from mii_hpc.engine.distributed import Ranks
 from mii_hpc.engine.graphs import DecodeGraphs
 from mii_hpc.engine.memory import compute_with, plan_budget, threads
+from mii_hpc.engine.model.linears import share_memory
 from mii_hpc.engine.model.loading import load_model
 from mii_hpc.engine.step import DRAWN, Step, StepCodec
 from mii_hpc.engine.upload import upload
@@ -63,6 +64,8 @@ class ModelRunner:
             # All ranks hold the same blocks, each its own heads of them.
             self.budget = self.budget.with_blocks(self._ranks.minimum(self.budget.num_blocks))
         self._module = model.module
+        if self._ranks and self._device.type == "cuda" and spec.replica_local_size == spec.world_size:
+            share_memory(self._module, self._device, self._ranks.all_agree)
         # One block more, for the null block.
         self._cache = PagedCache(model.layers, self.budget.num_blocks + 1, self.budget.page_size, self._device)
         self._rope = model.rope

@@ -10,7 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-FILES = ("attention/test_triton.py", "sampling/test_triton.py", "test_compiled.py")
+FILES = (
+    "attention/test_triton.py",
+    "model/test_peers.py",
+    "model/test_products.py",
+    "sampling/test_triton.py",
+    "test_compiled.py",
+)
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 

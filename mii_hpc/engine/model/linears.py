@@ -1,15 +1,24 @@
-"""Linear layers on a GPU: plain products, those of the same rows in one, and the sum over the ranks."""
+"""Linear layers on a GPU: products, those of the same rows in one, and the sum over the ranks."""
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from mii_hpc.engine.model.peers import Peers
+
+_log = logging.getLogger(__name__)
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that, side by side in one module, have the same input in most architectures. A product with all their weights
@@ -31,15 +40,19 @@ class Linear(nn.Module):
         self.weight, self.bias = weight, bias
         self._group = group
         self.inputs = inputs
+        self.peers: Peers | None = None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for rows [..., inputs]."""
         if self.inputs is not None:
             rows = rows[..., self.inputs]
         if self._group is None:
-            return linear(rows, self.weight, self.bias)
-        output = linear(rows, self.weight)
-        sum_over_ranks(output, self._group)
+            return product(rows, self.weight, self.bias)
+        output = product(rows, self.weight, None)
+        if self.peers is None:
+            sum_over_ranks(output, self._group)
+        else:
+            sum_over_ranks(output, self._group, self.peers.addresses, self.peers.counts)
         return output if self.bias is None else output + self.bias
 
 
@@ -72,8 +85,8 @@ class Part(nn.Module):
         merged = self._merged
         if merged.rows is not rows:
             merged.rows = rows
-            product = linear(rows, merged.weight, merged.bias)
-            merged.outputs = torch.split(product, merged.sizes, dim=-1)
+            outputs = product(rows, merged.weight, merged.bias)
+            merged.outputs = torch.split(outputs, merged.sizes, dim=-1)
         output = merged.outputs[self._number]
         if self._number == len(merged.sizes) - 1:
             # In most architectures nobody asks again, and the memory is wanted.
@@ -81,10 +94,59 @@ class Part(nn.Module):
         return output
 
 
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return rows [..., inputs] times a weight [outputs, inputs], plus a bias."""
+    kernels = _kernels() if rows.is_cuda else None
+    if kernels is None:
+        return linear(rows, weight, bias)
+    if torch.compiler.is_compiling():
+        output: torch.Tensor = any_product(rows, weight)
+    elif kernels.is_quick(rows, weight):
+        output = kernels.multiply(rows, weight)
+    else:
+        return linear(rows, weight, bias)
+    return output if bias is None else output + bias
+
+
+@torch.library.custom_op("mii_hpc::product", mutates_args=())
+def any_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the same without a bias: an operator for any number of rows, so that layers are compiled once for all."""
+    kernels = _kernels()
+    assert kernels is not None
+    return kernels.multiply(rows, weight) if kernels.is_quick(rows, weight) else linear(rows, weight)
+
+
+@any_product.register_fake
+def _(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """Return the kernels for few rows; None where Triton is missing."""
+    try:
+        from mii_hpc.engine.model import products
+    except ImportError:
+        return None
+    return products
+
+
 @torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=("rows",))
-def sum_over_ranks(rows: torch.Tensor, group: str) -> None:
-    """Add the other ranks' rows to these, which are contiguous. torch.compile leaves an operator of ours as it is."""
-    dist.all_reduce(rows, group=_resolve_process_group(group))  # type: ignore[arg-type]
+def sum_over_ranks(
+    rows: torch.Tensor, group: str, addresses: torch.Tensor | None = None, counts: torch.Tensor | None = None
+) -> None:
+    """Add the other ranks' rows to these, which are contiguous; given those of Peers, small ones in their memory.
+
+    torch.compile leaves an operator of ours as it is.
+    """
+    members = _resolve_process_group(group)  # type: ignore[arg-type]
+    if addresses is not None and counts is not None:
+        from mii_hpc.engine.model.peers import add_up, is_small
+
+        if is_small(rows, len(addresses)):
+            add_up(rows, addresses, counts, members.rank())
+            return
+    dist.all_reduce(rows, group=members)
 
 
 def replace_linears(module: nn.Module) -> None:
@@ -100,6 +162,24 @@ def replace_linears(module: nn.Module) -> None:
                 merged = MergedLinear(layers)  # type: ignore[arg-type]
                 for number, name in enumerate(names):
                     setattr(part, name, Part(merged, number))
+
+
+def share_memory(module: nn.Module, device: torch.device, agree: Callable[[bool], bool]) -> None:
+    """Let the layers of a module add up small sums in memory that the ranks share; on all ranks of one host at once.
+
+    NCCL does it where they have none: `agree` says whether all ranks have, given whether this one does.
+    """
+    peers = None
+    try:
+        from mii_hpc.engine.model.peers import Peers
+
+        peers = Peers.meet(dist.group.WORLD, device)  # type: ignore[arg-type]
+    except (ImportError, RuntimeError) as error:
+        _log.info("the ranks do not share GPU memory, so NCCL takes all sums: %s", str(error).partition("\n")[0])
+    if agree(peers is not None):
+        for part in module.modules():
+            if isinstance(part, Linear):
+                part.peers = peers
 
 
 def _merge(layers: list[nn.Module | None]) -> bool:

@@ -37,7 +37,6 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     splits: int = 1
-    least: int = 1
 
     @property
     def decode(self):
@@ -53,7 +52,6 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 FEW = {
     "decode": Case(DECODES),
     "decode, split": Case(DECODES, splits=5),
-    "decode, split in shares of two blocks": Case(DECODES, splits=5, least=2),
     "decode, one key head per head": Case(DECODES, 3, 3, splits=2),
     "decode, one key head": Case(DECODES, 8, 1, splits=3),
     "decode, window": Case(DECODES, window=20, splits=3),
@@ -109,7 +107,6 @@ ALL = (
             {"key_size": 192},
             {"key_size": 112, "value_size": 160},
             {"key_size": 120, "value_size": 120, "page": 20},
-            {"least": 4},
         )
     }
 )
@@ -192,7 +189,7 @@ def test_it_attends_as_the_dense_reference(kernels, case):
     scene = Scene(case, kernels)
     kernels.write(scene.key, scene.value, scene.keys, scene.values, scene.slots)
     plan = kernels.Plan.of(scene.query, scene.values, len(case.sequences), case.key_heads, case.decode, False)
-    plan = plan._replace(splits=case.splits, least=case.least)
+    plan = plan._replace(splits=case.splits)
     output = torch.full((*scene.query.shape[:2], case.value_size), torch.nan, dtype=case.dtype, device=DEVICE)
     kernels.attend(
         scene.query,

@@ -1,0 +1,137 @@
+"""Sums over the GPUs of one host: each rank writes its rows into the memory of the others, in one kernel.
+
+Every 4 bytes of data travel with a number that changes from sum to sum, in one write of 8 bytes. Who waits for them
+sees by the number that they are there, so that no rank waits for another before or after ("LL", the low-latency
+protocol of NCCL). All ranks add up in the order of the ranks, in float32: their sums are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from mii_hpc.engine.overlap import follow, launch_options
+
+WORDS = 128
+"""A program sends so many words of 4 bytes at a time. It is one warp, which waits without a barrier."""
+PROGRAMS = 1024
+"""So many programs at most. All run at once on any data-center GPU, so that none waits for one that has not begun."""
+LINES = 4
+"""A program sends so many times `WORDS` at most."""
+HALVES = 2
+"""Sums take turns in so many halves of the memory. A rank that sends the sum after the next has read that one of all
+others, who therefore are done with the first."""
+
+
+class Peers:
+    """The memory in which the ranks of a group on one host leave rows for each other.
+
+    Attributes:
+        addresses: [ranks], where each rank's memory begins, as this rank's GPU sees it.
+        counts: [PROGRAMS], how many sums each program has taken.
+    """
+
+    def __init__(self, memory: torch.Tensor, addresses: list[int]) -> None:
+        """Use this rank's memory, `memory_size` numbers of 64 bits that are zero, and that of the others."""
+        self._memory = memory
+        self.addresses = torch.tensor(addresses, dtype=torch.int64, device=memory.device)
+        self.counts = torch.zeros(PROGRAMS, dtype=torch.int32, device=memory.device)
+
+    @classmethod
+    def meet(cls, group: dist.ProcessGroup, device: torch.device) -> Peers:
+        """Share memory with the other ranks of a group; on all of them at once, which are to agree on it before a sum.
+
+        Raises RuntimeError where a GPU does not reach another one's memory.
+        """
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        memory = symmetric_memory.empty(memory_size(group.size()), dtype=torch.int64, device=device)
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        handle = symmetric_memory.rendezvous(memory, group)
+        return cls(memory, [handle.get_buffer(rank, (1,), torch.int64).data_ptr() for rank in range(group.size())])
+
+
+def memory_size(ranks: int) -> int:
+    """Return how many numbers of 64 bits a rank's memory has."""
+    return HALVES * ranks * PROGRAMS * LINES * WORDS
+
+
+def is_small(rows: torch.Tensor, ranks: int) -> bool:
+    """Return whether a sum is faster in this way than by NCCL: each rank sends all of it to every other one."""
+    size = rows.numel() * rows.element_size()
+    return rows.element_size() <= 4 and size % 4 == 0 and 0 < size <= 4 * PROGRAMS * LINES * WORDS // (ranks - 1)
+
+
+def add_up(rows: torch.Tensor, addresses: torch.Tensor, counts: torch.Tensor, rank: int) -> None:
+    """Add the other ranks' rows to these, which are contiguous and small."""
+    words = rows.view(-1).view(torch.int32)
+    programs = min(triton.cdiv(len(words), WORDS), PROGRAMS)
+    lines = triton.cdiv(len(words), programs * WORDS)
+    _sum_kernel[(programs,)](
+        rows.view(-1), words, addresses, counts, len(words),
+        RANK=rank, RANKS=len(addresses), LINES=lines, ROOM=LINES, MOST=PROGRAMS, WORDS=WORDS, HALVES=HALVES,
+        PAIRS=rows.element_size() == 2, num_warps=1, **launch_options(rows.device),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _sum_kernel(
+    rows: tl.tensor,
+    words: tl.tensor,
+    addresses: tl.tensor,
+    counts: tl.tensor,
+    count: tl.tensor,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    LINES: tl.constexpr,
+    ROOM: tl.constexpr,
+    MOST: tl.constexpr,
+    WORDS: tl.constexpr,
+    HALVES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    follow(EARLY)
+    program = tl.program_id(0)
+    number = tl.load(counts + program) + 1
+    # What this program has in a rank's memory, of this half, from a rank: its lines.
+    half = (number & (HALVES - 1)) * RANKS
+    column = tl.arange(0, WORDS)
+    for line in tl.static_range(LINES):
+        index = (line * tl.num_programs(0) + program) * WORDS + column
+        word = tl.load(words + index, mask=index < count, other=0)
+        sent = (number.to(tl.int64) << 32) | (word.to(tl.int64) & 0xFFFFFFFF)
+        place = (((half + RANK) * MOST + program) * ROOM + line) * WORDS + column
+        for peer in tl.static_range(RANKS):
+            if peer != RANK:
+                memory = tl.load(addresses + peer).to(tl.pointer_type(tl.int64))
+                tl.store(memory + place, sent)
+    memory = tl.load(addresses + RANK).to(tl.pointer_type(tl.int64))
+    for line in tl.static_range(LINES):
+        index = (line * tl.num_programs(0) + program) * WORDS + column
+        own = tl.load(words + index, mask=index < count, other=0)
+        first = tl.zeros([WORDS], tl.float32)
+        second = tl.zeros([WORDS], tl.float32)
+        for peer in tl.static_range(RANKS):
+            word = own
+            if peer != RANK:
+                place = (((half + peer) * MOST + program) * ROOM + line) * WORDS + column
+                received = tl.load(memory + place, volatile=True)
+                while tl.max(((received >> 32).to(tl.int32) != number).to(tl.int32), 0) > 0:
+                    received = tl.load(memory + place, volatile=True)
+                word = received.to(tl.int32)
+            if PAIRS:
+                first += word.to(tl.int16).to(rows.dtype.element_ty, bitcast=True).to(tl.float32)
+                second += (word >> 16).to(tl.int16).to(rows.dtype.element_ty, bitcast=True).to(tl.float32)
+            else:
+                first += word.to(tl.float32, bitcast=True)
+        if PAIRS:
+            low = first.to(rows.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            high = second.to(rows.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            tl.store(words + index, low | high, mask=index < count)
+        else:
+            tl.store(words + index, first.to(tl.int32, bitcast=True), mask=index < count)
+    tl.store(counts + program, number)

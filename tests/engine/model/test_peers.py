@@ -1,0 +1,68 @@
+"""Sums in memory that ranks share: here that of processes on a CPU, through Triton's interpreter.
+
+On GPUs the tests of tensor parallelism take them.
+"""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from mii_hpc.engine.model import peers  # noqa: E402
+from tests.engine.interpreter import CUDA, runs_kernels  # noqa: E402
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+RANKS = 3
+# Of one program and of several, of one line each and of several, with and without a rest.
+SIZES = (2, 126, 256, 300, 2 * peers.WORDS * 4, 2, 254)
+SECONDS = 240
+
+
+def rows_of(rank, number, dtype):
+    draw = torch.Generator().manual_seed(100 * number + rank)
+    return torch.randn(SIZES[number], generator=draw).to(dtype)
+
+
+def add_up_as_rank(rank, memories, dtype, results):
+    peers.PROGRAMS = 2  # fewer than the largest sum wants, so that each takes several lines
+    mine = peers.Peers(memories[rank], [memory.data_ptr() for memory in memories])
+    sums = []
+    for number in range(len(SIZES)):
+        rows = rows_of(rank, number, dtype)
+        peers.add_up(rows, mine.addresses, mine.counts, rank)
+        sums.append(rows)
+    results.put((rank, [each.view(torch.uint8).tolist() for each in sums]))
+
+
+@runs_kernels
+@pytest.mark.skipif(CUDA, reason="on GPUs the tests of tensor parallelism take such sums")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_all_ranks_have_the_same_sum(dtype, monkeypatch):
+    monkeypatch.setattr(peers, "PROGRAMS", 2)
+    context = torch.multiprocessing.get_context("spawn")
+    memories = [torch.zeros(peers.memory_size(RANKS), dtype=torch.int64).share_memory_() for _ in range(RANKS)]
+    results = context.Queue()
+    arguments = (memories, dtype, results)
+    ranks = [context.Process(target=add_up_as_rank, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    sums = dict(results.get(timeout=SECONDS) for _ in ranks)
+    for process in ranks:
+        process.join(SECONDS)
+    for number in range(len(SIZES)):
+        expected = sum(rows_of(rank, number, dtype).float() for rank in range(RANKS)).to(dtype)
+        for rank in range(RANKS):
+            got = torch.tensor(sums[rank][number], dtype=torch.uint8).view(dtype)
+            assert torch.equal(got, expected), (rank, number)
+
+
+def test_small_sums_are_those_that_its_memory_holds():
+    largest = 2 * peers.PROGRAMS * peers.LINES * peers.WORDS
+    assert peers.is_small(torch.empty(largest, dtype=torch.bfloat16, device="meta"), 2)
+    assert not peers.is_small(torch.empty(largest + 2, dtype=torch.bfloat16, device="meta"), 2)
+    assert peers.is_small(torch.empty(largest // 4, dtype=torch.bfloat16, device="meta"), 4)
+    assert not peers.is_small(torch.empty(largest // 2, dtype=torch.bfloat16, device="meta"), 4)
+    assert not peers.is_small(torch.empty(3, dtype=torch.bfloat16), 2)
+    assert not peers.is_small(torch.empty(0, dtype=torch.bfloat16), 2)
+    assert not peers.is_small(torch.empty(4, dtype=torch.float64), 2)
