@@ -123,14 +123,16 @@ def first_token(generate: Generate) -> float:
 
 
 def card(model: Path, ranks: int, began: float) -> Measurements:
-    """What the card reads per second with a large product of one row, and the bytes that a step reads."""
+    """What the card reads per second with a large product of one row, cuBLAS's or ours, and the bytes of a step."""
+    from mii_hpc.engine.model.products import multiply
+
     weight = torch.randn(128256, 8192, dtype=torch.bfloat16, device="cuda")
     row = torch.randn(1, 8192, dtype=torch.bfloat16, device="cuda")
     times = []
-    for _ in range(20):
+    for product in (torch.nn.functional.linear, multiply) * 20:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
-        torch.nn.functional.linear(row, weight)
+        product(row, weight)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)

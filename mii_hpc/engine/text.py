@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -30,23 +31,20 @@ class Detokenizer:
         decode: Callable[[Sequence[int]], str],
         byte_tokens: frozenset[int] = frozenset(),
         after: Sequence[int] = (),
-        joins: bool = False,
     ) -> None:
         """Use `decode` for any run of tokens; `byte_tokens` are those of a byte-fallback vocabulary.
-
-        It `joins` when the bytes of a text are those of its tokens, one after the other, as in byte-level vocabularies.
 
         With `after`, the tokens of a text, the pieces are what comes after it: a decoder that drops the space before
         a text's first word leaves it before these.
         """
         self._decode = decode
         self._byte_tokens = byte_tokens
-        self._joins = joins
         # Only the tokens from the last certain pieces on: a decoder may treat the first token of a text
         # in a way of its own (such as dropping its space), so the one before the new ones stays as context.
         self._window: list[int] = []
         self._context = 0
         self._sent = 0
+        self._in_run = False
         for token_id in reversed(after):
             text = decode([token_id])
             # A special token is silent, and a part of a character would be taken for one with what follows.
@@ -56,15 +54,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is now certain; it may be empty."""
-        if self._joins and len(self._window) == self._context:  # nothing is held back
-            text = self._decode([token_id])
-            if text and REPLACEMENT not in text:
-                self._window, self._context, self._sent = [token_id], 1, len(text)
-                return text
         self._window.append(token_id)
         text = self._decode(self._window)
-        if token_id in self._byte_tokens:
-            # One more byte can turn a whole run of them into replacement characters.
+        # One more byte can turn a whole run of them into replacement characters, also behind a token without text.
+        self._in_run = token_id in self._byte_tokens or (self._in_run and not self._decode([token_id]))
+        if self._in_run:
             return ""
         if text.endswith(REPLACEMENT):
             # Only the last one can still become a character. Those before it are certain.
@@ -87,6 +81,26 @@ class Detokenizer:
         piece = text[self._sent : end]
         self._sent = max(self._sent, end)
         return piece
+
+
+class ByteDetokenizer:
+    """Decodes a growing list of tokens whose bytes, one after the other, are those of the text, as at byte level.
+
+    All pieces joined are the UTF-8 of all bytes, with a replacement character for each run that is none. Characters
+    whose bytes have not all come are held back.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, token_id: int) -> str:
+        """Take the next token and return the text that is now certain; it may be empty."""
+        return self._decode(self._bytes_of(token_id))
+
+    def flush(self) -> str:
+        """Return the text still held back, as it stands when no token follows."""
+        return self._decode(b"", True)
 
 
 class StopStrings:

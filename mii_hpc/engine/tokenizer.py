@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mii_hpc.config import GenerateParamsConfig, ModelConfig
-from mii_hpc.engine.text import REPLACEMENT, Detokenizer
+from mii_hpc.engine.text import REPLACEMENT, ByteDetokenizer, Detokenizer, TextSource
 from mii_hpc.errors import ConfigError, InvalidRequestError
 from mii_hpc.generation import Chat, Description, Prompt, Tokenization
 
@@ -115,9 +115,7 @@ class TokenizerCodec:
         if REPLACEMENT not in both:
             return text.encode()
         token = self.pretrained.convert_ids_to_tokens(token_id)
-        alphabet = _byte_alphabet()
-        known = token is not None and all(character in alphabet for character in token)
-        return bytes(alphabet[character] for character in token) if known else text.encode()
+        return text.encode() if token is None else _bytes_at_byte_level(token, text)
 
 
 class Tokenizer(TokenizerCodec):
@@ -135,7 +133,9 @@ class Tokenizer(TokenizerCodec):
         self.vocabulary = vocabulary
         self.eos_token_ids = tuple(eos_token_ids) or (() if own is None else (int(own),))
         backend = getattr(self.pretrained, "backend_tokenizer", None)
-        self._joins = backend is not None and type(backend.decoder) is ByteLevel
+        self._token_bytes: dict[bool, _TokenBytes] = {}
+        if backend is not None and type(backend.decoder) is ByteLevel:
+            self._token_bytes = {skips: _TokenBytes(backend, skips) for skips in (False, True)}
         # Each token of an answer is decoded alone once, as what comes before the next.
         self._alone: dict[tuple[int, bool], str] = {}
 
@@ -188,10 +188,37 @@ class Tokenizer(TokenizerCodec):
             )
         )
 
-    def detokenizer(self, after: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
+    def detokenizer(self, after: Sequence[int] = (), skip_special_tokens: bool = True) -> TextSource:
         """Return what decodes one answer, token by token, as the text that comes after these tokens."""
+        if self._token_bytes:
+            return ByteDetokenizer(self._token_bytes[skip_special_tokens].__getitem__)
         decode = partial(self.decode, skip_special_tokens=skip_special_tokens)
-        return Detokenizer(decode, frozenset(self._bytes), after, self._joins)
+        return Detokenizer(decode, frozenset(self._bytes), after)
+
+
+class _TokenBytes(dict[int, bytes]):
+    """The bytes of each token of a byte-level vocabulary, from the first time on that they are asked for.
+
+    As the decoder of the tokenizers library takes them: special tokens have none where it `skips` them.
+    """
+
+    def __init__(self, backend: Any, skips: bool) -> None:
+        super().__init__()
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._silent = {token_id for token_id, token in added.items() if token.special} if skips else set()
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = None if token_id in self._silent else self._backend.id_to_token(token_id)
+        self[token_id] = b"" if token is None else _bytes_at_byte_level(token, token)
+        return self[token_id]
+
+
+def _bytes_at_byte_level(token: str, text: str) -> bytes:
+    """Return what a token's characters stand for in a byte-level vocabulary; a `text` where one stands for nothing."""
+    alphabet = _byte_alphabet()
+    known = all(character in alphabet for character in token)
+    return bytes(alphabet[character] for character in token) if known else text.encode()
 
 
 def _load(model: ModelConfig) -> Any:

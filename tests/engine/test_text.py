@@ -4,7 +4,7 @@ import pytest
 
 from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.engine.answer import Answer, answer_limit
-from mii_hpc.engine.text import Detokenizer, StopStrings
+from mii_hpc.engine.text import ByteDetokenizer, Detokenizer, StopStrings
 from mii_hpc.errors import InvalidRequestError
 
 
@@ -23,18 +23,22 @@ def sent_by(strings, pieces):
     return sent + stop.flush(), False
 
 
-@pytest.mark.parametrize("joins", [False, True])
-def test_bytes_of_any_kind_join_to_the_decoding_of_all(joins):
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Detokenizer(byte_decode), lambda: ByteDetokenizer(lambda byte: bytes([byte]))],
+    ids=["runs", "bytes"],
+)
+def test_bytes_of_any_kind_join_to_the_decoding_of_all(make):
     draw = random.Random(1)
     for _ in range(300):
         text = "".join(draw.choice("aé€🙂👩‍🚀 ") for _ in range(12)).encode()
         noise = bytes(draw.randrange(256) for _ in range(draw.randrange(6)))
         data = text[: draw.randrange(len(text))] + noise + text[draw.randrange(len(text)) :]
-        detokenizer = Detokenizer(byte_decode, joins=joins)
+        detokenizer = make()
         assert "".join(map(detokenizer.push, data)) + detokenizer.flush() == byte_decode(data)
 
 
-def test_tokens_of_several_bytes_are_sent_alike_whether_they_are_known_to_join():
+def test_tokens_of_several_bytes_join_to_the_decoding_of_all():
     draw = random.Random(2)
     cuts = [bytes(draw.choices("aé🙂".encode(), k=draw.randint(0, 3))) for _ in range(60)]
     words = [*cuts, *(text.encode() for text in ("word", " é", "🙂", " 👩‍🚀 "))]
@@ -44,19 +48,18 @@ def test_tokens_of_several_bytes_are_sent_alike_whether_they_are_known_to_join()
 
     for _ in range(300):
         token_ids = draw.choices(range(len(words)), k=30)
-        one, other = Detokenizer(decode), Detokenizer(decode, joins=True)
-        assert [one.push(token) for token in token_ids] == [other.push(token) for token in token_ids]
-        assert one.flush() == other.flush()
+        for detokenizer in (Detokenizer(decode), ByteDetokenizer(words.__getitem__)):
+            assert "".join(map(detokenizer.push, token_ids)) + detokenizer.flush() == decode(token_ids)
 
 
 def test_an_emoji_cut_by_tokens_is_held_back_until_it_is_whole():
-    detokenizer = Detokenizer(byte_decode)
-    assert [detokenizer.push(byte) for byte in "x🙂y".encode()] == ["x", "", "", "", "🙂", "y"]
+    for detokenizer in (Detokenizer(byte_decode), ByteDetokenizer(lambda byte: bytes([byte]))):
+        assert [detokenizer.push(byte) for byte in "x🙂y".encode()] == ["x", "", "", "", "🙂", "y"]
 
 
 def test_an_emoji_cut_by_the_end_of_the_answer_is_a_replacement_character():
-    detokenizer = Detokenizer(byte_decode)
-    assert "".join(map(detokenizer.push, "x🙂".encode()[:-1])) + detokenizer.flush() == "x\ufffd"
+    for detokenizer in (Detokenizer(byte_decode), ByteDetokenizer(lambda byte: bytes([byte]))):
+        assert "".join(map(detokenizer.push, "x🙂".encode()[:-1])) + detokenizer.flush() == "x\ufffd"
 
 
 def test_a_decoder_that_drops_the_first_space_joins_too():

@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 
@@ -36,6 +37,16 @@ def test_the_bytes_of_all_tokens_are_the_text(folder):
         assert b"".join(seen.tokens).decode().strip() == text.strip()
         assert seen.text.strip() == text.strip()
         assert codec.tokenize(seen.token_ids).tokens == seen.tokens
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_the_pieces_of_any_tokens_join_to_the_tokenizers_own_text(folder, skips):
+    draw, whole = random.Random(3), tokenizer(folder)
+    special = whole.pretrained.all_special_ids
+    for _ in range(100):
+        ids = [draw.choice(special) if draw.random() < 0.1 else draw.randrange(VOCABULARY) for _ in range(20)]
+        source = whole.detokenizer(skip_special_tokens=skips)
+        assert "".join(map(source.push, ids)) + source.flush() == whole.decode(ids, skips)
 
 
 def test_a_conversation_is_rendered_by_the_template_with_one_beginning(folder):

@@ -96,24 +96,20 @@ class Part(nn.Module):
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return rows [..., inputs] times a weight [outputs, inputs], plus a bias."""
-    kernels = _kernels() if rows.is_cuda else None
-    if kernels is None:
-        return linear(rows, weight, bias)
     if torch.compiler.is_compiling():
         output: torch.Tensor = any_product(rows, weight)
-    elif kernels.is_quick(rows, weight):
-        output = kernels.multiply(rows, weight)
-    else:
+        return output if bias is None else output + bias
+    kernels = _kernels() if rows.is_cuda else None
+    if kernels is None or not kernels.is_quick(rows, weight):
         return linear(rows, weight, bias)
+    output = kernels.multiply(rows, weight)
     return output if bias is None else output + bias
 
 
 @torch.library.custom_op("mii_hpc::product", mutates_args=())
 def any_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the same without a bias: an operator for any number of rows, so that layers are compiled once for all."""
-    kernels = _kernels()
-    assert kernels is not None
-    return kernels.multiply(rows, weight) if kernels.is_quick(rows, weight) else linear(rows, weight)
+    return product(rows, weight, None)
 
 
 @any_product.register_fake
@@ -195,7 +191,8 @@ def _merge(layers: list[nn.Module | None]) -> bool:
 def _plain(layer: Any) -> Linear | None:
     """Return the same layer as ours, or None if it is to stay as it is."""
     share = None if type(layer) is Linear else share_of(layer)
-    if share is None or not share.weight.is_cuda or not share.weight.numel():
+    # Also of a layer of which this rank has nothing: its sum is taken as the other ranks take it.
+    if share is None or not share.weight.is_cuda:
         return None
     group = None if share.group is None else share.group.group_name
     return Linear(share.weight, share.bias, group, share.inputs)
