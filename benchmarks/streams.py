@@ -7,6 +7,7 @@ is measured too, in turn with this one, and each figure's ratio is taken between
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +38,6 @@ from mii_hpc.engine import create_engine
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.job import engine_process
 from mii_hpc.job.balancer.balancer import Balancer
-from mii_hpc.job.balancer.connection import ReplicaConnection
 from mii_hpc.job.balancer.membership import Replica
 from mii_hpc.submission import submit as submission
 
@@ -76,7 +76,7 @@ def run_balancer(run: RunDir, addresses: list[str], told: Connection) -> None:
         balancer = Balancer(run, run.load_config(), keys, run.begin(0))
         for index, address in enumerate(addresses):
             replica = Replica(index, range(index, index + 1), epoch=1, host="localhost")
-            balancer.router.add(await ReplicaConnection.open(replica, address, keys.as_client))
+            await balancer._admit(replica, address)
         told.send(f"127.0.0.1:{await balancer.listen('127.0.0.1:0')}")
         await balancer.server.wait_for_termination()
 
@@ -155,21 +155,32 @@ async def many_streams(deployment: Deployment, seconds: float) -> Figures:
     return {"tokens/s, of those made": rate, "messages to the client per token": messages / total, **figures}
 
 
-async def short_requests(deployment: Deployment, callers: int, requests: int) -> float:
-    """Return the milliseconds of a request of one token, with so many callers of one client."""
+async def short_requests(deployment: Deployment, callers: int, requests: int, streams: bool) -> Figures:
+    """Whole answers of one token, or streams of eight, with so many callers of one client."""
     async with AsyncMIIClient(deployment.config) as client:
 
         async def ask() -> list[float]:
             took = []
             for _ in range(requests):
                 began = time.perf_counter()
-                await client.generate("hello", max_new_tokens=1)
+                if streams:
+                    async for _piece in client.stream("hello", max_new_tokens=8):
+                        pass
+                else:
+                    await client.generate("hello", max_new_tokens=1)
                 took.append(time.perf_counter() - began)
             return took
 
         await ask()
+        before = deployment.cpu_seconds()
         every = await asyncio.gather(*(ask() for _ in range(callers)))
-    return 1000 * statistics.median(seconds for took in every for seconds in took)
+        after = deployment.cpu_seconds()
+    took = sorted(itertools.chain.from_iterable(every))
+    return {
+        "ms per request": 1e3 * statistics.median(took),
+        "ms per request, p99": 1e3 * took[int(0.99 * len(took))],
+        **{f"{name}: CPU us per request": 1e6 * (after[name] - before[name]) / len(took) for name in after},
+    }
 
 
 def measure(seconds: float, many: int) -> Figures:
@@ -180,9 +191,11 @@ def measure(seconds: float, many: int) -> Figures:
         figures = asyncio.run(many_streams(deployment, seconds))
     for replicas in (2, many):
         with deployed(replicas, 0.0) as deployment:
-            where = f", {replicas} replicas"
-            figures[f"1 caller{where}: ms per request"] = asyncio.run(short_requests(deployment, 1, 300))
-            figures[f"{CALLERS} callers{where}: ms per request"] = asyncio.run(short_requests(deployment, CALLERS, 20))
+            for callers, streams in itertools.product((1, CALLERS), (False, True)):
+                requests = 400 if callers == 1 else 40
+                found = asyncio.run(short_requests(deployment, callers, requests, streams))
+                where = f"{callers} {'streams' if streams else 'whole answers'} at once, {replicas} replicas"
+                figures |= {f"{where}: {name}": value for name, value in found.items()}
     return figures
 
 

@@ -17,12 +17,14 @@ STARTING: EngineState
 READY: EngineState
 
 class RequestFrame(_message.Message):
-    __slots__ = ("requests", "cancelled")
+    __slots__ = ("requests", "cancelled", "pause")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[NumberedRequest]
     cancelled: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, requests: _Optional[_Iterable[_Union[NumberedRequest, _Mapping]]] = ..., cancelled: _Optional[_Iterable[int]] = ...) -> None: ...
+    pause: float
+    def __init__(self, requests: _Optional[_Iterable[_Union[NumberedRequest, _Mapping]]] = ..., cancelled: _Optional[_Iterable[int]] = ..., pause: _Optional[float] = ...) -> None: ...
 
 class NumberedRequest(_message.Message):
     __slots__ = ("number", "request", "timeout", "position")

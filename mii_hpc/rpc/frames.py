@@ -4,7 +4,8 @@ A message costs each process that it passes a tenth of a millisecond of Python, 
 stream for all its requests, which it numbers, and the tokens that an engine makes in one step come back together.
 
 Nobody on a stream waits for another: what cannot be sent yet is joined, answer by answer. A slow reader gets fewer and
-longer pieces, and no more waits for it than its answers.
+longer pieces, and no more waits for it than its answers. Who reads many streams lets their servers pause between two
+frames.
 
 A server that has nothing to say sends an empty frame as a sign of life. To a caller, a silent server is a lost one.
 """
@@ -16,6 +17,7 @@ import contextlib
 import itertools
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 
@@ -35,6 +37,12 @@ FRAME_REQUESTS = 1024
 """A frame has no more requests, and cancels no more: a message of tiny ones would take a server minutes."""
 FINISH_SECONDS = 0.5
 """How long a client that is closed waits for the server to end the stream."""
+
+FRAMES_PER_SECOND = 5000
+"""Of all streams that a process reads. To read a frame takes it a tenth of a millisecond, however little is in it."""
+LEAST_PAUSE = 0.004
+"""In seconds: so few streams that a shorter one would do need none."""
+MOST_PAUSE = 1.0
 
 _CANCELLED = pb.RequestFrame.DESCRIPTOR.fields_by_name["cancelled"].number
 
@@ -61,10 +69,30 @@ class ClosedError(LostError):
     """It was this side that has closed the stream."""
 
 
+class StreamGroup:
+    """The streams that a process reads side by side; `pause` seconds between two frames of each, it can follow all."""
+
+    def __init__(self) -> None:
+        self._busy: set[RequestStream] = set()
+
+    @property
+    def pause(self) -> float:
+        pause = len(self._busy) / FRAMES_PER_SECOND
+        return pause if pause >= LEAST_PAUSE else 0.0
+
+    def note(self, stream: RequestStream) -> None:
+        """Note whether a stream has requests."""
+        if len(stream):
+            self._busy.add(stream)
+        else:
+            self._busy.discard(stream)
+
+
 class RequestStream:
     """The caller's side. Belongs to one event loop; closed once it has been without a request for `idle_seconds`.
 
-    It ends when the server has given no sign of life for liveness.SILENT_SECONDS.
+    It ends when the server has given no sign of life for liveness.SILENT_SECONDS. The server pauses between two frames
+    as the `group` says, unless that is about as long as what it was told before.
     """
 
     def __init__(
@@ -72,10 +100,12 @@ class RequestStream:
         method: grpc.aio.StreamStreamMultiCallable[bytes, bytes],
         metadata: Metadata,
         idle_seconds: float | None = None,
+        group: StreamGroup | None = None,
     ) -> None:
         self.method, self.metadata = method, metadata
         self.has_ended = False
-        self._outbox = _Requests()
+        self._group = group or StreamGroup()
+        self._outbox = _Requests(self._group)
         self._numbers = itertools.count()
         self._open: dict[int, tuple[Callable[[bytes], None], asyncio.Future[None]]] = {}
         self._idle_seconds = idle_seconds
@@ -108,6 +138,7 @@ class RequestStream:
         if self._idle is not None:
             self._idle.cancel()
         self._open[number] = take, ended
+        self._group.note(self)
         self._outbox.add(pb.NumberedRequest(number=number, request=payload, timeout=timeout or 0, position=position))
         try:
             yield ended
@@ -139,6 +170,7 @@ class RequestStream:
         try:
             async for frame in self._call:
                 self._pulse.beat()
+                self._outbox.tell_pause()
                 for piece in pb.AnswerFrame.FromString(frame).pieces:
                     self._take(piece)
         except grpc.aio.AioRpcError as failure:
@@ -168,6 +200,7 @@ class RequestStream:
 
     def _rest(self) -> None:
         """Close the stream in a while, unless there is another request by then."""
+        self._group.note(self)
         if self._idle is not None:
             self._idle.cancel()
         if not self._open and not self.has_ended and self._idle_seconds is not None:
@@ -185,6 +218,7 @@ class RequestStream:
         if self._idle is not None:
             self._idle.cancel()
         ending, self._open = self._open, {}
+        self._group.note(self)
         for _, ended in ending.values():
             _resolve(ended, lost)
 
@@ -257,6 +291,7 @@ class _Server:
             async for frame in frames:
                 _check(frame)
                 message = pb.RequestFrame.FromString(frame)
+                self.answers.pause = message.pause
                 for request in message.requests:
                     self._begin(request)
                     began = True
@@ -349,24 +384,31 @@ def _check(frame: bytes) -> None:
 class _Outbox(ABC):
     """What is to be sent, until the stream has room for it."""
 
-    def __init__(self, beat_seconds: float | None = None) -> None:
-        self._beat_seconds = beat_seconds
+    def __init__(self) -> None:
         self._filled = asyncio.Event()
         self._is_closed = False
+        self.pause = 0.0
+        """How long to wait at least after what was sent, in seconds; longer than MOST_PAUSE means not at all."""
 
     async def frames(self) -> AsyncGenerator[bytes]:
         """Yield frames as there is something to send, and room, until it is closed and empty; empty ones meanwhile."""
+        due = 0.0
         while not self._is_closed:
-            try:
-                async with asyncio.timeout(self._beat_seconds):
-                    await self._filled.wait()
-            except TimeoutError:
+            if not self._filled.is_set() and not await self._fills():
                 yield b""
                 continue
-            await asyncio.sleep(0)  # so that what follows at once travels along, such as the end behind a last piece
+            # Also when nothing is to be waited for: so that what follows at once travels along, such as the end behind
+            # a last piece.
+            await asyncio.sleep(due - time.monotonic())
             self._filled.clear()
             for frame in self._taken():
                 yield frame.SerializeToString()
+            if 0 < self.pause <= MOST_PAUSE:
+                due = time.monotonic() + self.pause
+
+    async def _fills(self) -> bool:
+        """Wait until there is something to send; return False where a sign of life is to be sent before."""
+        return await self._filled.wait()
 
     def close(self) -> None:
         """Send what is there, and no more."""
@@ -379,8 +421,11 @@ class _Outbox(ABC):
 
 
 class _Requests(_Outbox):
-    def __init__(self) -> None:
+    def __init__(self, group: StreamGroup) -> None:
         super().__init__()
+        self._group = group
+        self._told = 0.0
+        self._is_telling = False
         self._begun: list[pb.NumberedRequest] = []
         self._cancelled: list[int] = []
 
@@ -392,31 +437,48 @@ class _Requests(_Outbox):
         self._cancelled.append(number)
         self._filled.set()
 
+    def tell_pause(self) -> None:
+        """Say how long to pause, where that is far from what was said before."""
+        told, pause = max(self._told, LEAST_PAUSE), max(self._group.pause, LEAST_PAUSE)
+        if not told / 2 <= pause <= told * 2:
+            self._is_telling = True
+            self._filled.set()
+
     def _taken(self) -> Iterator[pb.RequestFrame]:
         begun, self._begun = self._begun, []
         cancelled, self._cancelled = self._cancelled, []
-        frame, size = pb.RequestFrame(), 0
+        is_telling, self._is_telling = self._is_telling, False
+        self._told = pause = self._group.pause
+        frame, size = pb.RequestFrame(pause=pause), 0
         for request in begun:
             frame.requests.append(request)
             size += len(request.request)
             if size >= FRAME_BYTES or len(frame.requests) == FRAME_REQUESTS:
                 yield frame
-                frame, size = pb.RequestFrame(), 0
+                frame, size = pb.RequestFrame(pause=pause), 0
         for first in range(0, len(cancelled), FRAME_REQUESTS):
             frame.cancelled.extend(cancelled[first : first + FRAME_REQUESTS])
             yield frame
-            frame = pb.RequestFrame()
-        if frame.requests:
+            frame = pb.RequestFrame(pause=pause)
+        if frame.requests or (is_telling and not begun and not cancelled):
             yield frame
 
 
 class _Answers(_Outbox):
     def __init__(self) -> None:
-        super().__init__(liveness.BEAT_SECONDS)
+        super().__init__()
+        self._beat_seconds = liveness.BEAT_SECONDS
         self._chunks: list[tuple[int, bytearray]] = []
         self._latest: dict[tuple[int, int], bytearray] = {}
         self._ends: list[tuple[int, MIIError | None]] = []
         self._has_room = asyncio.Event()
+
+    async def _fills(self) -> bool:
+        try:
+            async with asyncio.timeout(self._beat_seconds):
+                return await self._filled.wait()
+        except TimeoutError:
+            return False
 
     async def room(self) -> None:
         """Wait until no more requests have ended than a frame begins: who reads no answers is asked nothing more."""

@@ -139,6 +139,58 @@ async def test_a_slow_reader_bounds_only_itself(monkeypatch):
     assert all(sum(len(chunk) for _, chunk in frame) <= 1000 for frame in server.calls[0].pieces())
 
 
+async def test_where_a_process_reads_many_streams_their_servers_pause(monkeypatch):
+    """It could not follow otherwise: each has a frame for every step of its own engine."""
+    monkeypatch.setattr(frames, "FRAMES_PER_SECOND", 6)
+    monkeypatch.setattr(frames, "LEAST_PAUSE", 0.2)
+    server, group = Server(), frames.StreamGroup()
+    streams = [server.stream(group=group) for _ in range(3)]
+    (alone,) = await asked(server, streams[0], b"0")
+    assert group.pause == 0
+    server.send(b"0", b"!")
+    await until(lambda: alone.chunks == [b"!"])
+    others = [Caller(stream, payload) for stream, payload in zip(streams[1:], (b"1", b"2"), strict=True)]
+    await until(lambda: len(server.asked) == 3)
+    assert group.pause == 0.5
+    server.send(b"0", b"!")  # with which its server is told what has changed
+    await until(lambda: alone.chunks == [b"!", b"!"] and streams[0]._outbox._told == 0.5)
+    before = [len(call.frames) for call in server.calls]
+    for _ in range(50):
+        for payload in (b"0", b"1", b"2"):
+            server.send(payload, b".")
+        for _ in range(10):
+            await asyncio.sleep(0)
+    for payload in (b"1", b"2"):
+        server.end(payload)
+    for caller in others:
+        await caller.ended
+        assert b"".join(caller.chunks) == b"." * 50
+        caller.leave()
+    await until(lambda: b"".join(alone.chunks) == b"!!" + b"." * 50)
+    assert all(len(call.frames) < count + 25 for call, count in zip(server.calls, before, strict=True))
+    assert group.pause == 0
+    server.send(b"0", b"!")
+    await until(lambda: streams[0]._outbox._told == 0)
+    alone.leave()
+
+
+@pytest.mark.parametrize("pause", [-1.0, float("nan"), float("inf"), 1e9])
+async def test_what_is_no_pause_is_none(pause):
+    pieces = []
+
+    async def sent():
+        yield pb.RequestFrame(requests=[pb.NumberedRequest(number=1)], pause=pause).SerializeToString()
+
+    async def twice(request):
+        for step in (b"1", b"2"):
+            request.send(0, step)
+            await until(lambda: pieces and pieces[-1].chunk == step)  # noqa: B023
+
+    async for frame in frames.serve(sent(), twice):
+        pieces += pb.AnswerFrame.FromString(frame).pieces
+    assert [piece.chunk for piece in pieces] == [b"1", b"2", b""]
+
+
 async def test_a_request_that_is_left_is_cancelled_and_no_other():
     server = Server()
     stream = server.stream()

@@ -23,6 +23,7 @@ from mii_hpc.job.balancer.service import DeploymentService, MembershipService
 from mii_hpc.job.balancer.succession import Succession
 from mii_hpc.job.tasks import Tasks
 from mii_hpc.rpc import transport
+from mii_hpc.rpc.frames import StreamGroup
 from mii_hpc.rpc.wire import Method
 from mii_hpc.schedulers import Job
 
@@ -47,6 +48,7 @@ class Balancer:
         self.ending = Ending(run)
         self.access = Access(run, config)
         self.router = Router()
+        self._streams = StreamGroup()
         self.membership = Membership(
             model.tensor_parallel,
             model.replica_num,
@@ -108,7 +110,7 @@ class Balancer:
             await self.server.stop(STOP_SECONDS)
 
     async def _admit(self, replica: Replica, address: str) -> None:
-        self.router.add(await ReplicaConnection.open(replica, address, self._keys.as_client))
+        self.router.add(await ReplicaConnection.open(replica, address, self._keys.as_client, self._streams))
 
     def _dismiss(self, index: int) -> None:
         connection = self.router.remove(index)

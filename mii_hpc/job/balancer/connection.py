@@ -17,7 +17,7 @@ from mii_hpc.errors import UnavailableError
 from mii_hpc.generation import GenerationRequest
 from mii_hpc.job.balancer.membership import Replica
 from mii_hpc.rpc import transport, wire
-from mii_hpc.rpc.frames import ClosedError, LostError, RequestStream
+from mii_hpc.rpc.frames import ClosedError, LostError, RequestStream, StreamGroup
 
 LOAD_SECONDS = 2.0
 """A replica's load is left out of the status when the replica does not answer within this time."""
@@ -28,8 +28,17 @@ TRIAL_SECONDS = 120.0
 class ReplicaConnection:
     """The connection to the leader of a replica that takes requests."""
 
-    def __init__(self, index: int, epoch: int, host: str, channel: grpc.aio.Channel, keys: ClientCredentials) -> None:
+    def __init__(
+        self,
+        index: int,
+        epoch: int,
+        host: str,
+        channel: grpc.aio.Channel,
+        keys: ClientCredentials,
+        group: StreamGroup | None = None,
+    ) -> None:
         self.index, self.epoch, self.host = index, epoch, host
+        self._group = group
         self._channel = channel
         # Now: gRPC crashes on a stub that is made of a closed channel.
         self._engine = pb_grpc.EngineStub(channel)
@@ -39,12 +48,15 @@ class ReplicaConnection:
         self._is_closed = False
 
     @classmethod
-    async def open(cls, replica: Replica, address: str, keys: ClientCredentials) -> Self:
-        """Connect to a replica, and send a small request through it.
+    async def open(
+        cls, replica: Replica, address: str, keys: ClientCredentials, group: StreamGroup | None = None
+    ) -> Self:
+        """Connect to a replica, and send a small request through it; its stream is to be one of a group.
 
         Raises the request's error, or UnavailableError when there is no answer from the address.
         """
-        connection = cls(replica.index, replica.epoch, replica.host, transport.open_channel(address, keys), keys)
+        channel = transport.open_channel(address, keys)
+        connection = cls(replica.index, replica.epoch, replica.host, channel, keys, group)
         params = GenerateParamsConfig(max_new_tokens=2, do_sample=False, ignore_eos=True)
         trial = wire.pack_request(GenerationRequest("trial", "Hello", params)).SerializeToString()
         try:
@@ -71,7 +83,7 @@ class ReplicaConnection:
         if self._is_closed:
             raise ClosedError
         if self._stream is None or self._stream.has_ended:  # gRPC may end one of its own accord
-            self._stream = RequestStream(self._generate, self._authorization)
+            self._stream = RequestStream(self._generate, self._authorization, group=self._group)
         return self._stream.request(payload, take)
 
     async def ask(self, method: wire.Method, payload: bytes, timeout: float | None) -> bytes:

@@ -16,7 +16,9 @@ class Router:
     """Strict round robin over the live replicas. Belongs to one event loop, where no two requests interleave."""
 
     def __init__(self) -> None:
-        self._live: dict[int, ReplicaConnection] = {}
+        self._by_index: dict[int, ReplicaConnection] = {}
+        self.live: tuple[ReplicaConnection, ...] = ()
+        """The live replicas, by index."""
         self._count = 0
         self._batches: dict[str, int] = {}
         """For each of the latest calls with several prompts: the turn of its first one."""
@@ -26,12 +28,15 @@ class Router:
 
     def add(self, replica: ReplicaConnection) -> None:
         """Let a replica take requests from now on."""
-        self._live[replica.index] = replica
+        self._by_index[replica.index] = replica
+        self._sort()
         self._arrival.set()
 
     def remove(self, index: int) -> ReplicaConnection | None:
         """Let a replica take no more requests, and return it; None when it took none before."""
-        return self._live.pop(index, None)
+        removed = self._by_index.pop(index, None)
+        self._sort()
+        return removed
 
     def next(self, position: wire.BatchPosition | None = None) -> ReplicaConnection:
         """Return the replica for the next request, or for the one at that position of a batch.
@@ -39,8 +44,8 @@ class Router:
         The prompts of a batch take consecutive turns, in whatever order they arrive. Raises UnavailableError when
         no replica is live.
         """
-        order = [replica.index for replica in self._choices()]
-        return self._give(self._live[order[self._turn(position) % len(order)]])
+        choices = self._choices()
+        return self._give(choices[self._turn(position) % len(choices)])
 
     def idlest(self) -> ReplicaConnection:
         """Return the replica with the fewest requests in flight, for one that had its turn before.
@@ -55,17 +60,15 @@ class Router:
 
     async def wait(self) -> None:
         """Return when a replica is live; those that wait go on in the order in which they came."""
-        while not self._live:
+        while not self.live:
             self._arrival.clear()
             await self._arrival.wait()
 
-    @property
-    def live(self) -> list[ReplicaConnection]:
-        """The live replicas, by index."""
-        return [self._live[index] for index in sorted(self._live)]
+    def _sort(self) -> None:
+        self.live = tuple(self._by_index[index] for index in sorted(self._by_index))
 
-    def _choices(self) -> list[ReplicaConnection]:
-        if not self._live:
+    def _choices(self) -> tuple[ReplicaConnection, ...]:
+        if not self.live:
             raise UnavailableError("no replica of the deployment is able to serve at the moment")
         return self.live
 

@@ -21,7 +21,7 @@ from mii_hpc.generation import joined
 from mii_hpc.job.balancer import relay
 from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.router import Router
-from mii_hpc.rpc import transport, wire
+from mii_hpc.rpc import frames, transport, wire
 from mii_hpc.rpc.wire import Method
 from tests.waiting import PATIENCE, until
 
@@ -445,6 +445,17 @@ async def test_a_stream_to_a_replica_that_breaks_alone_costs_no_replica(deploy, 
         assert answer.migrations == 1
     assert deployment.ranks[0].epochs == [1]
     await until(deployment.is_idle)
+
+
+async def test_the_streams_of_all_replicas_are_one_group(deploy, held, monkeypatch):
+    monkeypatch.setattr(frames, "FRAMES_PER_SECOND", 1)
+    deployment = await deploy(replica_num=2, echo_delay=0.01)
+    client, group = deployment.client(), deployment.balancer._streams
+    calls = [asyncio.create_task(client.generate(WORDS, **LONG)) for _ in range(4)]
+    await until(lambda: group.pause == 2)
+    held.set()
+    await asyncio.gather(*calls)
+    await until(lambda: group.pause == 0)
 
 
 async def test_a_stream_is_no_older_than_its_token(deploy, held):

@@ -32,6 +32,28 @@ def test_the_router_is_strict():
     assert [replica.index for replica in router.live] == [0, 1, 2]
 
 
+def test_to_choose_a_replica_takes_no_look_at_all_of_them():
+    looks = 0
+
+    class Replica:
+        def __init__(self, index):
+            self._index = index
+
+        @property
+        def index(self):
+            nonlocal looks
+            looks += 1
+            return self._index
+
+    router = Router()
+    for index in range(128):
+        router.add(Replica(index))
+    looks = 0
+    for _ in range(256):
+        router.next()
+    assert looks <= 4 * 256
+
+
 def test_a_batch_takes_consecutive_turns_in_whatever_order_it_arrives():
     router = Router()
     for index in range(3):
