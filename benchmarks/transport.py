@@ -1,17 +1,20 @@
 """What it costs that clients show certificates: `python benchmarks/transport.py [--rounds 7]`.
 
-Prints how long a new connection takes, with one small call: to a server that asks its clients for a certificate, and
-to one that does not. Server and client are a process each. See streams.py for what passes through a balancer.
+Prints how long a new connection takes, with one small call, and a message and its answer on a stream that is open: with
+a server that asks its clients for a certificate, and with one that does not, in turns. Server and client are a process
+each. See streams.py for what passes through a balancer.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +25,7 @@ from rich.console import Console
 
 from mii_hpc.config import resolve
 from mii_hpc.deployments import credentials
+from mii_hpc.deployments.credentials import ClientCredentials
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport
@@ -34,13 +38,25 @@ async def nothing(_request: bytes, _context: Context) -> bytes:
     return b""
 
 
+async def echo(messages: AsyncIterator[bytes], _context: Context) -> AsyncIterator[bytes]:
+    """Answer each message with itself."""
+    async for message in messages:
+        yield message
+
+
 def run_doors(run: RunDir, asks: bool, told: Connection) -> None:
     """Serve a small method; a server that `asks` is one as ours, the other has TLS and no more."""
 
     async def serve() -> None:
         keys = credentials.load_server(run)
         server = transport.create_server(lambda _method, _token: True)
-        transport.add_inference(server, {Method.DESCRIBE: grpc.unary_unary_rpc_method_handler(nothing)})
+        transport.add_inference(
+            server,
+            {
+                Method.DESCRIBE: grpc.unary_unary_rpc_method_handler(nothing),
+                Method.GENERATE: grpc.stream_stream_rpc_method_handler(echo),
+            },
+        )
         if asks:
             access = Access(run, run.load_config())
             port = transport.listen(server, "127.0.0.1:0", keys, lambda: access.certificates)
@@ -54,16 +70,30 @@ def run_doors(run: RunDir, asks: bool, told: Connection) -> None:
     asyncio.run(serve())
 
 
-async def connection_seconds(run: RunDir, asks: bool, address: str, connections: int = 50) -> float:
+async def connection_seconds(keys: ClientCredentials, address: str, connections: int = 50) -> float:
     """Return how long a new connection with one call takes."""
-    keys = credentials.load_owner(run)
-    keys = keys if asks else replace(keys, identity=b"")
     began = time.perf_counter()
     for _ in range(connections):
         async with transport.open_channel(address, keys) as channel:
             describe: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(Method.DESCRIBE)
             await describe(b"")
     return (time.perf_counter() - began) / connections
+
+
+async def message_seconds(keys: ClientCredentials, address: str, messages: int = 500) -> float:
+    """Return how long a message of 1 KiB on a stream takes, there and back."""
+    async with transport.open_channel(address, keys) as channel:
+        stream: grpc.aio.StreamStreamCall[bytes, bytes] = channel.stream_stream(Method.GENERATE)()
+        await stream.write(b"")
+        await stream.read()
+        began = time.perf_counter()
+        for _ in range(messages):
+            await stream.write(bytes(1024))
+            await stream.read()
+        seconds = (time.perf_counter() - began) / messages
+        await stream.done_writing()
+        await stream.read()
+    return seconds
 
 
 def started(run: RunDir, asks: bool) -> str:
@@ -85,15 +115,20 @@ def main() -> None:
         engine = {"engine": "echo"}
         run, _ = submission.prepare(resolve(inference_engine_config=engine, home=Path(home) / "home", cluster="local"))
         doors = {asks: started(run, asks) for asks in (False, True)}
-        seconds: dict[bool, list[float]] = {False: [], True: []}
+        owner = credentials.load_owner(run)
+        keys = {False: replace(owner, identity=b""), True: owner}
+        measures = {"a new connection": connection_seconds, "a message on a stream": message_seconds}
+        seconds: dict[tuple[str, bool], list[float]] = {}
         for _ in range(given.rounds + 1):  # the first one warms up
-            for asks, address in doors.items():
-                seconds[asks].append(asyncio.run(connection_seconds(run, asks, address)))
-        plain, mutual = (statistics.median(seconds[asks][1:]) * 1e3 for asks in (False, True))
-    Console().print(
-        f"a new connection: TLS alone {plain:.2f} ms, with the client's certificate {mutual:.2f} ms, "
-        f"ratio {mutual / plain:.2f}"
-    )
+            for (what, measure), asks in itertools.product(measures.items(), doors):
+                seconds.setdefault((what, asks), []).append(asyncio.run(measure(keys[asks], doors[asks])))
+    for what in measures:
+        plain, mutual = (seconds[what, asks][1:] for asks in (False, True))
+        ratio = statistics.median(with_it / without for with_it, without in zip(mutual, plain, strict=True))
+        Console(width=120).print(
+            f"{what}: TLS alone {statistics.median(plain) * 1e3:.2f} ms, with the client's certificate "
+            f"{statistics.median(mutual) * 1e3:.2f} ms, ratio {ratio:.2f}"
+        )
 
 
 if __name__ == "__main__":

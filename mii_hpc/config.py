@@ -478,7 +478,7 @@ class SlurmConfig(_Model):
 
 
 class LimitsConfig(_Model):
-    """What owner and guests may have in hand at each replica.
+    """What owner and guests may have in hand, all but `guest_calls` at each replica.
 
     Neither's part depends on what the other has, so that the owner always gets in.
     """
@@ -496,6 +496,8 @@ class LimitsConfig(_Model):
     """Requests of all guests together that may wait. None: half of `queue_bound`."""
     guest_waiting_bytes: int = Field(2**27, ge=1)
     """Bytes of prompts in the guests' requests that may wait."""
+    guest_calls: int = Field(2048, ge=1)
+    """Calls of all guests together that the balancer may have open, of which a client needs one for all requests."""
 
 
 class MIIConfig(_Model):

@@ -243,7 +243,7 @@ class AsyncMIIClient:
         if self._connecting is not None:
             self._connecting.cancel()
         if self._stream is not None:
-            self._stream.close()
+            await self._stream.finish()
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.channel.close()

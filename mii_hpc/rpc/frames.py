@@ -35,6 +35,8 @@ FRAME_BYTES = 2**20
 """A frame with so many bytes takes in no more."""
 FRAME_REQUESTS = 1024
 """A frame has no more requests, and cancels no more: a message of tiny ones would take a server minutes."""
+FINISH_SECONDS = 0.5
+"""How long a client that is closed waits for the server to end the stream."""
 
 FRAMES_PER_SECOND = 5000
 """Of all streams that a process reads. To read a frame takes it a tenth of a millisecond, however little is in it."""
@@ -168,6 +170,19 @@ class RequestStream:
         """End the stream, and the requests that are still open, here and at the server."""
         self._end(ClosedError())
 
+    async def finish(self) -> None:
+        """Close the stream, and return once the server has ended it, too, or hardly will.
+
+        What comes of a call that is cancelled comes later; gRPC prints a traceback when the event loop is closed then.
+        """
+        for number in self._open:
+            self._outbox.cancel(number)
+        self._forget(ClosedError())
+        try:
+            await asyncio.wait({self._reading}, timeout=FINISH_SECONDS)
+        finally:
+            self.close()
+
     async def _read(self) -> None:
         lost = LostError()
         try:
@@ -211,6 +226,12 @@ class RequestStream:
             self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
 
     def _end(self, lost: LostError) -> None:
+        self._forget(lost)
+        self._call.cancel()
+        self._listening.cancel()
+
+    def _forget(self, lost: LostError) -> None:
+        """Send no more, and end the requests here."""
         self.has_ended = True
         self._outbox.close()
         if self._idle is not None:
@@ -219,8 +240,6 @@ class RequestStream:
         self._group.note(self)
         for _, ended in ending.values():
             _resolve(ended, lost)
-        self._call.cancel()
-        self._listening.cancel()
 
 
 class ServedRequest:

@@ -8,7 +8,7 @@ import pytest
 from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.errors import InvalidRequestError, QueueFullError, RequestError
 from mii_hpc.rpc import frames, liveness, wire
-from mii_hpc.rpc.frames import LostError, RequestStream
+from mii_hpc.rpc.frames import ClosedError, LostError, RequestStream
 from tests.waiting import PATIENCE, until
 
 
@@ -20,6 +20,8 @@ class Call:
         self.has_room = asyncio.Event()
         self.has_room.set()
         self.frames, self.beats = [], 0
+        self.has_ended = False
+        """Whether the server has ended it, and the caller knows."""
         self._task = None
 
     async def __aiter__(self):
@@ -32,6 +34,7 @@ class Call:
                     self.beats += 1
                 yield frame
                 await self.has_room.wait()
+        self.has_ended = True
 
     def cancel(self):
         if self._task not in (None, asyncio.current_task()):
@@ -274,6 +277,21 @@ async def test_the_end_of_a_stream_ends_every_request_of_it(side):
     await until(lambda: sorted(server.cancelled) == [b"a", b"b"])
     with pytest.raises(LostError), stream.request(b"late", print):
         pass
+
+
+@pytest.mark.parametrize("patience", [PATIENCE, 0])
+async def test_a_caller_finishes_once_the_server_has_ended_the_stream_or_hardly_will(monkeypatch, patience):
+    monkeypatch.setattr(frames, "FINISH_SECONDS", patience)
+    server = Server()
+    stream = server.stream()
+    (caller,) = await asked(server, stream, b"a")
+    await stream.finish()
+    assert server.calls[0].has_ended == bool(patience), "nothing of the call is to come"
+    with pytest.raises(ClosedError):
+        await caller.ended
+    await until(lambda: server.cancelled == [b"a"])
+    with pytest.raises(LostError):
+        Caller(stream, b"b")
 
 
 async def test_an_idle_stream_is_closed_by_its_caller():

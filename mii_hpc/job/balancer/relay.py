@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import grpc.aio
 
@@ -66,6 +66,7 @@ class Relay:
 
     Attributes:
         pace: what long requests of guests go by.
+        guest_calls: how many calls of guests are open.
         migrations: how many requests went on elsewhere because a replica was lost, by its index.
         resumed: how many came because their balancer was lost or replaced, by the replica where they went on.
         lost: how many were given up because a replica was lost, by its index.
@@ -81,6 +82,7 @@ class Relay:
     ) -> None:
         self._access = access
         self._of_guests: set[ServedRequest] = set()
+        self.guest_calls, self._most_guest_calls = 0, config.limits.guest_calls
         self.pace = Pace(config.limits.guest_waiting_bytes)
         self._guests_turn = asyncio.Lock()
         self._full: dict[int, tuple[float, str]] = {}
@@ -107,8 +109,22 @@ class Relay:
 
         serving = frames.serve(requests, answer, idle_seconds=IDLE_SECONDS, limit=MAX_REQUESTS)
         async with wire.answering(context), contextlib.aclosing(serving) as answers:
-            async for frame in answers:
-                yield frame
+            with self.counted(token):
+                async for frame in answers:
+                    yield frame
+
+    @contextlib.contextmanager
+    def counted(self, token: str) -> Iterator[bool]:
+        """Count a call while it is open; yield whether it is a guest's. Raises QueueFullError when guests have many."""
+        is_guest = self._access.is_guest(token)
+        if is_guest and self.guest_calls >= self._most_guest_calls:
+            what = f"{self.guest_calls} calls are open, and limits.guest_calls={self._most_guest_calls} are allowed"
+            raise self._located(QueueFullError(f"{what}; try again later"))
+        self.guest_calls += is_guest
+        try:
+            yield is_guest
+        finally:
+            self.guest_calls -= is_guest
 
     async def _answer(self, asked: ServedRequest, token: str, address: str) -> None:
         """See to one request, as long as its caller waits."""
@@ -245,20 +261,25 @@ class Relay:
         """Return a handler that passes calls of a method to any replica, and the answers back."""
 
         async def ask(payload: bytes, context: Context) -> bytes:
+            token = transport.token_of(context.invocation_metadata())
             async with wire.answering(context):
-                wire.check_size(len(payload))
-                if not self._access.is_guest(transport.token_of(context.invocation_metadata())):
-                    return await self._pass(method, payload, context)
-                await self.pace.keep(len(payload))
-                await self._guests_turn.acquire()
-                began = time.monotonic()
-                try:
-                    return await self._pass(method, payload, context)
-                finally:
-                    rest = min(GUESTS_REST * (time.monotonic() - began), MOST_REST)
-                    asyncio.get_running_loop().call_later(rest, self._guests_turn.release)
+                with self.counted(token) as is_guest:
+                    wire.check_size(len(payload))
+                    passed = self._pass_in_turn if is_guest else self._pass
+                    return await passed(method, payload, context)
 
         return grpc.unary_unary_rpc_method_handler(ask)
+
+    async def _pass_in_turn(self, method: Method, payload: bytes, context: Context) -> bytes:
+        """Pass a guest's call on, once those before it have been answered, and a rest is over."""
+        await self.pace.keep(len(payload))
+        await self._guests_turn.acquire()
+        began = time.monotonic()
+        try:
+            return await self._pass(method, payload, context)
+        finally:
+            rest = min(GUESTS_REST * (time.monotonic() - began), MOST_REST)
+            asyncio.get_running_loop().call_later(rest, self._guests_turn.release)
 
     async def _pass(self, method: Method, payload: bytes, context: Context) -> bytes:
         """Pass a call to any replica, and to another when that one is lost."""

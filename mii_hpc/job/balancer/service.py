@@ -15,7 +15,7 @@ from mii_hpc.job.balancer.lifetime import Lifetime
 from mii_hpc.job.balancer.membership import Membership
 from mii_hpc.job.balancer.relay import Relay
 from mii_hpc.job.balancer.router import Router
-from mii_hpc.rpc import wire
+from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Context
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class DeploymentService(pb_grpc.DeploymentServicer):
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Return the state of the deployment and its replicas."""
         async with wire.answering(context):
-            return await self._status()
+            with self._relay.counted(transport.token_of(context.invocation_metadata())):
+                return await self._status()
 
     async def _status(self) -> pb.StatusResponse:
         live = {replica.index: replica for replica in self._router.live}

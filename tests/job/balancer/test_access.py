@@ -212,6 +212,31 @@ async def test_guests_are_held_to_their_limits_and_the_owner_gets_in(deploy, mon
         assert str((await guest.generate("x"))[0]) == "x "
 
 
+async def test_guests_calls_are_bounded_and_the_owners_are_not(deploy):
+    deployment = await deploy(replica_num=1, share=SHARED, limits={"guest_calls": 2})
+    keys, owner = sharing.read(deployment.config.home, "chat")[1], deployment.client()
+    async with transport.open_channel(deployment.address, keys) as channel:
+        await channel.channel_ready()
+        method, metadata = channel.stream_stream(Method.GENERATE), transport.authorization(keys)
+        calls = [method(metadata=metadata) for _ in range(2)]
+        await until(lambda: deployment.balancer.relay.guest_calls == 2)
+        guest = deployment.guest()
+        refusal = r"^2 calls are open, and limits\.guest_calls=2 are allowed; try again later$"
+        for ask in (guest.generate, guest.tokenize):
+            with pytest.raises(QueueFullError, match=refusal):
+                await ask("x")
+        with pytest.raises(QueueFullError, match=refusal):
+            await guest.status()
+        for _ in range(3):
+            assert str((await owner.generate("x"))[0]) == "x "
+            await owner.tokenize("x")
+            assert (await deployment.client().status()).state == "ready"
+        for call in calls:
+            call.cancel()
+        await until(lambda: deployment.balancer.relay.guest_calls == 0)
+        assert str((await guest.generate("x"))[0]) == "x "
+
+
 async def test_long_requests_of_guests_wait_for_each_other_and_the_owners_for_none(deploy, monkeypatch):
     monkeypatch.setattr(pace, "BYTES_PER_SECOND", 1)
     deployment = await deploy(replica_num=1, share=SHARED, limits={"guest_waiting_bytes": 132_000})
