@@ -69,6 +69,7 @@ def _compiler() -> Iterator[None]:
     """Within this context torch.compile works for us: what it makes stays on this host, and it starts no processes."""
     import torch._dynamo.config
     import torch._inductor.config
+    import torch.fx.experimental._config
 
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = before or str(extensions_folder() / "inductor")
@@ -76,6 +77,8 @@ def _compiler() -> Iterator[None]:
         with (
             torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
             torch._inductor.config.patch(compile_threads=1),
+            # As many sequences as a block table is wide are no reason to compile for such steps alone.
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
         ):
             yield
     finally:
