@@ -20,6 +20,7 @@ PROGRAMS = 1024
 """So many programs at most. All run at once on any data-center GPU, so that none waits for one that has not begun."""
 LINES = 4
 """A program sends so many times `WORDS` at most."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = 2
 """Sums take turns in so many halves of the memory. A rank that sends the sum after the next has read that one of all
 others, who therefore are done with the first."""
@@ -62,7 +63,7 @@ def memory_size(ranks: int) -> int:
 def is_small(rows: torch.Tensor, ranks: int) -> bool:
     """Return whether a sum is faster in this way than by NCCL: each rank sends all of it to every other one."""
     size = rows.numel() * rows.element_size()
-    return rows.element_size() <= 4 and size % 4 == 0 and 0 < size <= 4 * PROGRAMS * LINES * WORDS // (ranks - 1)
+    return rows.dtype in DTYPES and size % 4 == 0 and 0 < size <= 4 * PROGRAMS * LINES * WORDS // (ranks - 1)
 
 
 def add_up(rows: torch.Tensor, addresses: torch.Tensor, counts: torch.Tensor, rank: int) -> None:

@@ -66,3 +66,4 @@ def test_small_sums_are_those_that_its_memory_holds():
     assert not peers.is_small(torch.empty(3, dtype=torch.bfloat16), 2)
     assert not peers.is_small(torch.empty(0, dtype=torch.bfloat16), 2)
     assert not peers.is_small(torch.empty(4, dtype=torch.float64), 2)
+    assert not peers.is_small(torch.empty(4, dtype=torch.int32), 2)
