@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -43,6 +45,23 @@ def choose_device(spec: EngineSpec, progress: Callable[[str], None]) -> torch.de
         progress(f"Slurm has given this job no GPU on {host}; taking {device} all the same")
     torch.cuda.set_device(device)
     return device
+
+
+class KernelLimits(NamedTuple):
+    """What a device has for kernels: streaming multiprocessors, and bytes of shared memory for each program."""
+
+    processors: int
+    shared_memory: int
+
+
+@functools.cache
+def kernel_limits(device: torch.device) -> KernelLimits:
+    """Return what a device has for kernels; for Triton's interpreter on CPU, numbers with which all paths are taken."""
+    if device.type != "cuda":
+        return KernelLimits(1, 2**16)
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 2**16)
+    return KernelLimits(properties.multi_processor_count, shared_memory)
 
 
 @contextmanager

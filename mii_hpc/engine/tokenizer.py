@@ -153,7 +153,10 @@ class Tokenizer(TokenizerCodec):
 
     def copy(self) -> Self:
         """Return another that encodes the same, for use on another thread."""
-        return copy.deepcopy(self)
+        other = copy.copy(self)
+        # What is kept of single tokens stays in common: a deep copy fails where another thread adds some meanwhile.
+        other.pretrained = copy.deepcopy(self.pretrained)
+        return other
 
     def ends(self, params: GenerateParamsConfig) -> frozenset[int]:
         """Return the tokens that end an answer; a stop string that is a special token is one of them.
@@ -204,13 +207,12 @@ class _TokenBytes(dict[int, bytes]):
 
     def __init__(self, backend: Any, skips: bool) -> None:
         super().__init__()
-        self._backend = backend
-        added = backend.get_added_tokens_decoder()
-        self._silent = {token_id for token_id, token in added.items() if token.special} if skips else set()
+        self._backend, self._skips = backend, skips
 
     def __missing__(self, token_id: int) -> bytes:
-        token = None if token_id in self._silent else self._backend.id_to_token(token_id)
-        self[token_id] = b"" if token is None else _bytes_at_byte_level(token, token)
+        token = self._backend.id_to_token(token_id)
+        silent = token is None or (self._skips and not self._backend.decode([token_id], skip_special_tokens=True))
+        self[token_id] = b"" if silent else _bytes_at_byte_level(token, token)
         return self[token_id]
 
 

@@ -49,6 +49,16 @@ def test_the_pieces_of_any_tokens_join_to_the_tokenizers_own_text(folder, skips)
         assert "".join(map(source.push, ids)) + source.flush() == whole.decode(ids, skips)
 
 
+def test_a_copy_encodes_on_its_own_and_has_what_is_kept_of_tokens_in_common(folder):
+    whole = tokenizer(folder)
+    other = whole.copy()
+    assert other.pretrained is not whole.pretrained
+    assert other.encode("The quick brown fox") == whole.encode("The quick brown fox")
+    # A thread that decodes adds to it at any time, which a deep copy does not survive.
+    assert other._alone is whole._alone
+    assert other._token_bytes is whole._token_bytes
+
+
 def test_a_conversation_is_rendered_by_the_template_with_one_beginning(folder):
     codec = tokenizer(folder, chat_template=TEMPLATE)
     bos = codec.pretrained.bos_token

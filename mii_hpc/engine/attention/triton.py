@@ -11,7 +11,6 @@ Triton's interpreter runs the same kernels on CPU, for tests (TRITON_INTERPRET=1
 
 from __future__ import annotations
 
-import functools
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mii_hpc.engine.devices import kernel_limits
 from mii_hpc.engine.overlap import follow, launch_options
 from mii_hpc.engine.upload import upload
 
@@ -37,8 +37,8 @@ FLOOR = tl.constexpr(-1.0e30)
 SEARCHED = tl.constexpr(128)
 
 PROGRAMS_PER_PROCESSOR = 4
-"""Keys are split until so many programs run for each streaming multiprocessor, be it for a few keys each: measured on
-an H100 with 1 to 256 sequences of 128 to 16,000 tokens, to split less finely was never faster."""
+"""Keys are split until so many programs run for each streaming multiprocessor, even where few keys are left for each:
+on an H100, with 1 to 256 sequences of 128 to 16,000 tokens, a coarser split was never faster."""
 
 
 @dataclass
@@ -338,7 +338,7 @@ class Plan(NamedTuple):
         heads, key_size = query.shape[1:]
         size = max(_block(key_size), _block(values.shape[3]))
         wide = size > 128
-        processors, shared_memory = _device(query.device)
+        processors, shared_memory = kernel_limits(query.device)
         if query.dtype == torch.float32:
             # Exact products run on the ordinary units, which want small tiles.
             rows, columns, warps, stages = (16, 32, 8, 2) if decode else (32, 16, 8, 2)
@@ -355,15 +355,6 @@ class Plan(NamedTuple):
             splits = -(-PROGRAMS_PER_PROCESSOR * processors // (sequences * key_heads))
             splits = min(splits, MOST_SPLITS.value)
         return cls(rows, columns, warps, stages, splits)
-
-
-@functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Return the number of multiprocessors, and the bytes of shared memory that a program can have."""
-    if device.type != "cuda":
-        return 1, 2**16
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 2**16)
 
 
 def _block(size: int) -> int:

@@ -49,10 +49,7 @@ class Linear(nn.Module):
         if self._group is None:
             return product(rows, self.weight, self.bias)
         output = product(rows, self.weight, None)
-        if self.peers is None:
-            sum_over_ranks(output, self._group)
-        else:
-            sum_over_ranks(output, self._group, self.peers.addresses, self.peers.counts)
+        sum_with(self.peers, output, self._group)
         return output if self.bias is None else output + self.bias
 
 
@@ -108,7 +105,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 @torch.library.custom_op("mii_hpc::product", mutates_args=())
 def any_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the same without a bias: an operator for any number of rows, so that layers are compiled once for all."""
+    """Return `product` without a bias: an operator for any number of rows, so that layers are compiled once for all."""
     return product(rows, weight, None)
 
 
@@ -125,6 +122,14 @@ def _kernels() -> ModuleType | None:
     except ImportError:
         return None
     return products
+
+
+def sum_with(peers: Peers | None, rows: torch.Tensor, group: str) -> None:
+    """Add the other ranks' rows to these, which are contiguous; small ones through the memory of peers."""
+    if peers is None:
+        sum_over_ranks(rows, group)
+    else:
+        sum_over_ranks(rows, group, peers.addresses, peers.counts)
 
 
 @torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=("rows",))
@@ -165,17 +170,24 @@ def share_memory(module: nn.Module, device: torch.device, agree: Callable[[bool]
 
     NCCL does it where they have none: `agree` says whether all ranks have, given whether this one does.
     """
-    peers = None
+    memory = peers = None
     try:
-        from mii_hpc.engine.model.peers import Peers
+        from mii_hpc.engine.model.peers import Peers, room
 
-        peers = Peers.meet(dist.group.WORLD, device)  # type: ignore[arg-type]
+        memory = room(dist.get_world_size(), device)
     except (ImportError, RuntimeError) as error:
-        _log.info("the ranks do not share GPU memory, so NCCL takes all sums: %s", str(error).partition("\n")[0])
+        _log.info("the ranks do not share GPU memory: %s", str(error).partition("\n")[0])
+    # Who has none would be waited for in what follows.
+    if not agree(memory is not None):
+        return
+    try:
+        peers = Peers.meet(memory, dist.group.WORLD)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        _log.info("the ranks do not share GPU memory: %s", str(error).partition("\n")[0])
     if agree(peers is not None):
         for part in module.modules():
-            if isinstance(part, Linear):
-                part.peers = peers
+            if hasattr(part, "peers"):
+                part.peers = peers  # type: ignore[assignment]
 
 
 def _merge(layers: list[nn.Module | None]) -> bool:

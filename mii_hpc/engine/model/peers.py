@@ -17,7 +17,7 @@ from mii_hpc.engine.overlap import follow, launch_options
 WORDS = 128
 """A program sends so many words of 4 bytes at a time. It is one warp, which waits without a barrier."""
 PROGRAMS = 1024
-"""So many programs at most. All run at once on any data-center GPU, so that none waits for one that has not begun."""
+"""So many programs at most. They begin in their order, so the first that waits has all that it waits for running."""
 LINES = 4
 """A program sends so many times `WORDS` at most."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,18 +41,25 @@ class Peers:
         self.counts = torch.zeros(PROGRAMS, dtype=torch.int32, device=memory.device)
 
     @classmethod
-    def meet(cls, group: dist.ProcessGroup, device: torch.device) -> Peers:
-        """Share memory with the other ranks of a group; on all of them at once, which are to agree on it before a sum.
+    def meet(cls, memory: torch.Tensor, group: dist.ProcessGroup) -> Peers:
+        """Share what `room` gives with the other ranks of a group; on all at once, which are to agree before a sum.
 
         Raises RuntimeError where a GPU does not reach another one's memory.
         """
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        memory = symmetric_memory.empty(memory_size(group.size()), dtype=torch.int64, device=device)
-        memory.zero_()
-        torch.cuda.synchronize(device)
         handle = symmetric_memory.rendezvous(memory, group)
         return cls(memory, [handle.get_buffer(rank, (1,), torch.int64).data_ptr() for rank in range(group.size())])
+
+
+def room(ranks: int, device: torch.device) -> torch.Tensor:
+    """Return memory that can be shared among so many ranks. Raises RuntimeError where there is none."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    memory = symmetric_memory.empty(memory_size(ranks), dtype=torch.int64, device=device)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    return memory
 
 
 def memory_size(ranks: int) -> int:
@@ -109,7 +116,7 @@ def _sum_kernel(
         for peer in tl.static_range(RANKS):
             if peer != RANK:
                 memory = tl.load(addresses + peer).to(tl.pointer_type(tl.int64))
-                tl.store(memory + place, sent)
+                tl.store(memory + place, sent)  # one instruction of 8 bytes, which hardware does not split
     memory = tl.load(addresses + RANK).to(tl.pointer_type(tl.int64))
     for line in tl.static_range(LINES):
         index = (line * tl.num_programs(0) + program) * WORDS + column

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mii_hpc.engine.devices import kernel_limits
 from mii_hpc.engine.overlap import follow, launch_options
 
 MOST_ROWS = 32
@@ -24,11 +25,12 @@ class Tile(NamedTuple):
     outputs: int
     inputs: int
     warps: int
-    stages: int
 
 
-ONE_ROW = Tile(outputs=2, inputs=2048, warps=4, stages=1)
-FEW_ROWS = Tile(outputs=64, inputs=128, warps=4, stages=6)
+ONE_ROW = Tile(outputs=2, inputs=2048, warps=4)
+FEW_ROWS = Tile(outputs=64, inputs=128, warps=4)
+MOST_STAGES = 6
+"""Of the software pipeline that loads what a tile wants next."""
 
 
 def is_quick(rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -46,19 +48,27 @@ def is_quick(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return rows [..., inputs] times a weight [outputs, inputs]: [..., outputs], summed in float32."""
     outputs, inputs = weight.shape
-    flat = rows.reshape(-1, inputs)
+    flat = rows.reshape(-1, inputs).contiguous()  # a rank's share of wider rows is not
     count = len(flat)
     product = rows.new_empty(*rows.shape[:-1], outputs)
     tile = ONE_ROW if count == 1 else FEW_ROWS
     grid = (triton.cdiv(outputs, tile.outputs),)
     shape = {"INPUTS": inputs, "OUTPUTS": tile.outputs, "BLOCK": tile.inputs}
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages, **launch_options(rows.device)}
+    launch = {"num_warps": tile.warps, **launch_options(rows.device)}
     if count == 1:
         _one_row_kernel[grid](product, flat, weight, outputs, **shape, **launch)
     else:
         rows_of_tile = max(16, triton.next_power_of_2(count))
-        _few_rows_kernel[grid](product, flat, weight, count, outputs, ROWS=rows_of_tile, **shape, **launch)
+        stages = stages_of(tile, rows_of_tile, kernel_limits(rows.device).shared_memory)
+        _few_rows_kernel[grid](
+            product, flat, weight, count, outputs, ROWS=rows_of_tile, **shape, **launch, num_stages=stages
+        )
     return product
+
+
+def stages_of(tile: Tile, rows: int, shared_memory: int) -> int:
+    """Return how many stages fit, each of which has its rows and its part of the weight, of 2 bytes, in shared memory."""
+    return max(1, min(MOST_STAGES, shared_memory // ((tile.outputs + rows) * tile.inputs * 2)))
 
 
 @triton.jit

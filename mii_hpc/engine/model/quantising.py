@@ -11,15 +11,18 @@ import ctypes
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from mii_hpc.engine.extensions import compiled
-from mii_hpc.engine.model.linears import Share, share_of, sum_over_ranks
+from mii_hpc.engine.model.linears import Share, share_of, sum_with
 from mii_hpc.engine.processor import serving_dtype
+
+if TYPE_CHECKING:
+    from mii_hpc.engine.model.peers import Peers
 
 SOURCE = Path(__file__).with_name("quantising.cpp")
 GROUP = 32
@@ -48,6 +51,7 @@ class QuantisedLinear(nn.Module):
         self._group = share.group
         self._group_name = None if share.group is None else share.group.group_name
         self._inputs = share.inputs
+        self.peers: Peers | None = None
         library = _library() if share.weight.device.type == "cpu" else None
         self._kernel: Any = None if library is None else getattr(library, f"product_{mode}")
 
@@ -57,7 +61,7 @@ class QuantisedLinear(nn.Module):
             rows = rows[..., self._inputs]
         output = self._product(rows)
         if self._group_name is not None and rows.is_cuda:
-            sum_over_ranks(output, self._group_name)
+            sum_with(self.peers, output, self._group_name)
         elif self._group_name is not None:
             from deepspeed import comm
 

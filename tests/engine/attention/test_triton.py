@@ -237,7 +237,7 @@ def test_the_operation_writes_and_attends_also_when_compiled_around(kernels, nam
 
 
 def test_few_sequences_share_their_keys_among_many_programs(kernels, monkeypatch):
-    monkeypatch.setattr(kernels, "_device", lambda device: (132, 227 * 2**10))
+    monkeypatch.setattr(kernels, "kernel_limits", lambda device: (132, 227 * 2**10))
 
     def plan(sequences, dtype=torch.bfloat16, size=128, group=4, decode=True):
         query, values = torch.empty(1, 8 * group, size, dtype=dtype), torch.empty(1, 32, 8, size, dtype=dtype)

@@ -33,6 +33,16 @@ def test_it_multiplies_few_rows(count, outputs, inputs, dtype):
     torch.testing.assert_close(got[0].double(), expected, rtol=0, atol=2e-3 if dtype == torch.float16 else 2e-2)
 
 
+@runs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+def test_it_multiplies_a_ranks_share_of_wider_rows(count):
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, count, 96, generator=draw).half().to(DEVICE)[..., 32:80]
+    weight = torch.randn(8, 48, generator=draw).half().to(DEVICE)
+    expected = rows.double() @ weight.double().T
+    torch.testing.assert_close(products.multiply(rows, weight).double(), expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("rows", "weight"),
     [
@@ -47,6 +57,11 @@ def test_it_multiplies_few_rows(count, outputs, inputs, dtype):
 )
 def test_what_it_is_no_help_for_is_left_to_torch(rows, weight):
     assert not products.is_quick(rows, weight)
+
+
+def test_its_tiles_fit_into_the_shared_memory_of_smaller_gpus():
+    stages = {kib: products.stages_of(products.FEW_ROWS, 32, kib * 2**10) for kib in (64, 99, 163, 227)}
+    assert stages == {64: 2, 99: 4, 163: 6, 227: 6}
 
 
 @pytest.mark.skipif(not CUDA, reason="on CPU torch multiplies")
