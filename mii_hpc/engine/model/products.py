@@ -67,7 +67,7 @@ def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def stages_of(tile: Tile, rows: int, shared_memory: int) -> int:
-    """Return how many stages fit, each of which has its rows and its part of the weight, of 2 bytes, in shared memory."""
+    """Return how many stages fit: each has its rows and its part of the weight, of 2 bytes, in shared memory."""
     return max(1, min(MOST_STAGES, shared_memory // ((tile.outputs + rows) * tile.inputs * 2)))
 
 
