@@ -7,6 +7,8 @@ protocol of NCCL). All ranks add up in the order of the ranks, in float32: their
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 import triton
@@ -53,8 +55,14 @@ class Peers:
 
 
 def room(ranks: int, device: torch.device) -> torch.Tensor:
-    """Return memory that can be shared among so many ranks. Raises RuntimeError where there is none."""
+    """Return memory that can be shared among so many ranks.
+
+    Raises RuntimeError where there is none, or NCCL is told that GPUs do not reach each other's.
+    """
     import torch.distributed._symmetric_memory as symmetric_memory
+
+    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        raise RuntimeError("NCCL_P2P_DISABLE is set")
 
     memory = symmetric_memory.empty(memory_size(ranks), dtype=torch.int64, device=device)
     memory.zero_()

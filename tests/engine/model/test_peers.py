@@ -57,6 +57,12 @@ def test_all_ranks_have_the_same_sum(dtype, monkeypatch):
             assert torch.equal(got, expected), (rank, number)
 
 
+def test_no_memory_is_shared_where_nccl_is_told_that_gpus_do_not_reach_it(monkeypatch):
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    with pytest.raises(RuntimeError, match="NCCL_P2P_DISABLE"):
+        peers.room(2, torch.device("cpu"))
+
+
 def test_small_sums_are_those_that_its_memory_holds():
     largest = 2 * peers.PROGRAMS * peers.LINES * peers.WORDS
     assert peers.is_small(torch.empty(largest, dtype=torch.bfloat16, device="meta"), 2)
