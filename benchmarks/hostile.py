@@ -636,9 +636,7 @@ async def measure(
 def main() -> None:
     """Serve, attack, print."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument(
-        "what", nargs="*", default=["fuzz", "floods", "guest"], choices=["fuzz", "floods", "guest", "real"]
-    )
+    options.add_argument("what", nargs="*", default=["fuzz", "floods", "guest"], choices=["fuzz", "floods", "guest"])
     options.add_argument("--count", type=int, default=100_000, help="fuzzed messages")
     options.add_argument("--seconds", type=float, default=15.0, help="of every other attack, each time")
     options.add_argument("--rounds", type=int, default=3, help="how often, in turns with callers undisturbed")
