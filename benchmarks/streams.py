@@ -45,6 +45,8 @@ CORES = 2
 STREAMS = 256
 TOKEN_SECONDS = 0.01
 CALLERS = 64
+ANSWER_SECONDS = 0.3
+"""What an answer takes an engine where callers are not to fill the cores, which engines share with what is measured."""
 
 Figures = dict[str, float]
 
@@ -155,11 +157,17 @@ async def many_streams(deployment: Deployment, seconds: float) -> Figures:
     return {"tokens/s, of those made": rate, "messages to the client per token": messages / total, **figures}
 
 
-async def short_requests(deployment: Deployment, callers: int, requests: int, streams: bool) -> Figures:
-    """Whole answers of one token, or streams of eight, with so many callers of one client."""
+async def short_requests(
+    deployment: Deployment, callers: int, requests: int, streams: bool = False, delay: float = 0.0
+) -> Figures:
+    """Whole answers of one token, or streams of eight, with so many callers of one client.
+
+    They begin one after the other within `delay`, what a token takes the engine.
+    """
     async with AsyncMIIClient(deployment.config) as client:
 
-        async def ask() -> list[float]:
+        async def ask(wait: float = 0.0) -> list[float]:
+            await asyncio.sleep(wait)
             took = []
             for _ in range(requests):
                 began = time.perf_counter()
@@ -173,7 +181,7 @@ async def short_requests(deployment: Deployment, callers: int, requests: int, st
 
         await ask()
         before = deployment.cpu_seconds()
-        every = await asyncio.gather(*(ask() for _ in range(callers)))
+        every = await asyncio.gather(*(ask(delay * caller / callers) for caller in range(callers)))
         after = deployment.cpu_seconds()
     took = sorted(itertools.chain.from_iterable(every))
     return {
@@ -196,6 +204,10 @@ def measure(seconds: float, many: int) -> Figures:
                 found = asyncio.run(short_requests(deployment, callers, requests, streams))
                 where = f"{callers} {'streams' if streams else 'whole answers'} at once, {replicas} replicas"
                 figures |= {f"{where}: {name}": value for name, value in found.items()}
+        with deployed(replicas, ANSWER_SECONDS) as deployment:
+            found = asyncio.run(short_requests(deployment, CALLERS, 10, delay=ANSWER_SECONDS))
+        where = f"{CALLERS} answers of {ANSWER_SECONDS} s at once, {replicas} replicas"
+        figures |= {f"{where}: {name}": value for name, value in found.items()}
     return figures
 
 
