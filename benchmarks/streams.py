@@ -39,6 +39,7 @@ from mii_hpc.engine.base import EngineSpec
 from mii_hpc.job import engine_process
 from mii_hpc.job.balancer.balancer import Balancer
 from mii_hpc.job.balancer.membership import Replica
+from mii_hpc.job.process import collect_garbage
 from mii_hpc.submission import submit as submission
 
 CORES = 2
@@ -65,7 +66,7 @@ def run_engines(run: RunDir, count: int, told: Connection) -> None:
         serving = [engine_process.serve(create_engine(spec), run, "127.0.0.1", True, tell) for _ in range(count)]
         tasks = [asyncio.create_task(each) for each in serving]
         told.send([await addresses.get() for _ in range(count)])
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks, collect_garbage())
 
     asyncio.run(serve())
 
@@ -80,7 +81,7 @@ def run_balancer(run: RunDir, addresses: list[str], told: Connection) -> None:
             replica = Replica(index, range(index, index + 1), epoch=1, host="localhost")
             await balancer._admit(replica, address)
         told.send(f"127.0.0.1:{await balancer.listen('127.0.0.1:0')}")
-        await balancer.server.wait_for_termination()
+        await asyncio.gather(balancer.server.wait_for_termination(), collect_garbage())
 
     asyncio.run(serve())
 
@@ -238,7 +239,7 @@ def main(
     for name in runs[0][0]:
         values = [statistics.median(run[place][name] for run in runs) for place in range(len(folders))]
         ratios = [statistics.median(run[0][name] / run[1][name] for run in runs)] if against else []
-        table.add_row(name, *(f"{value:.3g}" for value in (*values, *ratios)))
+        table.add_row(name, *(f"{value:.4g}" for value in (*values, *ratios)))
     Console().print(table)
 
 
