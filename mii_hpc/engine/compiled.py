@@ -39,6 +39,7 @@ class CompiledLayers:
             for layer in modules
             if any(isinstance(getattr(part, "layer_idx", None), int) for part in layer.modules())
         ]
+        self._device = next(module.parameters()).device
         self._plain = [layer.forward for layer in self._layers]
         self._compiled = [_compile(forward, dynamic=True, options=OPTIONS) for forward in self._plain]
 
@@ -46,7 +47,9 @@ class CompiledLayers:
     def used(self, size: int) -> Iterator[None]:
         """Within this context the module computes a step of so many sequences by compiled layers."""
         start = time.perf_counter()
-        with _compiler():
+        from mii_hpc.engine.overlap import compiled_kernels_follow  # needs Triton
+
+        with _compiler(), compiled_kernels_follow(self._device):
             self._put(self._compiled)
             try:
                 yield
