@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,8 +70,13 @@ def compiled_kernels_follow(device: torch.device) -> Iterator[None]:
     plain = {hook: getattr(TritonKernel, hook) for hook in HOOKS}
     for hook, changed in HOOKS.items():
         setattr(TritonKernel, hook, changed)
+    # Kernels that are kept on disk are those of this file.
+    tag = torch.compiler.config.cache_key_tag + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     try:
-        with config.patch({"triton.enable_pdl": True}):
+        with (
+            config.patch({"triton.enable_pdl": True}),
+            torch.compiler.config.patch(cache_key_tag=tag),  # type: ignore[attr-defined]
+        ):
             yield
     finally:
         for hook, function in plain.items():

@@ -189,7 +189,10 @@ def gather_head(module: nn.Module) -> None:
 
     Ranks then send each other half of what a sum takes, and less the more ranks there are.
     """
-    head = module.get_output_embeddings()  # type: ignore[operator]
+    try:
+        head = module.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model whose code comes with it
+        return
     if type(head) is Linear and head.inputs is not None:
         gathered = _by_outputs(head)
         for part in list(module.modules()):
@@ -205,14 +208,16 @@ def _by_outputs(layer: Linear) -> GatheredLinear:
     everyones = layer.weight.new_empty(ranks, dtype=torch.int64)
     dist.all_gather_into_tensor(everyones, everyones.new_tensor([inputs]))
     sizes = [share * count for count in everyones.tolist()]
-    sent = pad(layer.weight, (0, 0, 0, ranks * share - outputs)).reshape(-1)
+    beyond = ranks * share - outputs
+    sent = pad(layer.weight, (0, 0, 0, beyond)) if beyond else layer.weight
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [share * inputs] * ranks)
+    dist.all_to_all_single(received, sent.contiguous().view(-1), sizes, [share * inputs] * ranks)
+    del sent
     parts = torch.split(received, sizes)
     weight = torch.cat([part.view(share, size // share) for part, size in zip(parts, sizes, strict=True)], 1)
     bias = layer.bias
     if bias is not None:
-        own = pad(bias, (0, ranks * share - outputs))[rank * share : (rank + 1) * share]
+        own = pad(bias, (0, beyond))[rank * share : (rank + 1) * share]
         bias = nn.Parameter(own.clone(), requires_grad=False)
     return GatheredLinear(nn.Parameter(weight, requires_grad=False), bias, ranks, outputs)
 
