@@ -450,6 +450,16 @@ def empty_streams(target: Target) -> int:
     return at_worst(target, ask, 9000)
 
 
+def statuses(target: Target) -> int:
+    """Asks for the status, 64 at once."""
+
+    async def ask(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(Method.STATUS)
+        await call(b"", metadata=metadata)
+
+    return at_worst(target, ask, 64)
+
+
 FUZZ = {"fuzz, balancer": fuzz_balancer, "fuzz, replica": fuzz_replica}
 FLOODS: dict[str, Callable[[Target], int]] = {
     "handshakes without a certificate": handshakes_without_certificate,
@@ -467,6 +477,7 @@ WORST: dict[str, Callable[[Target], int]] = {
     "guest: 64 stop strings, 64 answers": many_stops,
     "guest: 1,280 endless requests": endless_requests,
     "guest: 9,000 empty streams": empty_streams,
+    "guest: 64 at once ask for the status": statuses,
 }
 
 

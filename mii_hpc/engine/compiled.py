@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import operator
 import os
 import time
 from collections.abc import Iterator
@@ -39,14 +41,17 @@ class CompiledLayers:
             for layer in modules
             if any(isinstance(getattr(part, "layer_idx", None), int) for part in layer.modules())
         ]
+        self._device = next(module.parameters()).device
         self._plain = [layer.forward for layer in self._layers]
-        self._compiled = [_compile(forward, dynamic=True, options=OPTIONS) for forward in self._plain]
+        self._compiled = [_compile(forward) for forward in self._plain]
 
     @contextmanager
     def used(self, size: int) -> Iterator[None]:
         """Within this context the module computes a step of so many sequences by compiled layers."""
         start = time.perf_counter()
-        with _compiler():
+        from mii_hpc.engine.overlap import compiled_kernels_follow  # needs Triton
+
+        with _compiler(), compiled_kernels_follow(self._device):
             self._put(self._compiled)
             try:
                 yield
@@ -60,8 +65,38 @@ class CompiledLayers:
             layer.forward = forward
 
 
-def _compile(forward: Any, **options: Any) -> Any:
-    return torch.compile(forward, fullgraph=True, **options)
+def _compile(forward: Any) -> Any:
+    return torch.compile(forward, fullgraph=True, dynamic=True, backend=_backend)
+
+
+def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+
+    add_in_sums(graph)
+    return compile_fx(graph, inputs, config_patches=OPTIONS)
+
+
+def add_in_sums(module: torch.fx.GraphModule) -> None:
+    """Let the sums over ranks add what is added to nothing but their results right after them, as residuals are."""
+    order = list(module.graph.nodes)
+    for before, node in itertools.pairwise(order):
+        if before.target is not torch.ops.mii_hpc.sum_over_ranks.default or node.target is not operator.add:
+            continue
+        rows = before.args[0]
+        others = [arg for arg in node.args if arg is not rows]
+        if set(rows.users) == {before, node} and len(others) == 1 and _are_alike(rows, others[0]):
+            before.kwargs = {**before.kwargs, "residual": others[0]}
+            node.replace_all_uses_with(rows)
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _are_alike(*nodes: Any) -> bool:
+    """Return whether nodes of a graph are tensors of one dtype and shape."""
+    values = [node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None for node in nodes]
+    return all(isinstance(value, torch.Tensor) for value in values) and (
+        len({(value.dtype, tuple(map(str, value.shape))) for value in values}) == 1  # type: ignore[union-attr]
+    )
 
 
 @contextmanager

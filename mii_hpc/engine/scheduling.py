@@ -67,8 +67,8 @@ class Scheduler(Generic[S]):
     Nor do they make its steps long: where the owner has any, guests have half as many tokens of a step as he, or
     `Budget.guest_tokens` if that is more, and take turns.
 
-    With `prefix_sharing`, a sequence starts behind those full blocks of its prefix that are in the cache
-    already, or will be in the same step: a step writes all its tokens before it reads any.
+    With `prefix_sharing`, a sequence starts behind those full blocks of its prefix that are in the cache already, or
+    that a slice of several tokens fills in the same step: all are written there before any is read.
 
     A step may be scheduled before the tokens that the steps before it draw are known: a sequence goes on behind an
     `unknown` token, as DRAWN, but starts again after a preemption only once all its tokens are known.
@@ -149,7 +149,7 @@ class Scheduler(Generic[S]):
                 room.take(sequence, count)
         # Only now is it certain who keeps the blocks that this step fills.
         for sequence, count in counts.items():
-            self._register(sequence, sequence.computed + count)
+            self._register(sequence, count)
         admitted: set[S] = set()
         if self._preemptions == preemptions:  # so there may be blocks for others
             admitted = self._admit(room, counts)
@@ -233,7 +233,7 @@ class Scheduler(Generic[S]):
             admitted.add(sequence)
             counts[sequence] = count
             room.take(sequence, count)
-            self._register(sequence, sequence.computed + count)
+            self._register(sequence, count)
         return admitted
 
     def _allocate(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
@@ -247,9 +247,12 @@ class Scheduler(Generic[S]):
                 return False
         return True
 
-    def _register(self, sequence: S, end: int) -> None:
-        """Register what a sequence fills up to `end`; of a token that is not known yet, once it is."""
-        end = min(end, len(sequence.tokens))
+    def _register(self, sequence: S, count: int) -> None:
+        """Register what a sequence has filled, and fills with so many tokens; of one that is not known yet, once it is.
+
+        And of a single token in the next step: what decodes may be read before others are written.
+        """
+        end = min(sequence.computed + (count if count > 1 else 0), len(sequence.tokens))
         if self._prefix_sharing:
             self.allocator.register(sequence.table, sequence.tokens, sequence.registered, end)
         sequence.registered = end

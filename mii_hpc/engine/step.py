@@ -43,8 +43,8 @@ class Slice(NamedTuple):
 class Step:
     """One forward pass. Slices of a single token come first; `clear` names blocks to zero before.
 
-    Every layer must write the keys and values of all slices before it reads any: a slice may share a block that
-    another slice of the same step fills.
+    Every layer must write the keys and values of slices of several tokens before it reads any: another slice of the
+    same step may share a block that these fill. What a slice of a single token writes is read by itself alone.
     """
 
     slices: tuple[Slice, ...] = ()

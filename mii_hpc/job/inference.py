@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,10 @@ from mii_hpc.rpc.wire import Context, Method
 REPORT_SECONDS = 0.2
 """How often is sent what has come of a request that is no stream, so that it can go on from there elsewhere."""
 
+CALLS_PER_SECOND = 150
+"""So many calls begin while requests run. Each takes a millisecond of Python, and the engine's thread, which needs the
+interpreter between any two operators of a step, waits for it. A balancer has one call for all its requests."""
+
 T = TypeVar("T")
 
 
@@ -41,6 +46,9 @@ class InferenceService(pb_grpc.EngineServicer):
         self._recorder = Recorder()
         self._delivered = _Delivered()
         self._reporting: list[_Answering] = []
+        self._running = 0
+        self._turn = asyncio.Lock()
+        self._next_turn = 0.0
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Let a server answer with this service."""
@@ -53,6 +61,13 @@ class InferenceService(pb_grpc.EngineServicer):
             },
         )
         pb_grpc.add_EngineServicer_to_server(self, server)
+
+    async def turn(self) -> None:
+        """Wait until a call may begin: at once when no request runs, else in the order of arrival."""
+        async with self._turn:
+            if self._running:
+                await asyncio.sleep(self._next_turn - time.monotonic())
+            self._next_turn = time.monotonic() + 1 / CALLS_PER_SECOND
 
     async def generate(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         """Answer all requests of the balancer; what the engine makes of them in one step goes back in one frame."""
@@ -72,9 +87,11 @@ class InferenceService(pb_grpc.EngineServicer):
         answering = _Answering(asked, request, recording, self._report_later)
         streamed = dataclasses.replace(request, params=request.params.model_copy(update={"stream": True}))
         self._engine.submit(streamed, self._delivered.to(answering.take))
+        self._running += 1
         try:
             await answering.ended
         finally:
+            self._running -= 1
             self._engine.cancel(request.id)
 
     def _report_later(self, answering: _Answering) -> None:

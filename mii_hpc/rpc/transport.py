@@ -38,6 +38,8 @@ _KEEPALIVE = [
 
 Admits = Callable[[str, str], bool]
 """Tells whether a token (second) opens a method (first, by its path)."""
+Turn = Callable[[], Awaitable[None]]
+"""Waits until a call may begin."""
 
 
 def open_channel(address: str, credentials: ClientCredentials) -> grpc.aio.Channel:
@@ -87,10 +89,10 @@ def token_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     return shown.removeprefix("Bearer ") if isinstance(shown, str) else ""
 
 
-def create_server(admits: Admits) -> grpc.aio.Server:
-    """Return a server, still without services, that answers only calls that are admitted."""
+def create_server(admits: Admits, turn: Turn | None = None) -> grpc.aio.Server:
+    """Return a server, still without services, that answers only calls that are admitted, each at its `turn`."""
     return grpc.aio.server(
-        interceptors=[_Gate(admits)],
+        interceptors=[_Gate(admits, turn)],
         options=[
             *_KEEPALIVE,
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
@@ -170,14 +172,16 @@ def is_being_cancelled() -> bool:
 class _Gate(grpc.aio.ServerInterceptor):
     """Checks the token before the method is looked up: a call without a valid token is neither decoded nor answered."""
 
-    def __init__(self, admits: Admits) -> None:
-        self._admits = admits
+    def __init__(self, admits: Admits, turn: Turn | None) -> None:
+        self._admits, self._turn = admits, turn
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Request, Answer] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Request, Answer] | None:
+        if self._turn is not None:
+            await self._turn()
         if self._admits(handler_call_details.method, token_of(handler_call_details.invocation_metadata)):
             return await continuation(handler_call_details)
         # A stream-stream handler answers calls of every kind, and reads nothing.

@@ -29,10 +29,7 @@ def test_layers_of_a_kind_are_compiled_once_for_all_numbers_of_sequences(tmp_pat
         graphs.append(graph)
         return graph.forward
 
-    def compile_(forward, options=None, **rest):
-        return torch.compile(forward, fullgraph=True, backend=backend, **rest)
-
-    monkeypatch.setattr(compiled, "_compile", compile_)
+    monkeypatch.setattr(compiled, "_backend", backend)
     changes = {"gemma3_text": {"sliding_window": 24, "head_dim": 16}}.get(architecture, {})
     layers = ["sliding_attention", "sliding_attention", "full_attention"]
     changes |= {"layer_types": layers} if architecture == "gemma3_text" else {}
@@ -70,3 +67,50 @@ def test_an_engine_that_compiles_gives_generates_own_answers(tmp_path, caplog, a
         for prompt, answer in zip(PROMPTS * 2, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, max_new_tokens=30)
     assert not [record for record in caplog.records if "torch.compile" in record.message]
+
+
+@pytest.fixture
+def group():
+    """The name of a group of this process alone."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD.group_name
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("compute", "sums"),
+    [
+        (lambda rows, first, second: (lambda middle: middle + second(middle))(rows + first(rows)), 2),
+        (lambda rows, first, second: first(rows) + rows, 1),
+        (lambda rows, first, second: first(rows) + rows[:, :1], 0),
+        (lambda rows, first, second: first(rows) + rows.double(), 0),
+        (lambda rows, first, second: first(rows) + 1.0, 0),
+        (lambda rows, first, second: (lambda output: (output + rows) * output)(first(rows)), 0),
+        (lambda rows, first, second: (lambda output: output + output)(first(rows)), 0),
+        (lambda rows, first, second: torch.relu(first(rows)) + rows, 0),
+        (lambda rows, first, second: first(rows) + torch.relu(rows), 0),
+    ],
+)
+def test_what_is_added_to_a_sum_over_ranks_alone_is_added_in_it(monkeypatch, group, compute, sums):
+    from mii_hpc.engine.model.linears import Linear
+
+    kept = []
+
+    def backend(graph, inputs):
+        compiled.add_in_sums(graph)
+        kept.append(sum("residual" in node.kwargs for node in graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "_backend", backend)
+    weights = [torch.nn.Parameter(torch.randn(6, 6), requires_grad=False) for _ in range(2)]
+    layers = [Linear(weight, None, group) for weight in weights]
+    torch._dynamo.reset()
+    for count in (1, 3, 4):
+        rows = torch.randn(count, 6)
+        before = rows.clone()
+        result = compiled._compile(lambda rows: compute(rows, *layers))(rows)
+        torch.testing.assert_close(result, compute(rows, *(lambda rows, one=one: rows @ one.T for one in weights)))
+        assert torch.equal(rows, before)
+    assert set(kept) == {sums}

@@ -90,10 +90,15 @@ class Machine:
                 history[-1] = self.slots[part.slot][part.start]
             assert part.sample == (end == len(answer.tokens) + answer.unknown - part.sample)
             histories.append(history)
-            for place in range(part.start, end):
-                self.blocks[part.blocks[place // PAGE]][place % PAGE] = tuple(history[: place + 1])
+        pairs = list(zip(step.slices, histories, strict=True))
+        # A slice of several tokens is read when all have written; else each slice may be read before others write.
+        together = any(count > 1 for count in counts)
+        for part, history in pairs if together else ():
+            self.write(part, history)
         outcomes = []
-        for part, history in zip(step.slices, histories, strict=True):
+        for part, history in reversed(pairs):
+            if not together:
+                self.write(part, history)
             end = part.start + len(part.token_ids)
             read = [cell for block in part.blocks[: -(-end // PAGE)] for cell in self.blocks[block]]
             assert read[:end] == [tuple(history[: place + 1]) for place in range(end)]
@@ -102,7 +107,11 @@ class Machine:
             assert bad or self.lag or not any(BAD in cell for cell in read)
             outcomes.append((bad, len(history) % 3))
             self.slots[part.slot] = [*history, len(history) % 3] if part.sample else history
-        return step, answers, outcomes
+        return step, answers, outcomes[::-1]
+
+    def write(self, part, history):
+        for place in range(part.start, part.start + len(part.token_ids)):
+            self.blocks[part.blocks[place // PAGE]][place % PAGE] = tuple(history[: place + 1])
 
     def finish_step(self, step, answers, outcomes):
         for part, answer, (bad, token) in zip(step.slices, answers, outcomes, strict=True):
@@ -170,6 +179,22 @@ def test_what_runs_together_is_computed_once():
         machine.add(range(200, 300))  # in many chunks
     machine.finish()
     assert machine.computed == 28 + 100 + 7 * 4
+
+
+def test_what_a_single_token_fills_is_shared_from_the_next_step_on():
+    machine = Machine(max_batch_tokens=2 * PAGE)
+    other = machine.add([1], limit=9)
+    machine.step()
+    # Of the first prompt, one token is left for the next step. It fills the block that the second prompt wants.
+    first = machine.add(range(2 * PAGE), limit=5)
+    second = machine.add([*range(2 * PAGE), 0])
+    machine.step()
+    assert (first.computed, second.computed) == (2 * PAGE - 1, 0)
+    machine.step()
+    assert first.computed == 2 * PAGE
+    assert not set(second.table) & set(first.table[1:])
+    assert other in machine.answers
+    machine.finish()
 
 
 def test_without_prefix_sharing_everything_is_computed():

@@ -160,3 +160,22 @@ async def test_an_engine_that_is_faster_than_the_event_loop_leaves_it_its_turns(
     await balancer.end()
     lasts = False
     assert balancer.texts()[0] == [(0, "1")]
+
+
+async def test_calls_wait_for_each_other_while_requests_run(engine, monkeypatch):
+    monkeypatch.setattr(inference, "CALLS_PER_SECOND", 1 / 3600)
+    balancer = Balancer(engine)
+    service = balancer._service
+    for _ in range(3):
+        await service.turn()
+    balancer.ask("a")
+    await until(lambda: engine.delivers)
+    waiting = [asyncio.create_task(service.turn()) for _ in range(2)]
+    await asyncio.wait(waiting, timeout=0)
+    assert not any(each.done() for each in waiting)
+    for each in waiting:
+        each.cancel()
+    await asyncio.wait(waiting)
+    engine.delivers["a"](token("1", **LAST))
+    await balancer.end()
+    await service.turn()

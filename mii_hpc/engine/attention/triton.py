@@ -184,10 +184,9 @@ def paged_attention(
     `query` [tokens, heads, key size], `key` and `value` are of the packed tokens, `keys` and `values` are the cache
     of this layer, and the rest is as in `Batch` and `attend`. torch.compile leaves this operator out of its graph.
     """
-    write(key, value, keys, values, slots)
     output = query.new_empty(*query.shape[:2], values.shape[3])
     batch = Batch(slots, lengths, tables, query_starts, split)
-    attend(query, keys, values, output, batch, scaling, window, softcap, sinks)
+    attend(query, key, value, keys, values, output, batch, scaling, window, softcap, sinks)
     return output
 
 
@@ -202,8 +201,6 @@ def write(
     """Copy the `key` and `value` [tokens, key heads, size] of new tokens into the cache, each to its slot."""
     tokens, heads, key_size = key.shape
     value_size = value.shape[2]
-    _check_cache(keys, values)
-    key, value = _dense_rows(key), _dense_rows(value)
     _write_kernel[(tokens,)](
         keys,
         values,
@@ -225,6 +222,8 @@ def write(
 
 def attend(
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     output: torch.Tensor,
@@ -237,10 +236,10 @@ def attend(
 ) -> None:
     """Write into `output` [tokens, heads, value size] what the queries [tokens, heads, key size] attend to.
 
-    `keys` and `values` [blocks, page size, key heads, size] hold the new tokens already. Each token sees those before
-    it and itself, or as many of the last ones as the `window` says. Scores are scaled by `scaling` (by default
-    key size ** -0.5), then capped to `softcap` * tanh(score / softcap); `sinks` [heads] are scores of a key without
-    a value, which every token sees.
+    The `key` and `value` [tokens, key heads, size] of the new tokens go into `keys` and `values` [blocks, page size,
+    key heads, size] first. Each token sees those before it and itself, or as many of the last ones as the `window`
+    says. Scores are scaled by `scaling` (by default key size ** -0.5), then capped to `softcap` *
+    tanh(score / softcap); `sinks` [heads] are scores of a key without a value, which every token sees.
     """
     tokens, heads, key_size = query.shape
     page_size, key_heads, value_size = values.shape[1:]
@@ -248,7 +247,9 @@ def attend(
     group = heads // key_heads
     decode = batch.query_starts is None
     _check_cache(keys, values)
-    query = _dense_rows(query)
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    if not decode:  # programs read what others would have to write first
+        write(key, value, keys, values, batch.slots)
     if plan is None:
         plan = Plan.of(query, values, sequences, key_heads, decode, batch.split)
     partials = lse = output
@@ -260,8 +261,11 @@ def attend(
     _attention_kernel[(key_heads, tiles, plan.splits)](
         output,
         query,
+        key,
+        value,
         keys,
         values,
+        batch.slots,
         starts,
         batch.lengths,
         batch.tables,
@@ -272,6 +276,10 @@ def attend(
         batch.tables.stride(0),
         query.stride(0),
         query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
         plan.splits,
         key_size**-0.5 if scaling is None else scaling,
         window or 0,
@@ -409,14 +417,17 @@ def _write_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "query_starts", "lengths", "tables", "sequences", "table_stride", "splits", "window"
+        "slots", "query_starts", "lengths", "tables", "sequences", "table_stride", "splits", "window"
     ]
 )  # fmt: skip
 def _attention_kernel(
     output: tl.tensor,
     query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
+    slots: tl.tensor,
     query_starts: tl.tensor,
     lengths: tl.tensor,
     tables: tl.tensor,
@@ -427,6 +438,10 @@ def _attention_kernel(
     table_stride: tl.tensor,
     query_token_stride: tl.tensor,
     query_head_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
     splits: tl.tensor,
     scaling: tl.tensor,
     window: tl.tensor,
@@ -486,6 +501,17 @@ def _attention_kernel(
     position = context + token
     key_size = tl.arange(0, KEY_BLOCK)
     value_size = tl.arange(0, VALUE_BLOCK)
+    if DECODE:
+        # Only the program that sees the last keys reads the new one.
+        if split == used - 1:
+            slot = tl.load(slots + sequence).to(tl.int64) * KEY_HEADS + key_head
+            own = key + sequence.to(tl.int64) * key_token_stride + key_head * key_head_stride + key_size
+            inside = key_size < KEY_SIZE
+            tl.store(keys + slot * KEY_SIZE + key_size, tl.load(own, mask=inside), mask=inside)
+            own = value + sequence.to(tl.int64) * value_token_stride + key_head * value_head_stride + value_size
+            inside = value_size < VALUE_SIZE
+            tl.store(values + slot * VALUE_SIZE + value_size, tl.load(own, mask=inside), mask=inside)
+        tl.debug_barrier()
     source = (packed + token).to(tl.int64) * query_token_stride + head * query_head_stride
     q = tl.load(
         query + source[:, None] + key_size[None, :],

@@ -32,7 +32,7 @@ from mii_hpc.engine.blocks import LayerShape, PagedCache
 from mii_hpc.engine.distributed import all_agree
 from mii_hpc.engine.extensions import extensions_folder
 from mii_hpc.engine.memory import Budget, compute_with
-from mii_hpc.engine.model.linears import replace_linears
+from mii_hpc.engine.model.linears import gather_head, replace_linears
 from mii_hpc.engine.model.miniature import CONTEXT, miniature
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.quantising import quantise_linears
@@ -180,6 +180,8 @@ def _tried(config: Any, model: ModelConfig, ranks: int, device: torch.device, at
                 if not _all_ranks(failure is None, ranks) or not _alike(module, ranks):
                     reasons.append(failure or f"{sharding} cannot shard it evenly")
                     break
+                if packed:
+                    gather_head(module)
                 reason = _reason(module, ranks, way, expected, device, vocabulary, context, attention, TOLERANCE)
                 if reason is None:
                     _log.info("%s is served right: %s, attention %s", name, sharding, way)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 if TYPE_CHECKING:
     from mii_hpc.engine.model.peers import Peers
@@ -134,20 +134,92 @@ def sum_with(peers: Peers | None, rows: torch.Tensor, group: str) -> None:
 
 @torch.library.custom_op("mii_hpc::sum_over_ranks", mutates_args=("rows",))
 def sum_over_ranks(
-    rows: torch.Tensor, group: str, addresses: torch.Tensor | None = None, counts: torch.Tensor | None = None
+    rows: torch.Tensor,
+    group: str,
+    addresses: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> None:
     """Add the other ranks' rows to these, which are contiguous; given those of Peers, small ones in their memory.
 
-    torch.compile leaves an operator of ours as it is.
+    Then add a residual, which is alike. torch.compile leaves an operator of ours as it is.
     """
     members = _resolve_process_group(group)  # type: ignore[arg-type]
     if addresses is not None and counts is not None:
         from mii_hpc.engine.model.peers import add_up, is_small
 
         if is_small(rows, len(addresses)):
-            add_up(rows, addresses, counts, members.rank())
+            add_up(rows, addresses, counts, members.rank(), residual)
             return
     dist.all_reduce(rows, group=members)
+    if residual is not None:
+        rows += residual
+
+
+class GatheredLinear(nn.Module):
+    """A rank's share of a linear layer's outputs, of which each rank gets all."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, ranks: int, outputs: int) -> None:
+        """The ranks have as many outputs each; what is beyond the layer's own `outputs` only fills up."""
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._ranks, self._outputs = ranks, outputs
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output for rows [..., inputs]."""
+        gathered: torch.Tensor = gather(product(rows, self.weight, self.bias), self._ranks)
+        return gathered[..., : self._outputs]
+
+
+@torch.library.custom_op("mii_hpc::gather", mutates_args=())
+def gather(rows: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Return all ranks' rows side by side. An operator of our own, because torch.compile leaves it as it is."""
+    everyone = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(everyone, rows.contiguous())
+    return everyone.view(ranks, *rows.shape).movedim(0, -2).flatten(-2)
+
+
+@gather.register_fake
+def _(rows: torch.Tensor, ranks: int) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], rows.shape[-1] * ranks)
+
+
+def gather_head(module: nn.Module) -> None:
+    """Give each rank some outputs of a module's head, if it has had some inputs until now; on all ranks at once.
+
+    Ranks then send each other half of what a sum takes, and less the more ranks there are.
+    """
+    try:
+        head = module.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # a model whose code comes with it
+        return
+    if type(head) is Linear and head.inputs is not None:
+        gathered = _by_outputs(head)
+        for part in list(module.modules()):
+            for name, child in list(part._modules.items()):
+                if child is head:
+                    setattr(part, name, gathered)
+
+
+def _by_outputs(layer: Linear) -> GatheredLinear:
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    outputs, inputs = layer.weight.shape
+    share = -(-outputs // ranks)
+    everyones = layer.weight.new_empty(ranks, dtype=torch.int64)
+    dist.all_gather_into_tensor(everyones, everyones.new_tensor([inputs]))
+    sizes = [share * count for count in everyones.tolist()]
+    beyond = ranks * share - outputs
+    sent = pad(layer.weight, (0, 0, 0, beyond)) if beyond else layer.weight
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent.contiguous().view(-1), sizes, [share * inputs] * ranks)
+    del sent
+    parts = torch.split(received, sizes)
+    weight = torch.cat([part.view(share, size // share) for part, size in zip(parts, sizes, strict=True)], 1)
+    bias = layer.bias
+    if bias is not None:
+        own = pad(bias, (0, beyond))[rank * share : (rank + 1) * share]
+        bias = nn.Parameter(own.clone(), requires_grad=False)
+    return GatheredLinear(nn.Parameter(weight, requires_grad=False), bias, ranks, outputs)
 
 
 def replace_linears(module: nn.Module) -> None:

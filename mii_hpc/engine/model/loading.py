@@ -18,8 +18,9 @@ from mii_hpc.config import ModelConfig
 from mii_hpc.engine import processor
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.blocks import LayerShape
+from mii_hpc.engine.memory import free_cached
 from mii_hpc.engine.model.check import Serving, check_loaded, choose_serving, measure
-from mii_hpc.engine.model.linears import replace_linears
+from mii_hpc.engine.model.linears import gather_head, replace_linears
 from mii_hpc.engine.model.packing import pack_linears
 from mii_hpc.engine.model.quantising import QuantisedLinear
 from mii_hpc.engine.model.rope import PerSequenceRope
@@ -100,6 +101,8 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
     if serving is not None and serving.packed:
         pack_linears(module)
         replace_linears(module)
+        gather_head(module)
+        free_cached()  # the plan for the KV cache would take it for used
     if mode is not None:
         _tell_quantised(module, mode, progress)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())

@@ -81,15 +81,22 @@ def is_small(rows: torch.Tensor, ranks: int) -> bool:
     return rows.dtype in DTYPES and size % 4 == 0 and 0 < size <= 4 * PROGRAMS * LINES * WORDS // (ranks - 1)
 
 
-def add_up(rows: torch.Tensor, addresses: torch.Tensor, counts: torch.Tensor, rank: int) -> None:
-    """Add the other ranks' rows to these, which are contiguous and small."""
+def add_up(
+    rows: torch.Tensor,
+    addresses: torch.Tensor,
+    counts: torch.Tensor,
+    rank: int,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """Add the other ranks' rows to these, which are contiguous and small, and a residual that is alike."""
     words = rows.view(-1).view(torch.int32)
+    added = words if residual is None else residual.contiguous().view(-1).view(torch.int32)
     programs = min(triton.cdiv(len(words), WORDS), PROGRAMS)
     lines = triton.cdiv(len(words), programs * WORDS)
     _sum_kernel[(programs,)](
-        rows.view(-1), words, addresses, counts, len(words),
+        rows.view(-1), words, added, addresses, counts, len(words),
         RANK=rank, RANKS=len(addresses), LINES=lines, ROOM=LINES, MOST=PROGRAMS, WORDS=WORDS, HALVES=HALVES,
-        PAIRS=rows.element_size() == 2, num_warps=1, **launch_options(rows.device),
+        PAIRS=rows.element_size() == 2, ADDED=residual is not None, num_warps=1, **launch_options(rows.device),
     )  # fmt: skip
 
 
@@ -97,6 +104,7 @@ def add_up(rows: torch.Tensor, addresses: torch.Tensor, counts: torch.Tensor, ra
 def _sum_kernel(
     rows: tl.tensor,
     words: tl.tensor,
+    added: tl.tensor,
     addresses: tl.tensor,
     counts: tl.tensor,
     count: tl.tensor,
@@ -108,6 +116,7 @@ def _sum_kernel(
     WORDS: tl.constexpr,
     HALVES: tl.constexpr,
     PAIRS: tl.constexpr,
+    ADDED: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     follow(EARLY)
@@ -139,11 +148,10 @@ def _sum_kernel(
                 while tl.max(((received >> 32).to(tl.int32) != number).to(tl.int32), 0) > 0:
                     received = tl.load(memory + place, volatile=True)
                 word = received.to(tl.int32)
-            if PAIRS:
-                first += word.to(tl.int16).to(rows.dtype.element_ty, bitcast=True).to(tl.float32)
-                second += (word >> 16).to(tl.int16).to(rows.dtype.element_ty, bitcast=True).to(tl.float32)
-            else:
-                first += word.to(tl.float32, bitcast=True)
+            first, second = _add_word(first, second, word, rows.dtype.element_ty, PAIRS)
+        if ADDED:
+            word = tl.load(added + index, mask=index < count, other=0)
+            first, second = _add_word(first, second, word, rows.dtype.element_ty, PAIRS)
         if PAIRS:
             low = first.to(rows.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             high = second.to(rows.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -151,3 +159,16 @@ def _sum_kernel(
         else:
             tl.store(words + index, first.to(tl.int32, bitcast=True), mask=index < count)
     tl.store(counts + program, number)
+
+
+@triton.jit
+def _add_word(
+    first: tl.tensor, second: tl.tensor, word: tl.tensor, dtype: tl.constexpr, PAIRS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Add the number of 32 bits, or the two of 16, that a word holds."""
+    if PAIRS:
+        first += word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        second += (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    else:
+        first += word.to(tl.float32, bitcast=True)
+    return first, second

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import linear
 
-from mii_hpc.engine.model.linears import Linear, sum_over_ranks
+from mii_hpc.engine.model.linears import GatheredLinear, Linear, sum_over_ranks
 from mii_hpc.errors import ConfigError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -46,34 +45,6 @@ def apply_plan(module: nn.Module, ranks: int, rank: int) -> dict[str, Cut]:
     return cuts
 
 
-class GatheredLinear(nn.Module):
-    """A rank's share of a linear layer's outputs, of which each rank gets all."""
-
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, ranks: int) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
-        self._ranks = ranks
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output for rows [..., inputs]."""
-        gathered: torch.Tensor = gather(linear(rows, self.weight, self.bias), self._ranks)
-        return gathered
-
-
-@torch.library.custom_op("mii_hpc::gather", mutates_args=())
-def gather(rows: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Return all ranks' rows side by side. An operator of our own, because torch.compile leaves it as it is."""
-    rows = rows.contiguous()
-    parts = [torch.empty_like(rows) for _ in range(ranks)]
-    dist.all_gather(parts, rows)
-    return torch.cat(parts, -1)
-
-
-@gather.register_fake
-def _(rows: torch.Tensor, ranks: int) -> torch.Tensor:
-    return rows.new_empty(*rows.shape[:-1], rows.shape[-1] * ranks)
-
-
 def _replace(
     module: nn.Module, name: str, part: nn.Linear, style: str | None, cuts: dict[str, Cut], ranks: int, rank: int
 ) -> None:
@@ -93,7 +64,7 @@ def _replace(
         inputs = slice(rank * size, (rank + 1) * size) if style != "rowwise" else None
         new = Linear(weight, bias, _everyone(), inputs=inputs)
     elif style == "colwise_gather_output":
-        new = GatheredLinear(weight, bias, ranks)
+        new = GatheredLinear(weight, bias, ranks, ranks * weight.shape[0])
     else:
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         new.weight, new.bias = weight, bias

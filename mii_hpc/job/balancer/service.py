@@ -40,9 +40,9 @@ class DeploymentService(pb_grpc.DeploymentServicer):
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         """Return the state of the deployment and its replicas."""
-        async with wire.answering(context):
-            with self._relay.counted(transport.token_of(context.invocation_metadata())):
-                return await self._status()
+        token = transport.token_of(context.invocation_metadata())
+        async with wire.answering(context), self._relay.admitted(token):
+            return await self._status()
 
     async def _status(self) -> pb.StatusResponse:
         live = {replica.index: replica for replica in self._router.live}

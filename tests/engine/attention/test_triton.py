@@ -187,12 +187,13 @@ def assert_close(output, scene, case):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_it_attends_as_the_dense_reference(kernels, case):
     scene = Scene(case, kernels)
-    kernels.write(scene.key, scene.value, scene.keys, scene.values, scene.slots)
     plan = kernels.Plan.of(scene.query, scene.values, len(case.sequences), case.key_heads, case.decode, False)
     plan = plan._replace(splits=case.splits)
     output = torch.full((*scene.query.shape[:2], case.value_size), torch.nan, dtype=case.dtype, device=DEVICE)
     kernels.attend(
         scene.query,
+        scene.key,
+        scene.value,
         scene.keys,
         scene.values,
         output,
@@ -204,6 +205,9 @@ def test_it_attends_as_the_dense_reference(kernels, case):
         plan,
     )
     assert_close(output, scene, case)
+    written = [row for row, one in enumerate(scene.slots.tolist()) if one != scene.scratch]
+    for cache, new in ((scene.keys, scene.key), (scene.values, scene.value)):
+        assert torch.equal(cache.flatten(0, 1)[scene.slots.long()[written]], new[written])
 
 
 def test_an_uploaded_step_is_what_the_kernels_read(kernels):

@@ -2,6 +2,7 @@ import asyncio
 import dataclasses
 import errno
 import grp
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from mii_hpc.clients import asynchronous
 from mii_hpc.deployments import credentials, sharing
 from mii_hpc.errors import AuthenticationError, QueueFullError, RequestCancelledError, RequestError
 from mii_hpc.job.balancer import pace, relay
@@ -250,6 +252,30 @@ async def test_long_requests_of_guests_wait_for_each_other_and_the_owners_for_no
     await owner.generate(long, max_new_tokens=1)
     await owner.tokenize("a")
     await guest.generate("a", max_new_tokens=1)
+    for call in waiting:
+        call.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("first", ["tokenize", "status"])
+async def test_calls_of_guests_wait_for_each_other_and_the_owners_for_none(deploy, monkeypatch, first):
+    monkeypatch.setattr(relay, "GUESTS_REST", math.inf)
+    monkeypatch.setattr(relay, "MOST_REST", 10 * PATIENCE)
+    monkeypatch.setattr(asynchronous, "ANSWER_SECONDS", 10 * PATIENCE)
+    deployment = await deploy(replica_num=1, share=SHARED)
+    guest, owner = deployment.guest(), deployment.client()
+    calls = {
+        "tokenize": lambda client: client.tokenize("a"),
+        "status": lambda client: client.status(),
+        "describe": lambda client: client.describe(),
+    }
+    await calls[first](guest)
+    waiting = [asyncio.create_task(call(guest)) for call in calls.values()]
+    await until(lambda: deployment.balancer.relay.guest_calls == len(calls))
+    for call in calls.values():
+        await call(owner)
+    await guest.generate("a", max_new_tokens=1)
+    assert not any(call.done() for call in waiting)
     for call in waiting:
         call.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
