@@ -37,6 +37,8 @@ class ServedModel:
         self._home = home
         self._description: Remembered[Description] = Remembered(client.describe, DESCRIPTION_SECONDS)
         self._vocabulary: dict[int, bytes] = {}
+        self._unknown: set[int] = set()
+        self._learning = asyncio.Lock()
 
     async def card(self) -> dict[str, Any]:
         """Return what /v1/models says of it."""
@@ -110,14 +112,20 @@ class ServedModel:
         return prompts, options, shape
 
     async def _learn(self, answers: Sequence[Response]) -> None:
-        """Learn the bytes of the tokens that are told of."""
+        """Learn the bytes of the tokens that are told of; of all that are wanted meanwhile in one call."""
         told_of = {token_id for answer in answers if answer.logprobs for token_id in answer.token_ids}
         for answer in answers:
             for top in (*answer.top_logprobs, *answer.prompt_top_logprobs):
                 told_of.update(token_id for token_id, _ in top)
-        if unknown := told_of - self._vocabulary.keys():
-            seen = await self.client.tokenize(tuple(unknown))
-            self._vocabulary.update(zip(seen.token_ids, seen.tokens, strict=True))
+        if told_of <= self._vocabulary.keys():
+            return
+        self._unknown |= told_of
+        async with self._learning:
+            unknown = (self._unknown | told_of) - self._vocabulary.keys()
+            self._unknown = set()
+            if unknown:
+                seen = await self.client.tokenize(tuple(unknown))
+                self._vocabulary.update(zip(seen.token_ids, seen.tokens, strict=True))
 
     def _entry(self) -> Entry:
         return self._home.get(self.name).entry
