@@ -205,7 +205,7 @@ class BatchingEngine:
             for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
                 sequence.unknown -= part.sample
                 if choice and choice.token_id is None:
-                    self._scheduler.invalidate(sequence)
+                    self._scheduler.invalidate(part.blocks)
                 if choice and part.sample and not sequence.answer.ended:
                     pieces.append((sequence.request, self._accept(sequence, choice)))
                     if sequence.guide and not sequence.answer.ended and self._is_active(sequence.request):

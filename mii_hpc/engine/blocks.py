@@ -126,18 +126,24 @@ class BlockAllocator:
                 self._dirty.append(block)
         table.clear()
 
-    def invalidate(self, table: list[int]) -> None:
-        """Share the blocks of a table no more, and have them zeroed before they are allocated again.
+    def invalidate(self, blocks: Iterable[int]) -> None:
+        """Share blocks no more, and have them zeroed before they are allocated again.
 
         Not while anybody uses them: zeros would let a sequence that shares them go on, and answer wrongly.
         """
-        for block in table:
+        for block in blocks:
             self._unregister(block)
-            self._invalid.add(block)
+            if self._users[block]:
+                self._invalid.add(block)
+                continue
+            if block in self._evictable:
+                del self._evictable[block]
+                self._free.append(block)
+            self._dirty.append(block)
 
     def take_dirty(self) -> tuple[int, ...]:
         """Return the blocks to zero before the next tokens are written, each once."""
-        dirty, self._dirty = tuple(self._dirty), []
+        dirty, self._dirty = tuple(dict.fromkeys(self._dirty)), []
         return dirty
 
     def _unregister(self, block: int) -> None:

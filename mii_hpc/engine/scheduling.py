@@ -126,9 +126,12 @@ class Scheduler(Generic[S]):
                 self._waiting.discard(sequence)
             self._release(sequence)
 
-    def invalidate(self, sequence: S) -> None:
-        """Let nobody else share what a sequence has computed, for it is not finite, and have it zeroed afterwards."""
-        self.allocator.invalidate(sequence.table)
+    def invalidate(self, blocks: Iterable[int]) -> None:
+        """Let nobody else share what lies in the blocks of a slice, and have it zeroed: it is not finite.
+
+        The sequence may have ended since then, and the blocks be another's: that one's are not shared either.
+        """
+        self.allocator.invalidate(blocks)
 
     def schedule(self) -> tuple[Step, list[S]]:
         """Return the next step and the sequences of its slices, none if all wait for tokens that are being drawn."""

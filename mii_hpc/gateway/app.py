@@ -16,7 +16,7 @@ from starlette.routing import Route
 from mii_hpc.errors import MIIError
 from mii_hpc.gateway.http import Admits, Door, EventStream, error_response, unless_it_hangs_up
 from mii_hpc.gateway.metrics import exposition
-from mii_hpc.gateway.model import Remembered, ServedModel
+from mii_hpc.gateway.model import ServedModel
 from mii_hpc.gateway.schema import (
     Arguments,
     ChatCompletion,
@@ -28,6 +28,7 @@ from mii_hpc.gateway.schema import (
     parse,
     status_of,
 )
+from mii_hpc.rpc.remembered import Remembered
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from mii_hpc.clients.asynchronous import AsyncMIIClient
 from mii_hpc.deployments.lookup import Home
@@ -16,11 +15,10 @@ from mii_hpc.errors import MIIError
 from mii_hpc.gateway.answers import ChatShape, CompletionShape, Shape, Usage, what_is_told
 from mii_hpc.gateway.schema import Completion, Generation, RefusedError
 from mii_hpc.generation import Description, Prompt, Response
+from mii_hpc.rpc.remembered import Remembered
 
 DESCRIPTION_SECONDS = 60.0
 """How long what is served is remembered."""
-
-T = TypeVar("T")
 
 
 class ServedModel:
@@ -38,7 +36,7 @@ class ServedModel:
         self._description: Remembered[Description] = Remembered(client.describe, DESCRIPTION_SECONDS)
         self._vocabulary: dict[int, bytes] = {}
         self._unknown: set[int] = set()
-        self._learning = asyncio.Lock()
+        self._asking: asyncio.Task[None] | None = None
 
     async def card(self) -> dict[str, Any]:
         """Return what /v1/models says of it."""
@@ -117,36 +115,26 @@ class ServedModel:
         for answer in answers:
             for top in (*answer.top_logprobs, *answer.prompt_top_logprobs):
                 told_of.update(token_id for token_id, _ in top)
-        if told_of <= self._vocabulary.keys():
-            return
-        self._unknown |= told_of
-        async with self._learning:
-            unknown = (self._unknown | told_of) - self._vocabulary.keys()
-            self._unknown = set()
-            if unknown:
-                seen = await self.client.tokenize(tuple(unknown))
-                self._vocabulary.update(zip(seen.token_ids, seen.tokens, strict=True))
+        # A call that is under way was begun without these.
+        for _ in range(2):
+            unknown = told_of - self._vocabulary.keys()
+            if not unknown:
+                return
+            self._unknown |= unknown
+            if self._asking is None:
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        unknown, self._unknown = tuple(self._unknown), set()
+        try:
+            seen = await self.client.tokenize(unknown)
+            self._vocabulary.update(zip(seen.token_ids, seen.tokens, strict=True))
+        finally:
+            self._asking = None
 
     def _entry(self) -> Entry:
         return self._home.get(self.name).entry
-
-
-class Remembered(Generic[T]):
-    """The result of a question that is not asked again at once; those who want it meanwhile wait for the same."""
-
-    def __init__(self, ask: Callable[[], Awaitable[T]], seconds: float) -> None:
-        self._ask, self._seconds = ask, seconds
-        self._asking = asyncio.Lock()
-        self._until = float("-inf")
-        self._result: T
-
-    async def value(self) -> T:
-        """Return the result. Raises what the question raises."""
-        async with self._asking:
-            if time.monotonic() > self._until:
-                self._result = await self._ask()
-                self._until = time.monotonic() + self._seconds
-            return self._result
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Response]]) -> AsyncGenerator[tuple[int, Response]]:

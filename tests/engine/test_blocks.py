@@ -137,6 +137,18 @@ def test_invalid_blocks_are_not_shared_and_zeroed_once_nobody_has_them(allocator
     assert allocator.free == allocator.total
 
 
+def test_blocks_are_invalid_also_when_nobody_has_them_anymore(allocator):
+    table = table_of(allocator, b"aabbc")
+    blocks = list(table)
+    allocator.release(table)
+    allocator.invalidate(blocks)
+    assert shared(allocator, b"aabb") == []
+    assert sorted(allocator.take_dirty()) == sorted(blocks)
+    assert allocator.free == allocator.total
+    allocator.allocate(table, 2 * allocator.total)
+    assert sorted(table) == list(range(1, allocator.total + 1))
+
+
 def test_an_invalid_block_is_not_registered_when_it_is_full(allocator):
     table = []
     allocator.allocate(table, 1)

@@ -117,7 +117,7 @@ class Machine:
         for part, answer, (bad, token) in zip(step.slices, answers, outcomes, strict=True):
             answer.unknown -= part.sample
             if bad:
-                self.scheduler.invalidate(answer)
+                self.scheduler.invalidate(part.blocks)
             if part.sample and answer in self.answers:
                 answer.tokens.append(token)
                 answer.drawn += 1
@@ -251,6 +251,16 @@ def test_what_is_not_finite_is_computed_anew_and_by_each_alone():
     good = [machine.add([*range(9), *range(number, 30)], limit=9) for number in range(10, 16)]
     machine.finish()
     assert all(answer.drawn == 9 for answer in good)
+
+
+def test_what_is_not_finite_is_not_shared_either_when_its_sequence_has_ended_before_that_is_known():
+    machine = Machine(lag=1)
+    bad = [*range(8), BAD, *range(20)]
+    answer = machine.add(bad)
+    machine.step()
+    machine.drop(answer)
+    machine.finish()
+    assert machine.cost(bad) == 29
 
 
 OWNER, GUEST = ("owner", "a"), ("guest", "b")

@@ -126,22 +126,6 @@ class Relay:
         finally:
             self.guest_calls -= is_guest
 
-    @contextlib.asynccontextmanager
-    async def admitted(self, token: str, size: int = 0) -> AsyncIterator[None]:
-        """Count a call that is no request; a guest's begins once those before it have ended, and a rest is over."""
-        with self.counted(token) as is_guest:
-            if not is_guest:
-                yield
-                return
-            await self.pace.keep(size)
-            await self._guests_turn.acquire()
-            began = time.monotonic()
-            try:
-                yield
-            finally:
-                rest = min(GUESTS_REST * (time.monotonic() - began), MOST_REST)
-                asyncio.get_running_loop().call_later(rest, self._guests_turn.release)
-
     async def _answer(self, asked: ServedRequest, token: str, address: str) -> None:
         """See to one request, as long as its caller waits."""
         if not self._access.admits(Method.GENERATE, token):  # no more: the stream is older than the tokens
@@ -279,11 +263,24 @@ class Relay:
         async def ask(payload: bytes, context: Context) -> bytes:
             token = transport.token_of(context.invocation_metadata())
             async with wire.answering(context):
-                wire.check_size(len(payload))
-                async with self.admitted(token, len(payload)):
-                    return await self._pass(method, payload, context)
+                with self.counted(token) as is_guest:
+                    wire.check_size(len(payload))
+                    passed = self._pass_in_turn if is_guest else self._pass
+                    return await passed(method, payload, context)
 
         return grpc.unary_unary_rpc_method_handler(ask)
+
+    async def _pass_in_turn(self, method: Method, payload: bytes, context: Context) -> bytes:
+        """Pass a guest's call on, once those before it have been answered, and a rest is over."""
+        await self.pace.keep(len(payload))
+        await self._live()  # in nobody's turn
+        await self._guests_turn.acquire()
+        began = time.monotonic()
+        try:
+            return await self._pass(method, payload, context)
+        finally:
+            rest = min(GUESTS_REST * (time.monotonic() - began), MOST_REST)
+            asyncio.get_running_loop().call_later(rest, self._guests_turn.release)
 
     async def _pass(self, method: Method, payload: bytes, context: Context) -> bytes:
         """Pass a call to any replica, and to another when that one is lost."""

@@ -55,8 +55,8 @@ class Router:
         return self._give(min(self._choices(), key=lambda replica: replica.in_flight))
 
     def any(self) -> ReplicaConnection:
-        """Return a replica for what is no request, and takes no turn. Raises UnavailableError when none is live."""
-        return self._choices()[0]
+        """Return the idlest replica, for what is no request. Raises UnavailableError when none is live."""
+        return min(self._choices(), key=lambda replica: replica.in_flight)
 
     async def wait(self) -> None:
         """Return when a replica is live; those that wait go on in the order in which they came."""

@@ -13,7 +13,7 @@ import pytest
 from mii_hpc.clients import asynchronous
 from mii_hpc.deployments import credentials, sharing
 from mii_hpc.errors import AuthenticationError, QueueFullError, RequestCancelledError, RequestError
-from mii_hpc.job.balancer import pace, relay
+from mii_hpc.job.balancer import pace, relay, service
 from mii_hpc.job.balancer.access import Access
 from mii_hpc.rpc import transport, wire
 from mii_hpc.rpc.wire import Method
@@ -257,28 +257,33 @@ async def test_long_requests_of_guests_wait_for_each_other_and_the_owners_for_no
     await asyncio.gather(*waiting, return_exceptions=True)
 
 
-@pytest.mark.parametrize("first", ["tokenize", "status"])
-async def test_calls_of_guests_wait_for_each_other_and_the_owners_for_none(deploy, monkeypatch, first):
+async def test_calls_of_guests_wait_for_each_other_and_the_owners_for_none(deploy, monkeypatch):
     monkeypatch.setattr(relay, "GUESTS_REST", math.inf)
     monkeypatch.setattr(relay, "MOST_REST", 10 * PATIENCE)
     monkeypatch.setattr(asynchronous, "ANSWER_SECONDS", 10 * PATIENCE)
     deployment = await deploy(replica_num=1, share=SHARED)
     guest, owner = deployment.guest(), deployment.client()
-    calls = {
-        "tokenize": lambda client: client.tokenize("a"),
-        "status": lambda client: client.status(),
-        "describe": lambda client: client.describe(),
-    }
-    await calls[first](guest)
-    waiting = [asyncio.create_task(call(guest)) for call in calls.values()]
-    await until(lambda: deployment.balancer.relay.guest_calls == len(calls))
-    for call in calls.values():
-        await call(owner)
+    await guest.tokenize("a")
+    waiting = [asyncio.create_task(call) for call in (guest.tokenize("a"), guest.describe())]
+    await until(lambda: deployment.balancer.relay.guest_calls == len(waiting))
+    await owner.tokenize("a")
+    await owner.describe()
     await guest.generate("a", max_new_tokens=1)
+    await guest.status()
     assert not any(call.done() for call in waiting)
     for call in waiting:
         call.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_guests_who_ask_for_the_status_are_told_the_same_for_a_while(deploy, monkeypatch):
+    monkeypatch.setattr(service, "GUESTS_SECONDS", math.inf)
+    deployment = await deploy(replica_num=2, share=SHARED)
+    guest, owner = deployment.guest(), deployment.client()
+    assert {replica.served for replica in (await guest.status()).replicas} == {0}
+    await owner.generate("a", max_new_tokens=1)
+    assert sum(replica.served for replica in (await owner.status()).replicas) == 1
+    assert {replica.served for replica in (await guest.status()).replicas} == {0}
 
 
 async def test_a_rotation_fails_no_call_of_a_busy_client(deploy):
