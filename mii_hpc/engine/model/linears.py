@@ -202,6 +202,7 @@ def gather_head(module: nn.Module) -> None:
 
 
 def _by_outputs(layer: Linear) -> GatheredLinear:
+    """Return a layer that takes a part of the inputs as one of which each rank has some outputs."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     outputs, inputs = layer.weight.shape
     share = -(-outputs // ranks)

@@ -102,7 +102,7 @@ def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> Lo
         pack_linears(module)
         replace_linears(module)
         gather_head(module)
-        free_cached()  # the plan for the KV cache would take it for used
+        free_cached()  # the plan for the KV cache takes what torch keeps for used
     if mode is not None:
         _tell_quantised(module, mode, progress)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())

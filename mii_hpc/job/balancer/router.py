@@ -52,7 +52,7 @@ class Router:
 
         Raises UnavailableError when no replica is live.
         """
-        return self._give(min(self._choices(), key=lambda replica: replica.in_flight))
+        return self._give(self.any())
 
     def any(self) -> ReplicaConnection:
         """Return the idlest replica, for what is no request. Raises UnavailableError when none is live."""
