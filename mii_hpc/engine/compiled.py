@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import operator
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from mii_hpc.engine.extensions import extensions_folder
+from mii_hpc.engine.fusing import fuse
 
 _log = logging.getLogger(__name__)
 
@@ -72,31 +71,8 @@ def _compile(forward: Any) -> Any:
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
-    add_in_sums(graph)
+    fuse(graph)
     return compile_fx(graph, inputs, config_patches=OPTIONS)
-
-
-def add_in_sums(module: torch.fx.GraphModule) -> None:
-    """Let the sums over ranks add what is added to nothing but their results right after them, as residuals are."""
-    order = list(module.graph.nodes)
-    for before, node in itertools.pairwise(order):
-        if before.target is not torch.ops.mii_hpc.sum_over_ranks.default or node.target is not operator.add:
-            continue
-        rows = before.args[0]
-        others = [arg for arg in node.args if arg is not rows]
-        if set(rows.users) == {before, node} and len(others) == 1 and _are_alike(rows, others[0]):
-            before.kwargs = {**before.kwargs, "residual": others[0]}
-            node.replace_all_uses_with(rows)
-            module.graph.erase_node(node)
-    module.recompile()
-
-
-def _are_alike(*nodes: Any) -> bool:
-    """Return whether nodes of a graph are tensors of one dtype and shape."""
-    values = [node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None for node in nodes]
-    return all(isinstance(value, torch.Tensor) for value in values) and (
-        len({(value.dtype, tuple(map(str, value.shape))) for value in values}) == 1  # type: ignore[union-attr]
-    )
 
 
 @contextmanager

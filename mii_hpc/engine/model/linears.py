@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear, pad, silu
 
 if TYPE_CHECKING:
     from mii_hpc.engine.model.peers import Peers
@@ -41,6 +41,7 @@ class Linear(nn.Module):
         self._group = group
         self.inputs = inputs
         self.peers: Peers | None = None
+        self.sums_in_product = False
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the layer's output for rows [..., inputs]."""
@@ -48,8 +49,12 @@ class Linear(nn.Module):
             rows = rows[..., self.inputs]
         if self._group is None:
             return product(rows, self.weight, self.bias)
-        output = product(rows, self.weight, None)
-        sum_with(self.peers, output, self._group)
+        if self.peers is not None and self.sums_in_product and torch.compiler.is_compiling():
+            peers = {"addresses": self.peers.addresses, "counts": self.peers.counts}
+            output: torch.Tensor = any_product(rows, self.weight, group=self._group, **peers)
+        else:
+            output = product(rows, self.weight, None)
+            sum_with(self.peers, output, self._group)
         return output if self.bias is None else output + self.bias
 
 
@@ -104,14 +109,44 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 
 @torch.library.custom_op("mii_hpc::product", mutates_args=())
-def any_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `product` without a bias: an operator for any number of rows, so that layers are compiled once for all."""
-    return product(rows, weight, None)
+def any_product(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    gated: bool = False,
+    group: str | None = None,
+    addresses: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `product` without a bias: an operator for any number of rows, so that layers are compiled once for all.
+
+    What follows it can be done in its kernel: `gated`, the SiLU of the first half of the outputs times the second half;
+    or, given the peers of a group, `sum_over_ranks`.
+    """
+    kernels = _kernels() if rows.is_cuda else None
+    members = None if group is None else _resolve_process_group(group)  # type: ignore[arg-type]
+    if kernels is not None and kernels.is_quick(rows, weight):
+        sums = None
+        if members is not None:
+            sums = kernels.Sums(addresses, counts, members.rank(), residual)
+            members = None
+        output: torch.Tensor = kernels.multiply(rows, weight, gated, sums)
+    else:
+        output = linear(rows, weight)
+        if gated and kernels is not None:
+            output = kernels.gate(output)
+        elif gated:
+            first, second = output.chunk(2, dim=-1)
+            output = silu(first) * second
+    if members is not None:
+        assert group is not None
+        sum_over_ranks(output, group, addresses, counts, residual)
+    return output
 
 
 @any_product.register_fake
-def _(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+def _(rows: torch.Tensor, weight: torch.Tensor, gated: bool = False, *_: object) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
 @functools.cache
@@ -258,9 +293,15 @@ def share_memory(module: nn.Module, device: torch.device, agree: Callable[[bool]
     except RuntimeError as error:
         _log.info("the ranks do not share GPU memory: %s", str(error).partition("\n")[0])
     if agree(peers is not None):
+        summed = [part for part in module.modules() if isinstance(part, Linear) and part._group is not None]
+        kernels = _kernels()
+        # All ranks of a sum take it in the same way, though some may have more inputs than others, or none.
+        in_product = agree(kernels is not None and all(kernels.is_read_quickly(part.weight) for part in summed))
         for part in module.modules():
             if hasattr(part, "peers"):
                 part.peers = peers  # type: ignore[assignment]
+        for part in summed:
+            part.sums_in_product = in_product
 
 
 def _merge(layers: list[nn.Module | None]) -> bool:

@@ -36,21 +36,70 @@ def add_up_as_rank(rank, memories, dtype, results):
     results.put((rank, [each.view(torch.uint8).tolist() for each in sums]))
 
 
+# Rows, outputs and inputs of products, each by another kernel or by several programs, with and without a rest.
+PRODUCTS = ((1, 70, 144), (3, 70, 144), (17, 66, 144), (1, 6, 48), (40, 70, 48), (64, 64, 48))
+
+
+def factors_of(rank, number):
+    count, outputs, inputs = PRODUCTS[number]
+    draw = torch.Generator().manual_seed(100 * number + rank)
+    rows = torch.randn(count, inputs, generator=draw).half()
+    residual = torch.randn(count, outputs, generator=draw).half()
+    return rows, (torch.randn(outputs, inputs, generator=draw) / inputs**0.5).half(), residual
+
+
+def multiply_as_rank(rank, memories, results):
+    from mii_hpc.engine.model import products
+
+    mine = peers.Peers(memories[rank], [memory.data_ptr() for memory in memories])
+    got = []
+    for number in range(len(PRODUCTS)):
+        rows, weight, _ = factors_of(rank, number)
+        residual = factors_of(RANKS, number)[2] if number % 2 else None
+        sums = products.Sums(mine.addresses, mine.counts, rank, residual)
+        got.append(products.multiply(rows, weight, sums=sums))
+        other = torch.full((300,), float(rank)).half()  # sums of both kinds take turns
+        peers.add_up(other, mine.addresses, mine.counts, rank)
+        got.append(other)
+    results.put((rank, [each.tolist() for each in got]))
+
+
+@runs_kernels
+@pytest.mark.skipif(CUDA, reason="on GPUs the tests of tensor parallelism take such sums")
+def test_all_ranks_have_the_same_sum_of_products():
+    got = on_all_ranks(multiply_as_rank)
+    for number in range(len(PRODUCTS)):
+        products = [
+            rows.double() @ weight.double().T for rows, weight, _ in (factors_of(r, number) for r in range(RANKS))
+        ]
+        expected = sum(products) + (factors_of(RANKS, number)[2].double() if number % 2 else 0)
+        for rank in range(RANKS):
+            assert got[rank][2 * number] == got[0][2 * number]
+            assert got[rank][2 * number + 1] == [float(sum(range(RANKS)))] * 300
+        torch.testing.assert_close(torch.tensor(got[0][2 * number]).double(), expected, rtol=0, atol=1e-2)
+
+
+def on_all_ranks(run, *arguments):
+    """Run a function in a process for each rank; return what each puts into the queue."""
+    context = torch.multiprocessing.get_context("spawn")
+    memories = [torch.zeros(peers.memory_size(RANKS), dtype=torch.int64).share_memory_() for _ in range(RANKS)]
+    results = context.Queue()
+    arguments = (memories, *arguments, results)
+    ranks = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    results = dict(results.get(timeout=SECONDS) for _ in ranks)
+    for process in ranks:
+        process.join(SECONDS)
+    return results
+
+
 @runs_kernels
 @pytest.mark.skipif(CUDA, reason="on GPUs the tests of tensor parallelism take such sums")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_all_ranks_have_the_same_sum(dtype, monkeypatch):
     monkeypatch.setattr(peers, "PROGRAMS", 2)
-    context = torch.multiprocessing.get_context("spawn")
-    memories = [torch.zeros(peers.memory_size(RANKS), dtype=torch.int64).share_memory_() for _ in range(RANKS)]
-    results = context.Queue()
-    arguments = (memories, dtype, results)
-    ranks = [context.Process(target=add_up_as_rank, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    sums = dict(results.get(timeout=SECONDS) for _ in ranks)
-    for process in ranks:
-        process.join(SECONDS)
+    sums = on_all_ranks(add_up_as_rank, dtype)
     for number in range(len(SIZES)):
         expected = sum(rows_of(rank, number, dtype).float() for rank in range(RANKS + number % 2)).to(dtype)
         for rank in range(RANKS):
