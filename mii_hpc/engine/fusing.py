@@ -69,17 +69,14 @@ def rotate_in_attention(graph: fx.Graph) -> None:
         if str(node.target) != "mii_hpc.paged_attention.default":  # known where there is Triton
             continue
         query, key, *others = node.args
-        rotations = [_rotation(_of_batch(rows)) for rows in (query, key)]
-        if rotations[0] is None or rotations[1] is None or rotations[0][1:] != rotations[1][1:]:
+        turned, also = _rotation(_of_batch(query)), _rotation(_of_batch(key))
+        if turned is None or also is None or turned[1:] != also[1:]:
             continue
         with graph.inserting_before(node):
-            query, key = (
-                graph.call_method("transpose", (graph.call_function(operator.getitem, (rows, 0)), 0, 1))
-                for rows, *_ in rotations
-            )
-            cosines, sines = (graph.call_function(operator.getitem, (one, 0)) for one in rotations[0][1:])
+            whole = [graph.call_function(operator.getitem, (each, 0)) for each in (turned[0], also[0], *turned[1:])]
+            query, key = (graph.call_method("transpose", (rows, 0, 1)) for rows in whole[:2])
         node.args = (query, key, *others)
-        node.kwargs = {**node.kwargs, "cosines": cosines, "sines": sines}
+        node.kwargs = {**node.kwargs, "cosines": whole[2], "sines": whole[3]}
 
 
 def _of_batch(node: Any) -> Any:
