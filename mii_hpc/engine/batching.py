@@ -49,7 +49,6 @@ from mii_hpc.generation import (
     Observed,
     Response,
     ResumedAnswer,
-    TopLogprobs,
 )
 
 _log = logging.getLogger(__name__)
@@ -210,14 +209,14 @@ class BatchingEngine:
                 if token_id == NOT_FINITE:
                     self._scheduler.invalidate(step.tables[row])
                 if samples and not sequence.answer.ended:
-                    piece = self._accept(sequence, token_id, *drawn.scores.get(row, ()))
+                    piece = self._accept(sequence, token_id, drawn.scores.get(row))
                     if piece:
-                        pieces.append((sequence.request, piece))
-                    if sequence.guide and not sequence.answer.ended and self._is_active(sequence.request):
+                        pieces.append((sequence.request.deliver, piece))
+                    if sequence.guide and not sequence.answer.ended and sequence.request.is_open:
                         looking.append(sequence.guide.look_ahead(self._looking, self._notify))
             # All of them last: the first wakes whoever sends them, who would take the interpreter from this thread.
-            for entry, piece in pieces:
-                entry.deliver(piece)
+            for deliver, piece in pieces:
+                deliver(piece)
         if looking:
             wait_for(looking, LOOKING_SECONDS)
 
@@ -254,21 +253,19 @@ class BatchingEngine:
                 self._quotas.leave(sequence.request.request)
         return step, sequences
 
-    def _accept(
-        self, sequence: _Sequence, token_id: int, logprob: float | None = None, top: TopLogprobs = ()
-    ) -> Response | Exception | None:
+    def _accept(self, sequence: _Sequence, token_id: int, scored: Scored | None) -> Response | Exception | None:
         """Add a token to its answer and return what is to be delivered; an error ends this one request alone."""
-        entry = sequence.request
-        if not self._is_active(entry):
+        entry, answer = sequence.request, sequence.answer
+        if not entry.is_open:
             return None
         if token_id == NOT_FINITE:
             self._remove(entry)
             return InvalidRequestError("the model's numbers for this prompt are not finite")
-        ends = token_id in sequence.ends_with
-        if not sequence.answer.generated:
-            sequence.answer.tell_of_prompt(sequence.of_prompt)
+        if not answer.generated:
+            answer.tell_of_prompt(sequence.of_prompt)
+        logprob, top = scored or (None, ())
         try:
-            piece = sequence.answer.add(token_id, logprob, ends, top)
+            piece = answer.add(token_id, logprob, token_id in sequence.ends_with, top)
         except InvalidRequestError as error:
             self._remove(entry)
             return error
@@ -278,11 +275,11 @@ class BatchingEngine:
             return RequestError(f"the answer cannot be decoded: {error}")
         sequence.tokens.append(token_id)
         self._generated += 1
-        if sequence.answer.ended:
+        if answer.ended:
             self._scheduler.remove([sequence])
             entry.unfinished -= 1
             if not entry.unfinished:
-                del self._requests[entry.request.id]
+                self._close(entry)
         return piece
 
     def _tokenise(self, entry: _Request, line: str) -> None:
@@ -296,7 +293,7 @@ class BatchingEngine:
             self._refuse(entry, InvalidRequestError(f"the prompt cannot be tokenised: {error}"))
         else:
             with self._changed:
-                if self._is_active(entry):
+                if entry.is_open:
                     entry.sequences = sequences
                     entry.unfinished = len(sequences)
                     self._arrived.extend(sequences)
@@ -345,30 +342,32 @@ class BatchingEngine:
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
         with self._changed:
-            if self._is_active(entry):
+            if entry.is_open:
                 self._remove(entry)
                 entry.deliver(error)
 
     def _remove(self, entry: _Request) -> None:
-        del self._requests[entry.request.id]
+        self._close(entry)
         if not entry.started:
             self._quotas.leave(entry.request)
         self._cancelled.append(entry)
         self._changed.notify_all()
 
-    def _is_active(self, entry: _Request) -> bool:
-        return self._requests.get(entry.request.id) is entry
+    def _close(self, entry: _Request) -> None:
+        del self._requests[entry.request.id]
+        entry.is_open = False
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request that has not ended; `started` once it has been in a step."""
+    """A request; `started` once it has been in a step, and no more `is_open` once it has ended, however."""
 
     request: GenerationRequest
     deliver: Deliver
     sequences: Sequence[_Sequence] = ()
     unfinished: int = 0
     started: bool = False
+    is_open: bool = True
     arrived: float = field(default_factory=time.monotonic)
 
 
