@@ -76,7 +76,7 @@ def rotate_in_attention(graph: fx.Graph) -> None:
             whole = [graph.call_function(operator.getitem, (each, 0)) for each in (turned[0], also[0], *turned[1:])]
             query, key = (graph.call_method("transpose", (rows, 0, 1)) for rows in whole[:2])
         node.args = (query, key, *others)
-        node.kwargs = {**node.kwargs, "cosines": whole[2], "sines": whole[3]}
+        node.kwargs = {**node.kwargs, "cos": whole[2], "sin": whole[3]}
 
 
 def _of_batch(node: Any) -> Any:

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from mii_hpc.engine import compiled  # noqa: E402
 from mii_hpc.engine.attention.interface import attach, measure_layers  # noqa: E402
 from mii_hpc.engine.blocks import PagedCache  # noqa: E402
+from mii_hpc.engine.fusing import fuse  # noqa: E402
 from tests.engine.collect import make, running, submit  # noqa: E402
 from tests.engine.interpreter import CUDA, DEVICE, runs_kernels  # noqa: E402
 from tests.engine.reference import PROMPTS, Reference  # noqa: E402
@@ -26,6 +27,7 @@ def test_layers_of_a_kind_are_compiled_once_for_all_numbers_of_sequences(tmp_pat
     graphs = []
 
     def backend(graph, inputs):
+        fuse(graph)
         graphs.append(graph)
         return graph.forward
 
@@ -54,6 +56,9 @@ def test_layers_of_a_kind_are_compiled_once_for_all_numbers_of_sequences(tmp_pat
             assert torch.allclose(logits(size), plain, atol=1e-5)
     # One for a single sequence, and one for all other numbers.
     assert len(graphs) == 2 * kinds
+    for graph in graphs:
+        (attention,) = (node for node in graph.graph.nodes if "paged_attention" in str(node.target))
+        assert "cos" in attention.kwargs
 
 
 @pytest.mark.skipif(not CUDA, reason="only decode steps on CUDA are compiled")
