@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.engine import codec_of, create_engine, import_engine
 from mii_hpc.engine.base import Engine, EngineSpec
+from mii_hpc.engine.waking import wake_gpu
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
 from mii_hpc.job.prepared_engine import Order, receive_order
@@ -119,6 +121,8 @@ async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
     tasks = Tasks()
 
     def told(**note: str) -> None:
+        if "progress" in note:
+            log.info("%s", note["progress"])
         tell(**note)
         if "ready" in note:
             tasks.start(collect_garbage())
@@ -131,16 +135,25 @@ async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
 
 
 def _prepare(model: ModelConfig, descriptor: int) -> Order | None:
-    """Import the model's engine while the rank has no order yet; return the order.
+    """Import the model's engine while the rank has no order yet; return the order, once what it says of a GPU is done.
 
     What goes wrong is raised once there is an order, when the rank listens.
     """
+
+    def receive() -> Order | None:
+        order = receive_order(descriptor)
+        if order is not None and model.device != "cpu" and model.inference_engine_config.engine != "echo":
+            wake_gpu(order.spec["local_rank"])
+        return order
+
+    start = time.perf_counter()
     with ThreadPoolExecutor(1, thread_name_prefix="order") as waiting:
-        order = waiting.submit(receive_order, descriptor)
+        order = waiting.submit(receive)
         gc.disable()  # modules are no garbage, and to look for some would take a fifth of the time
         try:
             import_engine(model)
             gc.freeze()
+            log.info("imported the engine in %.1f s", time.perf_counter() - start)
         finally:
             gc.enable()
             order.result()
