@@ -179,7 +179,7 @@ class Response:
     @property
     def ended(self) -> bool:
         """Whether the answer is complete with this piece."""
-        return self.finish_reason is not GenerationFinishReason.NONE
+        return self.finish_reason is not _NONE
 
     @classmethod
     def from_msg_dict(cls, msg: Mapping[str, Any]) -> Self:
@@ -247,6 +247,8 @@ class Load:
     request_latency: Histogram = Histogram()
     queue_time: Histogram = Histogram()
 
+
+_NONE = GenerationFinishReason.NONE  # an enumeration takes long to look a member up, and each token asks for it
 
 Prompts = Prompt | Sequence[int] | Iterable[str | Sequence[int] | Chat]
 """One prompt or several."""

@@ -24,6 +24,7 @@ class Answer:
     Attributes:
         generated: tokens so far, the end-of-sequence token included.
         finish_reason: NONE while the answer goes on.
+        ended: whether it is complete.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Answer:
         """
         self.generated = 0
         self.finish_reason = GenerationFinishReason.NONE
+        self.ended = False
         self._params = params
+        self._is_stream = params.stream
         self._source = source
         self._guide = guide
-        self._stop = StopStrings(params.stop)
+        self._stop = StopStrings(params.stop) if params.stop else None
         self._prompt_length = prompt_length
         self._limit = limit
         self._limit_reason = limit_reason
@@ -57,11 +60,6 @@ class Answer:
         self._logprobs: list[float] = []
         self._top_logprobs: list[TopLogprobs] = []
         self._of_prompt: Sequence[Scored] = ()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the answer is complete."""
-        return self.finish_reason is not GenerationFinishReason.NONE
 
     def tell_of_prompt(self, scores: Sequence[Scored]) -> None:
         """Let the next piece tell of the prompt's tokens, but the first."""
@@ -76,7 +74,7 @@ class Answer:
         Raises InvalidRequestError for a token that the guide does not have there.
         """
         self._grow(token_id, logprob, ends, top)
-        return self._take() if self._params.stream or self.ended else None
+        return self._take() if self._is_stream or self.ended else None
 
     def resume(self, answer: ResumedAnswer, ends_with: Container[int] = ()) -> None:
         """Go on behind what has been delivered of this answer, as if all its tokens had been added here.
@@ -103,35 +101,38 @@ class Answer:
         if not self.ended and (ends or self.generated >= self._limit):
             self._push(self._source.flush())
             if not self.ended:
-                self._text += self._stop.flush()
-                self.finish_reason = GenerationFinishReason.STOP if ends else self._limit_reason
+                self._text += self._stop.flush() if self._stop else ""
+                self._end(GenerationFinishReason.STOP if ends else self._limit_reason)
 
     def _push(self, text: str) -> None:
+        if self._stop is None:
+            self._text += text
+            return
         certain, stopped = self._stop.push(text, may_stop=self.generated >= self._params.min_new_tokens)
         self._text += certain
         if stopped:
-            self.finish_reason = GenerationFinishReason.STOP
+            self._end(GenerationFinishReason.STOP)
+
+    def _end(self, reason: GenerationFinishReason) -> None:
+        self.finish_reason = reason
+        self.ended = True
 
     def _take(self) -> Response:
-        piece = Response(
-            generated_text=self._text,
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            top_logprobs=tuple(self._top_logprobs),
-            index=self._index,
-            prompt_length=self._prompt_length,
-            generated_length=self.generated,
-            finish_reason=self.finish_reason,
-        )
+        # One is made for every token: names of arguments take it half as long again, and so does what is seldom there.
+        piece = Response(self._text, self._prompt_length, self.generated, self.finish_reason, tuple(self._token_ids))
+        if self._index:
+            piece.index = self._index
+        if self._logprobs:
+            piece.logprobs, piece.top_logprobs = tuple(self._logprobs), tuple(self._top_logprobs)
+            self._logprobs.clear()
+            self._top_logprobs.clear()
         if self._of_prompt:
             piece.prompt_logprobs = tuple(logprob for logprob, _ in self._of_prompt)
             if self._params.top_logprobs:
                 piece.prompt_top_logprobs = tuple(top for _, top in self._of_prompt)
+            self._of_prompt = ()
         self._text = ""
         self._token_ids.clear()
-        self._logprobs.clear()
-        self._top_logprobs.clear()
-        self._of_prompt = ()
         return piece
 
 

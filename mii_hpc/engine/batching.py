@@ -33,9 +33,9 @@ from mii_hpc.engine.guiding import Guide, Guides
 from mii_hpc.engine.quotas import Quotas
 from mii_hpc.engine.runner import ModelRunner
 from mii_hpc.engine.sampling import create_sampling
-from mii_hpc.engine.sampling.base import Choice, Draw, Sampler, scores_of
+from mii_hpc.engine.sampling.base import NOT_FINITE, Draw, Sampler, scores_of
 from mii_hpc.engine.scheduling import Scheduler
-from mii_hpc.engine.step import Step
+from mii_hpc.engine.step import BlockTable, Step
 from mii_hpc.engine.tokenizer import Tokenizer
 from mii_hpc.errors import InvalidRequestError, RequestError
 from mii_hpc.generation import (
@@ -187,33 +187,36 @@ class BatchingEngine:
             if step.stop:
                 runner.stop()
                 return
-            if step.slices:
+            if sequences:
                 logits = runner.execute(step)
                 _score(logits[len(sequences) :], step, sequences)
                 draw = sampling.draw(logits[: len(sequences)], step, [sequence.sampler for sequence in sequences])
                 begun.append(_Begun(step, sequences, draw))
-            if len(begun) > (lag if step.slices else 0):
+            if len(begun) > (lag if sequences else 0):
                 self._finish(begun.popleft())
 
     def _finish(self, begun: _Begun) -> None:
         """Take what a step has drawn, once it is known."""
-        choices = begun.draw.wait()
+        drawn = begun.draw.wait()
+        step = begun.step
         pieces = []
         looking: list[Future[Any]] = []
         with self._changed:
             self._steps += 1
-            for sequence, part, choice in zip(begun.sequences, begun.step.slices, choices, strict=True):
-                sequence.unknown -= part.sample
-                if choice and choice.token_id is None:
-                    self._scheduler.invalidate(part.blocks)
-                if choice and part.sample and not sequence.answer.ended:
-                    pieces.append((sequence.request, self._accept(sequence, choice)))
-                    if sequence.guide and not sequence.answer.ended and self._is_active(sequence.request):
+            slices = zip(begun.sequences, step.sample.tolist(), drawn.token_ids, strict=True)
+            for row, (sequence, samples, token_id) in enumerate(slices):
+                sequence.unknown -= samples
+                if token_id == NOT_FINITE:
+                    self._scheduler.invalidate(step.tables[row])
+                if samples and not sequence.answer.ended:
+                    piece = self._accept(sequence, token_id, drawn.scores.get(row))
+                    if piece:
+                        pieces.append((sequence.request.deliver, piece))
+                    if sequence.guide and not sequence.answer.ended and sequence.request.is_open:
                         looking.append(sequence.guide.look_ahead(self._looking, self._notify))
             # All of them last: the first wakes whoever sends them, who would take the interpreter from this thread.
-            for entry, piece in pieces:
-                if piece:
-                    entry.deliver(piece)
+            for deliver, piece in pieces:
+                deliver(piece)
         if looking:
             wait_for(looking, LOOKING_SECONDS)
 
@@ -234,10 +237,10 @@ class BatchingEngine:
                     scheduler.remove(entry.sequences)
                 self._cancelled.clear()
                 if self._closed:
-                    return Step(stop=True), []
+                    return Step.of(stop=True), []
                 if scheduler.has_work() or not wait:
                     step, sequences = self._schedule()
-                    if step.slices or not wait or not scheduler.waits:
+                    if sequences or not wait or not scheduler.waits:
                         return step, sequences
                 self._changed.wait()
 
@@ -250,19 +253,19 @@ class BatchingEngine:
                 self._quotas.leave(sequence.request.request)
         return step, sequences
 
-    def _accept(self, sequence: _Sequence, choice: Choice) -> Response | Exception | None:
+    def _accept(self, sequence: _Sequence, token_id: int, scored: Scored | None) -> Response | Exception | None:
         """Add a token to its answer and return what is to be delivered; an error ends this one request alone."""
-        entry = sequence.request
-        if not self._is_active(entry):
+        entry, answer = sequence.request, sequence.answer
+        if not entry.is_open:
             return None
-        if choice.token_id is None:
+        if token_id == NOT_FINITE:
             self._remove(entry)
             return InvalidRequestError("the model's numbers for this prompt are not finite")
-        ends = choice.token_id in sequence.ends_with
-        if not sequence.answer.generated:
-            sequence.answer.tell_of_prompt(sequence.of_prompt)
+        if not answer.generated:
+            answer.tell_of_prompt(sequence.of_prompt)
+        logprob, top = scored or (None, ())
         try:
-            piece = sequence.answer.add(choice.token_id, choice.logprob, ends, choice.top)
+            piece = answer.add(token_id, logprob, token_id in sequence.ends_with, top)
         except InvalidRequestError as error:
             self._remove(entry)
             return error
@@ -270,13 +273,13 @@ class BatchingEngine:
             _log.exception("request %s failed", entry.request.id)
             self._remove(entry)
             return RequestError(f"the answer cannot be decoded: {error}")
-        sequence.tokens.append(choice.token_id)
+        sequence.tokens.append(token_id)
         self._generated += 1
-        if sequence.answer.ended:
+        if answer.ended:
             self._scheduler.remove([sequence])
             entry.unfinished -= 1
             if not entry.unfinished:
-                del self._requests[entry.request.id]
+                self._close(entry)
         return piece
 
     def _tokenise(self, entry: _Request, line: str) -> None:
@@ -290,7 +293,7 @@ class BatchingEngine:
             self._refuse(entry, InvalidRequestError(f"the prompt cannot be tokenised: {error}"))
         else:
             with self._changed:
-                if self._is_active(entry):
+                if entry.is_open:
                     entry.sequences = sequences
                     entry.unfinished = len(sequences)
                     self._arrived.extend(sequences)
@@ -339,30 +342,32 @@ class BatchingEngine:
 
     def _refuse(self, entry: _Request, error: InvalidRequestError) -> None:
         with self._changed:
-            if self._is_active(entry):
+            if entry.is_open:
                 self._remove(entry)
                 entry.deliver(error)
 
     def _remove(self, entry: _Request) -> None:
-        del self._requests[entry.request.id]
+        self._close(entry)
         if not entry.started:
             self._quotas.leave(entry.request)
         self._cancelled.append(entry)
         self._changed.notify_all()
 
-    def _is_active(self, entry: _Request) -> bool:
-        return self._requests.get(entry.request.id) is entry
+    def _close(self, entry: _Request) -> None:
+        del self._requests[entry.request.id]
+        entry.is_open = False
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request that has not ended; `started` once it has been in a step."""
+    """A request; `started` once it has been in a step, and no more `is_open` once it has ended, however."""
 
     request: GenerationRequest
     deliver: Deliver
     sequences: Sequence[_Sequence] = ()
     unfinished: int = 0
     started: bool = False
+    is_open: bool = True
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -380,7 +385,7 @@ class _Sequence:
     guide: Guide | None = None
     of_prompt: list[Scored] = field(default_factory=list)
     unknown: int = 0
-    table: list[int] = field(default_factory=list)
+    table: BlockTable = ()
     computed: int = 0
     registered: int = 0
     slot: int | None = None
@@ -407,6 +412,8 @@ class _Begun:
 
 def _score(logits: torch.Tensor, step: Step, sequences: Sequence[_Sequence]) -> None:
     """Note what the logits say of the prompts' tokens: each row of the token that follows."""
+    if not step.scores.any():
+        return
     row = 0
     for part, sequence in zip(step.slices, sequences, strict=True):
         if not part.scores:

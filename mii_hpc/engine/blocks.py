@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from mii_hpc.engine.step import BlockTable
+
 if TYPE_CHECKING:
     import torch
 
@@ -64,11 +66,14 @@ class BlockAllocator:
         """How many tokens the cache holds."""
         return self.total * self.page_size
 
-    def allocate(self, table: list[int], tokens: int) -> bool:
-        """Extend a block table to hold that many tokens; return False, with nothing done, if too few are free."""
+    def allocate(self, table: BlockTable, tokens: int) -> BlockTable | None:
+        """Return a block table extended to hold that many tokens; None, with nothing done, if too few are free."""
         missing = -(-tokens // self.page_size) - len(table)
+        if missing <= 0:
+            return table
         if missing > self.free:
-            return False
+            return None
+        added = []
         for _ in range(missing):
             if self._free:
                 block = self._free.pop()
@@ -76,12 +81,12 @@ class BlockAllocator:
                 block, _ = self._evictable.popitem(last=False)
                 self._unregister(block)
             self._users[block] = 1
-            table.append(block)
-        return True
+            added.append(block)
+        return (*table, *added)
 
-    def share(self, table: list[int], tokens: Sequence[int]) -> int:
-        """Fill an empty table with registered blocks of a prefix of `tokens`; return how many tokens they hold."""
-        key = self._salt
+    def share(self, tokens: Sequence[int]) -> BlockTable:
+        """Return a table of the registered blocks of a prefix of `tokens`."""
+        key, table = self._salt, []
         for index in range(len(tokens) // self.page_size):
             key = self._next_key(key, tokens, index)
             block = self._shared.get(key)
@@ -90,9 +95,9 @@ class BlockAllocator:
             self._evictable.pop(block, None)
             self._users[block] += 1
             table.append(block)
-        return len(table) * self.page_size
+        return tuple(table)
 
-    def register(self, table: list[int], tokens: Sequence[int], start: int, end: int) -> None:
+    def register(self, table: BlockTable, tokens: Sequence[int], start: int, end: int) -> None:
         """Let others share the blocks that a sequence fills with its tokens from `start` to `end`.
 
         These must be in the cache before anybody reads them. Invalid blocks, and those that follow one, are left out.
@@ -108,8 +113,8 @@ class BlockAllocator:
             self._keys[table[index]] = key
             self._shared.setdefault(key, table[index])
 
-    def release(self, table: list[int]) -> None:
-        """Empty a table: its sequence uses the blocks no more."""
+    def release(self, table: BlockTable) -> None:
+        """Free the blocks of a table, as far as its sequence has used them."""
         # From the end, because a block is of no use for sharing without those before it.
         for block in reversed(table):
             self._users[block] -= 1
@@ -124,7 +129,6 @@ class BlockAllocator:
             if block in self._invalid:
                 self._invalid.remove(block)
                 self._dirty.append(block)
-        table.clear()
 
     def invalidate(self, blocks: Iterable[int]) -> None:
         """Share blocks no more, and have them zeroed before they are allocated again.

@@ -8,10 +8,11 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore
@@ -25,8 +26,8 @@ _log = logging.getLogger(__name__)
 MEETING_TIMEOUT = timedelta(minutes=30)
 # The other ranks wait for the next step as long as there is no request.
 IDLE_TIMEOUT = timedelta(days=3650)
-HEADER = 1024
-"""Numbers that go over at once; more take a second message."""
+HEADER = 2048
+"""Numbers that go over at once, such as those of 256 decodes; more take a second message."""
 
 
 class Ranks:
@@ -64,14 +65,12 @@ class Ranks:
             if use_shared_memory:
                 dist.barrier()  # until all have each other's buffers open
 
-    def broadcast(self, numbers: Sequence[int]) -> None:
-        """Send the numbers to all other ranks; for the leader. They may still be on their way when this returns."""
-        head = torch.zeros(HEADER, dtype=torch.int32)
-        head[0] = len(numbers)
-        head[1 : 1 + len(numbers)] = torch.tensor(numbers[: HEADER - 1], dtype=torch.int32)
-        parts = [head]
-        if len(numbers) > HEADER - 1:
-            parts.append(torch.tensor(numbers[HEADER - 1 :], dtype=torch.int32))
+    def broadcast(self, numbers: np.ndarray) -> None:
+        """Send int32 numbers to all other ranks; for the leader. They may still be on their way when this returns."""
+        first, rest = np.split(numbers, [HEADER - 1])
+        head = np.zeros(HEADER, dtype=np.int32)
+        head[0], head[1 : 1 + len(first)] = len(numbers), first
+        parts = [torch.from_numpy(part) for part in (head, rest) if len(part)]
         self.flush()
         self._sent = [dist.broadcast(part, 0, group=self._plans, async_op=True) for part in parts]
 
@@ -81,17 +80,17 @@ class Ranks:
             work.wait()
         self._sent = []
 
-    def receive(self) -> list[int]:
+    def receive(self) -> np.ndarray:
         """Wait for the leader's next numbers; raises RuntimeError when the leader has ended."""
         head = torch.empty(HEADER, dtype=torch.int32)
         dist.broadcast(head, 0, group=self._plans)
         count = int(head[0])
-        numbers: list[int] = head[1 : 1 + count].tolist()
+        numbers = head[1 : 1 + count]
         if count > HEADER - 1:
             rest = torch.empty(count - HEADER + 1, dtype=torch.int32)
             dist.broadcast(rest, 0, group=self._plans)
-            numbers += rest.tolist()
-        return numbers
+            numbers = torch.cat([numbers, rest])
+        return numbers.numpy()
 
     def share(self, tensor: torch.Tensor) -> None:
         """Make a tensor on the ranks' devices that of rank 0, in place; on all ranks at once."""

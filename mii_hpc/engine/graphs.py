@@ -12,7 +12,7 @@ import torch
 
 from mii_hpc.engine.attention.base import AttentionBackend
 from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
-from mii_hpc.engine.step import Slice, Step
+from mii_hpc.engine.step import LatestTables, Step
 from mii_hpc.engine.upload import staged
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class DecodeGraphs:
         slots = len(drawn) - 1
         self._buckets = sequence_buckets(slots)
         self._tables = np.full((slots + 1, self._width), NULL_BLOCK, dtype=np.int32)
-        self._known = [0] * slots
+        self._latest = LatestTables()
         self._graphs: dict[int, _Graph] = {}
         # All graphs write here, so that they share the rest of their memory and none keeps any.
         self._logits: torch.Tensor | None = None
@@ -105,23 +105,21 @@ class DecodeGraphs:
 
         To be called with every step, of whatever kind, for the block tables are known from them.
         """
-        for part in step.slices:
-            known = 0 if part.fresh else self._known[part.slot]
-            if len(part.blocks) != known:
-                self._tables[part.slot, known : len(part.blocks)] = part.blocks[known:]
-                self._known[part.slot] = len(part.blocks)
+        for row, kept in self._latest.changed(step):
+            table = step.tables[row]
+            self._tables[step.slots[row], kept : len(table)] = table[kept:]
         if not self._graphs or not step.decodes:
             return None
-        graph = self._graphs[bucket(len(step.slices), self._buckets)]
-        graph.fill(step.slices, self._tables, self._cache)
+        graph = self._graphs[bucket(step.num_slices, self._buckets)]
+        graph.fill(step, self._tables, self._cache)
         graph.replay()
         assert self._logits is not None
-        return self._logits[: len(step.slices)]
+        return self._logits[: step.num_slices]
 
     def _capture(self, size: int) -> str | None:
         """Capture the graph for so many sequences; return why that does not work."""
         graph = _Graph(size, self._width, len(self._drawn) - 1, self._cache)
-        graph.fill((), self._tables, self._cache)
+        graph.fill(Step.of(), self._tables, self._cache)
         try:
             graph.replay = self._record(lambda: self._compute(graph))
         except Exception as error:  # noqa: BLE001 (a model can be impossible to capture in many ways)
@@ -178,21 +176,19 @@ class _Graph:
         self.tables = self._inputs[ROWS * size :].view(size, width)
         self.every_row = torch.arange(size, device=cache.device)
 
-    def fill(self, slices: Sequence[Slice], tables: np.ndarray, cache: PagedCache) -> None:
+    def fill(self, step: Step, tables: np.ndarray, cache: PagedCache) -> None:
         """Upload a step. The rows that it does not have attend to a zero, and write where nobody reads."""
-        size, used, page_size = self._size, len(slices), cache.page_size
+        size, used, page_size = self._size, step.num_slices, cache.page_size
         numbers = np.empty(size * (ROWS + self._width), dtype=np.int32)
         rows = numbers[: ROWS * size].reshape(ROWS, size)
         rows[:, used:] = [[0], [self._spare_slot], [0], [cache.scratch_slot], [1]]
-        slots = np.array([part.slot for part in slices], dtype=np.intp)
-        positions = np.array([part.start for part in slices], dtype=np.int32)
-        rows[0, :used] = [part.token_ids[0] for part in slices]
-        rows[1, :used] = slots
-        rows[2, :used] = positions
-        rows[3, :used] = tables[slots, positions // page_size] * page_size + positions % page_size
-        rows[4, :used] = positions + 1
+        rows[0, :used] = step.token_ids
+        rows[1, :used] = step.slots
+        rows[2, :used] = step.starts
+        rows[3, :used] = tables[step.slots, step.starts // page_size] * page_size + step.starts % page_size
+        rows[4, :used] = step.starts + 1
         own = numbers[ROWS * size :].reshape(size, self._width)
-        own[:used] = tables[slots]
+        own[:used] = tables[step.slots]
         own[used:] = NULL_BLOCK
         self._inputs.copy_(staged(numbers, self._inputs.device), non_blocking=True)
 

@@ -114,24 +114,23 @@ class ModelRunner:
         if self._graphs and (logits := self._graphs.run(step)) is not None:
             return logits
         self._attention.prepare(step)
-        numbers, positions, last_rows = step.packed()
-        scored: list[int] = []
-        drawn: list[int] = []
-        for part, last in zip(step.slices, last_rows, strict=True):
-            first = last + 1 - len(part.token_ids)
-            scored += range(first, first + part.num_scores)
-            if part.token_ids[-1] == DRAWN:
-                drawn.append(part.slot)
-        places = [row for row, number in enumerate(numbers) if number == DRAWN] if drawn else []
-        parts = (numbers, positions, [*last_rows, *scored], drawn, places)
+        last_rows = step.last_rows
+        drawn = np.flatnonzero(step.token_ids[last_rows] == DRAWN)
+        parts = (
+            step.token_ids,
+            step.positions,
+            np.concatenate([last_rows, step.scored_rows]),
+            step.slots[drawn],
+            last_rows[drawn],
+        )
         sizes = [len(part) for part in parts]
-        uploaded = upload(np.concatenate(parts, dtype=np.int64, casting="unsafe"), self._device)
-        token_ids, packed_positions, rows, slots, targets = torch.split(uploaded, sizes)
-        if drawn:
+        uploaded = upload(np.concatenate(parts, dtype=np.int64), self._device)
+        token_ids, positions, rows, slots, targets = torch.split(uploaded, sizes)
+        if len(drawn):
             token_ids[targets] = self.drawn[slots]
             if self._ranks:
                 self._ranks.share(token_ids)
-        return self.forward(token_ids[None], packed_positions[None], rows)
+        return self.forward(token_ids[None], positions[None], rows)
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -162,7 +161,7 @@ class ModelRunner:
     def stop(self) -> None:
         """Let the other ranks return from `follow`; for rank 0."""
         if self._ranks:
-            self._ranks.broadcast(self._codec.encode(Step(stop=True)))
+            self._ranks.broadcast(self._codec.encode(Step.of(stop=True)))
             self._ranks.flush()
 
     def close(self) -> None:

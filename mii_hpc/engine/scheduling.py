@@ -7,11 +7,12 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
 from mii_hpc.engine.blocks import BlockAllocator
 from mii_hpc.engine.memory import Budget
-from mii_hpc.engine.step import DRAWN, Slice, Step
+from mii_hpc.engine.step import DRAWN, BlockTable, Step, flags, numbers
 from mii_hpc.generation import GUEST, OWNER, Caller
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Scheduled(Protocol):
     tokens: list[int]
     unknown: int
     longest: int
-    table: list[int]
+    table: BlockTable
     computed: int
     registered: int
     slot: int | None
@@ -96,6 +97,7 @@ class Scheduler(Generic[S]):
         # Those that have been computed while they were no longer than that.
         self._short: set[S] = set()
         self._running: list[S] = []
+        self._shares = _Shares()
         self._waiting: _Waiting[S] = _Waiting()
         self.prefix_queries = self.prefix_hits = 0
         """Tokens that sequences have looked for, and found, in what the cache holds, when they started."""
@@ -121,10 +123,9 @@ class Scheduler(Generic[S]):
         """Forget sequences, whatever their state, and free their blocks."""
         for sequence in sequences:
             if sequence in self._running:
-                self._running.remove(sequence)
+                self._stop(sequence)
             else:
                 self._waiting.discard(sequence)
-            self._release(sequence)
 
     def invalidate(self, blocks: Iterable[int]) -> None:
         """Let nobody else share what lies in the blocks of a slice, and have it zeroed: it is not finite.
@@ -141,77 +142,117 @@ class Scheduler(Generic[S]):
         if self._had_no_room:
             self._share_alike()
         preemptions = self._preemptions
-        counts: dict[S, int] = {}
-        missing = {sequence: _missing(sequence) for sequence in self._running}
-        for sequence in self._in_turns(missing):
-            count = room.of(sequence, missing[sequence], prefills=missing[sequence] > 1)
-            # Those before it may have preempted it.
+        missing = [_missing(sequence) for sequence in self._running]
+        decoding = self._in_turns(missing, room)
+        prefilling = [each for each in zip(self._running, missing, strict=True) if _prefills(*each)]
+        counts = dict.fromkeys(decoding, 1)
+        # Most of those that decode have room for the token in their last block, and fill none.
+        beyond = [sequence for sequence in decoding if not sequence.computed % self._budget.page_size]
+        for sequence in beyond:
+            if sequence in counts:  # those before it may have preempted it
+                self._allocate(sequence, 1, counts)
+        for sequence, wanted in prefilling:
+            count = room.of(sequence, wanted)
             runs = self._preemptions == preemptions or sequence in self._running
             if count > 0 and runs and self._allocate(sequence, count, counts):
                 counts[sequence] = count
                 room.take(sequence, count)
         # Only now is it certain who keeps the blocks that this step fills.
-        for sequence, count in counts.items():
-            self._register(sequence, count)
+        for sequence in (*beyond, *(sequence for sequence, _ in prefilling)):
+            if sequence in counts:
+                self._register(sequence, counts[sequence])
         admitted: set[S] = set()
         if self._preemptions == preemptions:  # so there may be blocks for others
             admitted = self._admit(room, counts)
-        self._short.update(sequence for sequence in counts if self._is_short(sequence))
-        self._latest.update(zip(counts, self._turns, strict=False))
-        chosen = sorted(counts, key=lambda sequence: (counts[sequence] > 1, sequence.computed))
-        slices = tuple(_slice(sequence, counts[sequence], sequence in admitted) for sequence in chosen)
-        for part, sequence in zip(slices, chosen, strict=True):
-            sequence.computed += len(part.token_ids)
-            sequence.unknown += part.sample
-        return Step(slices, self.allocator.take_dirty() if slices else ()), chosen
+        if self._recompute_beyond is not None:
+            self._short.update(filter(self._is_short, counts))
+        if self._shares.of_role(GUEST):
+            self._latest.update(zip(filter(_is_guest, counts), self._turns, strict=False))
+        return self._step(counts, admitted)
+
+    def _step(self, counts: dict[S, int], fresh: set[S]) -> tuple[Step, list[S]]:
+        """Return the step of these counts of tokens, single ones first, and the shorter sequences first of each."""
+        singles = sorted((one for one, count in counts.items() if count == 1), key=attrgetter("computed"))
+        others = sorted((one for one, count in counts.items() if count > 1), key=attrgetter("computed"))
+        # What is drawn, or will be, comes last of a sequence, and alone.
+        token_ids = [DRAWN if one.unknown else one.tokens[one.computed] for one in singles]
+        for one in others:
+            token_ids += one.tokens[one.computed : one.computed + counts[one]]
+        chosen = [*singles, *others]
+        starts = numbers([one.computed for one in chosen])
+        taken = numbers([counts[one] for one in chosen])
+        lengths = numbers([len(one.tokens) + one.unknown for one in chosen])
+        sample = starts + taken == lengths
+        step = Step(
+            starts=starts,
+            counts=taken,
+            slots=numbers([one.slot or 0 for one in chosen]),
+            lengths=lengths,
+            sample=sample,
+            fresh=flags([one in fresh for one in chosen]),
+            scores=flags([one.scores for one in chosen]),
+            token_ids=numbers(token_ids),
+            tables=[one.table for one in chosen],
+            clear=self.allocator.take_dirty() if chosen else (),
+        )
+        for one, samples in zip(chosen, sample.tolist(), strict=True):
+            one.computed += counts[one]
+            one.unknown += samples
+        return step, chosen
 
     def _room(self) -> _Room:
         """Return what there is in a step, and of that for guests."""
         tokens = self._budget.max_batch_tokens
-        if not (self._waiting.has(OWNER) or any(sequence.caller[0] == OWNER for sequence in self._running)):
+        if not (self._waiting.has(OWNER) or self._shares.of_role(OWNER)):
             return _Room(tokens, MOST_SCORES, tokens)
         # Their prompts could find no room for ever.
-        prompts = (self._waiting.has(GUEST) and not self._had_no_room) or any(
-            sequence.caller[0] == GUEST and _prefills(sequence) for sequence in self._running
+        prompts = (self._waiting.has(GUEST) and not self._had_no_room) or (
+            self._shares.of_role(GUEST) > 0
+            and any(_prefills(one, _missing(one)) for one in filter(_is_guest, self._running))
         )
         return _Room(tokens, MOST_SCORES, self._budget.guest_tokens, shared_with_prompts=prompts)
 
-    def _in_turns(self, missing: dict[S, int]) -> list[S]:
-        """Return those that run, those that decode first, the guests among them behind the owner's and in turns."""
-        decoding = [sequence for sequence, count in missing.items() if count <= 1]
-        guests = [sequence for sequence in decoding if sequence.caller[0] == GUEST]
-        if guests:
-            decoding = [sequence for sequence in decoding if sequence.caller[0] != GUEST]
-            decoding += sorted(guests, key=lambda sequence: self._latest.get(sequence, 0))
-        if len(decoding) < len(missing):
-            decoding += [sequence for sequence, count in missing.items() if count > 1]
-        return decoding
+    def _in_turns(self, missing: Sequence[int], room: _Room) -> list[S]:
+        """Return those that decode now, the guests among them behind the owner's and in turns, and take their room."""
+        pairs = zip(self._running, missing, strict=True)
+        decoding = [sequence for sequence, count in pairs if count == 1 and not sequence.scores]
+        if not self._shares.of_role(GUEST):
+            return decoding[: room.decode(OWNER, len(decoding))]
+        owners = list(itertools.filterfalse(_is_guest, decoding))
+        guests = sorted(filter(_is_guest, decoding), key=lambda sequence: self._latest.get(sequence, 0))
+        owners = owners[: room.decode(OWNER, len(owners))]
+        return owners + guests[: room.decode(GUEST, len(guests))]
 
     def _next(self, room: _Room | None = None) -> S | None:
         """Return the next that is to start, of a role that may have more running, and has room in the step."""
-        full = {role for role, most in self._most_running.items() if self._count(role) >= most}
+        full = {role for role, most in self._most_running.items() if self._shares.of_role(role) >= most}
         if room is not None and room.is_full_of_guests:
             full.add(GUEST)
-        return self._waiting.next(self._running, full)
-
-    def _count(self, role: str) -> int:
-        return sum(sequence.caller[0] == role for sequence in self._running)
+        return self._waiting.next(self._shares, full)
 
     def _share_alike(self) -> None:
         """Make room for the next that waits, where another caller has more than his share."""
         self._had_no_room = False
         sequence = self._next()
         if sequence is not None:
-            shares = _Shares(self._running)
-            over = [one for one in self._running if shares.exceeds(one.caller, sequence.caller)]
+            over = [one for one in self._running if self._shares.exceeds(one.caller, sequence.caller)]
             if over:
-                self._preempt(shares.youngest_of_the_most(over))
+                self._preempt(self._shares.youngest_of_the_most(over))
 
     def _preempt(self, sequence: S) -> None:
         self._preemptions += 1
-        self._running.remove(sequence)
-        self._release(sequence)
+        self._stop(sequence)
         self._waiting.add(sequence, first=True)
+
+    def _stop(self, sequence: S) -> None:
+        self._running.remove(sequence)
+        self._shares.remove(sequence.caller)
+        self._release(sequence)
+        self._short.discard(sequence)
+        self._latest.pop(sequence, None)
+        if sequence.slot is not None:
+            self._slots.append(sequence.slot)
+            sequence.slot = None
 
     def _admit(self, room: _Room, counts: dict[S, int]) -> set[S]:
         """Start sequences that wait, in their order, and return them."""
@@ -222,9 +263,10 @@ class Scheduler(Generic[S]):
                 break
             # The last token is computed in any case: the next one is drawn from its logits.
             shareable = [] if sequence.scores else sequence.tokens[:-1]
-            sequence.computed = sequence.registered = self.allocator.share(sequence.table, shareable)
+            sequence.table = self.allocator.share(shareable)
+            sequence.computed = sequence.registered = len(sequence.table) * self._budget.page_size
             count = room.of(sequence, len(sequence.tokens) - sequence.computed)
-            if not count or not self.allocator.allocate(sequence.table, sequence.computed + count):
+            if not count or not self._grow(sequence, count):
                 self._release(sequence)
                 self._had_no_room = True
                 break
@@ -233,6 +275,7 @@ class Scheduler(Generic[S]):
             sequence.slot = self._slots.pop()
             self._waiting.start(sequence)
             self._running.append(sequence)
+            self._shares.add(sequence.caller)
             admitted.add(sequence)
             counts[sequence] = count
             room.take(sequence, count)
@@ -241,14 +284,19 @@ class Scheduler(Generic[S]):
 
     def _allocate(self, sequence: S, count: int, counts: dict[S, int]) -> bool:
         """Get blocks for a sequence, preempting others if need be; return False if it is itself the one."""
-        while not self.allocator.allocate(sequence.table, sequence.computed + count):
-            youngest = _Shares(self._running).youngest_of_the_most(self._running)
+        while not self._grow(sequence, count):
+            youngest = self._shares.youngest_of_the_most(self._running)
             _log.debug("preempted a sequence of %d tokens: the KV cache is full", len(youngest.tokens))
             counts.pop(youngest, None)
             self._preempt(youngest)
             if youngest is sequence:
                 return False
         return True
+
+    def _grow(self, sequence: S, count: int) -> bool:
+        table = self.allocator.allocate(sequence.table, sequence.computed + count)
+        sequence.table = sequence.table if table is None else table
+        return table is not None
 
     def _register(self, sequence: S, count: int) -> None:
         """Register what a sequence has filled, and fills with so many tokens; of one that is not known yet, once it is.
@@ -262,12 +310,8 @@ class Scheduler(Generic[S]):
 
     def _release(self, sequence: S) -> None:
         self.allocator.release(sequence.table)
+        sequence.table = ()
         sequence.computed = sequence.registered = 0
-        self._short.discard(sequence)
-        self._latest.pop(sequence, None)
-        if sequence.slot is not None:
-            self._slots.append(sequence.slot)
-            sequence.slot = None
 
     def _is_short(self, sequence: S) -> bool:
         length = len(sequence.tokens) + sequence.unknown
@@ -277,11 +321,23 @@ class Scheduler(Generic[S]):
 class _Shares:
     """How many sequences run of each role, and of each caller."""
 
-    def __init__(self, running: Iterable[Scheduled]) -> None:
+    def __init__(self) -> None:
         self._counts: Counter[Caller | str] = Counter()
-        for sequence in running:
-            self._counts[sequence.caller] += 1
-            self._counts[sequence.caller[0]] += 1
+
+    def add(self, caller: Caller) -> None:
+        """Count one more of a caller's."""
+        self._counts.update((caller, caller[0]))
+
+    def remove(self, caller: Caller) -> None:
+        """Count one less of a caller's."""
+        self._counts[caller[0]] -= 1
+        self._counts[caller] -= 1
+        if not self._counts[caller]:
+            del self._counts[caller]
+
+    def of_role(self, role: str) -> int:
+        """Return how many of a role run."""
+        return self._counts[role]
 
     def of(self, caller: Caller) -> tuple[int, int]:
         """Return a caller's share: his role's, then his own."""
@@ -323,12 +379,12 @@ class _Waiting(Generic[S]):
         """Whether any waits for a caller of that role."""
         return any(caller[0] == role for caller in self._lines)
 
-    def next(self, running: Sequence[S], but_for: Set[str]) -> S | None:
+    def next(self, shares: _Shares, but_for: Set[str]) -> S | None:
         """Return the first in the line of the caller who has the fewest running, `but_for` these roles, or None."""
         callers = [caller for caller in self._lines if caller[0] not in but_for]
         if len(callers) < 2:
             return self._lines[callers[0]][0] if callers else None
-        return self._lines[min(callers, key=_Shares(running).of)][0]
+        return self._lines[min(callers, key=shares.of)][0]
 
     def start(self, sequence: S) -> None:
         """Remove the first of a line, which is behind the others with as many then."""
@@ -356,14 +412,20 @@ class _Room:
         """Whether no more is left for prompts of guests."""
         return self._left_for_guests <= 0
 
-    def of(self, sequence: Scheduled, wanted: int, prefills: bool = True) -> int:
-        """Return how many of the tokens that a sequence wants it can have."""
+    def decode(self, role: str, wanted: int) -> int:
+        """Give a token each to so many sequences of a role, which are its first; return how many of them get one."""
+        count = min(wanted, self.tokens)
+        if role == GUEST:
+            left = self._left_for_guests
+            count = min(count, (left + 1) // 2 if self.shared_with_prompts else left)
+        self.tokens -= count
+        self._taken[role] += count
+        return count
+
+    def of(self, sequence: Scheduled, wanted: int) -> int:
+        """Return how many of the tokens that a sequence wants for its prompt it can have."""
         wanted = min(wanted, self.tokens, self.scores) if sequence.scores else min(wanted, self.tokens)
-        if sequence.caller[0] != GUEST:
-            return wanted
-        left = self._left_for_guests
-        has_half = self.shared_with_prompts and not prefills and self._taken[GUEST] >= left
-        return 0 if has_half else min(wanted, left)
+        return min(wanted, self._left_for_guests) if _is_guest(sequence) else wanted
 
     def take(self, sequence: Scheduled, count: int) -> None:
         """Give a sequence tokens."""
@@ -384,21 +446,9 @@ def _missing(sequence: Scheduled) -> int:
     return length - sequence.computed if length < sequence.longest or not sequence.unknown else 0
 
 
-def _prefills(sequence: Scheduled) -> bool:
-    return _missing(sequence) > 1
+def _prefills(sequence: Scheduled, missing: int) -> bool:
+    return missing > 1 or (missing == 1 and sequence.scores)
 
 
-def _slice(sequence: Scheduled, count: int, fresh: bool) -> Slice:
-    end = sequence.computed + count
-    known = tuple(sequence.tokens[sequence.computed : end])
-    assert sequence.slot is not None
-    return Slice(
-        start=sequence.computed,
-        token_ids=known if len(known) == count else (*known, DRAWN),
-        blocks=tuple(sequence.table),
-        sample=end == len(sequence.tokens) + sequence.unknown,
-        slot=sequence.slot,
-        fresh=fresh,
-        length=len(sequence.tokens) + sequence.unknown,
-        scores=sequence.scores,
-    )
+def _is_guest(sequence: Scheduled) -> bool:
+    return sequence.caller[0] == GUEST

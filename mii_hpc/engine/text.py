@@ -92,15 +92,19 @@ class ByteDetokenizer:
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._held = b""
 
     def push(self, token_id: int) -> str:
         """Take the next token and return the text that is now certain; it may be empty."""
-        return self._decode(self._bytes_of(token_id))
+        data = self._held + self._bytes_of(token_id)
+        text, used = codecs.utf_8_decode(data, "replace")
+        self._held = data[used:]
+        return text
 
     def flush(self) -> str:
         """Return the text still held back, as it stands when no token follows."""
-        return self._decode(b"", True)
+        held, self._held = self._held, b""
+        return held.decode(errors="replace")
 
 
 class StopStrings:

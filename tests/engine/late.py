@@ -23,10 +23,9 @@ class LateSampling:
 
     def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
         draw = self._host.draw(logits, step, samplers)
-        for part, choice in zip(step.slices, draw.wait(), strict=True):
+        for part, token_id in zip(step.slices, draw.wait().token_ids, strict=True):
             if part.sample:
-                assert choice is not None
-                self._drawn[part.slot] = choice.token_id or 0
+                self._drawn[part.slot] = max(token_id, 0)
         return draw
 
 

@@ -125,10 +125,10 @@ def test_other_steps_are_none_for_a_graph(tmp_path, use):
     with running(make(model_name_or_path=folder, inference_engine_config=SMALL)):
         (graphs,) = made
         single = Slice(start=3, token_ids=(5,), blocks=(1,), sample=True)
-        assert graphs.run(Step((single,))).shape == (1, 512)
-        assert graphs.run(Step((single, Slice(0, (5, 6), (2,), sample=True)))) is None
-        assert graphs.run(Step((Slice(3, (5,), (1,), sample=False),))) is None
-        assert graphs.run(Step()) is None
+        assert graphs.run(Step.of((single,))).shape == (1, 512)
+        assert graphs.run(Step.of((single, Slice(0, (5, 6), (2,), sample=True)))) is None
+        assert graphs.run(Step.of((Slice(3, (5,), (1,), sample=False),))) is None
+        assert graphs.run(Step.of()) is None
 
 
 def test_numbers_that_are_not_finite_do_no_harm_to_others(tmp_path, use):

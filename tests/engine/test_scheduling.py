@@ -20,7 +20,7 @@ class Answer:
     longest: int
     limit: int
     unknown: int = 0
-    table: list = field(default_factory=list)
+    table: tuple = ()
     computed: int = 0
     registered: int = 0
     slot: int | None = None
@@ -63,10 +63,10 @@ class Machine:
 
     def step(self):
         step, answers = self.scheduler.schedule()
-        assert step.slices or self.begun
-        if step.slices:
+        assert answers or self.begun
+        if answers:
             self.begun.append(self.execute(step, answers))
-        if len(self.begun) > (self.lag if step.slices else 0):
+        if len(self.begun) > (self.lag if answers else 0):
             self.finish_step(*self.begun.popleft())
         self.check()
 

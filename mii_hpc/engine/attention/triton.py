@@ -70,30 +70,26 @@ class Batch:
     @classmethod
     def of(cls, step: Step, page_size: int, device: torch.device) -> Batch:
         """Upload a step, in one copy."""
-        slots: list[int] = []
-        starts = [0]
-        lengths = []
-        width = 0
-        for part in step.slices:
-            end = part.start + len(part.token_ids)
-            slots += [part.blocks[p // page_size] * page_size + p % page_size for p in range(part.start, end)]
-            starts.append(len(slots))
-            lengths.append(end)
-            width = max(width, -(-end // page_size))
-        numbers = array("i", slots + lengths + starts)
-        for part in step.slices:
-            table = part.blocks[:width]
-            numbers.extend(table)
-            numbers.extend([0] * (width - len(table)))
+        lengths, positions = step.starts + step.counts, step.positions
+        width = -(-int(lengths.max()) // page_size)
+        padded = array("i")
+        for table in step.tables:
+            padded.extend(table[:width])
+            padded.extend([0] * (width - len(table)))
+        tables = np.frombuffer(padded, dtype=np.int32).reshape(-1, width)
+        blocks = tables[np.arange(len(tables)).repeat(step.counts), positions // page_size]
+        slots = blocks * page_size + positions % page_size
+        starts = np.append(0, step.last_rows + 1)
         tokens, sequences = len(slots), len(lengths)
-        uploaded = upload(np.frombuffer(numbers, dtype=np.int32), device)
+        numbers = np.concatenate([slots, lengths, starts, padded], dtype=np.int32)
+        uploaded = upload(numbers, device)
         rest = uploaded[tokens:]
         return cls(
             slots=uploaded[:tokens],
             lengths=rest[:sequences],
             query_starts=None if tokens == sequences else rest[sequences : 2 * sequences + 1],
             tables=rest[2 * sequences + 1 :].view(sequences, width),
-            split=any(len(part.token_ids) == 1 for part in step.slices),
+            split=bool((step.counts == 1).any()),
         )
 
 

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from mii_hpc.engine.model.quantising import quantise_linears
 from mii_hpc.engine.model.rope import PerSequenceRope
 from mii_hpc.engine.model.sharding import SHARDINGS, load_shard, shard
 from mii_hpc.engine.scheduling import Scheduler
-from mii_hpc.engine.step import Step
+from mii_hpc.engine.step import BlockTable, Step
 from mii_hpc.errors import ConfigError
 from mii_hpc.generation import OWNER, Caller
 
@@ -70,7 +70,7 @@ class _Sequence:
     number: int
     tokens: list[int]
     longest: int
-    table: list[int] = field(default_factory=list)
+    table: BlockTable = ()
     unknown: int = 0
     computed: int = 0
     registered: int = 0
@@ -396,12 +396,9 @@ def forward_of(
 
 def packed(step: Step, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the token ids [1, tokens] of a step, their positions, and the row of each slice's last token."""
-    token_ids, positions, last_rows = step.packed()
-    return (
-        torch.tensor([token_ids], device=device),
-        torch.tensor([positions], device=device),
-        torch.tensor(last_rows, device=device),
-    )
+    columns = step.token_ids[None], step.positions[None], step.last_rows
+    token_ids, positions, last_rows = (torch.from_numpy(column).to(device, torch.int64) for column in columns)
+    return token_ids, positions, last_rows
 
 
 def _sequences(vocabulary: int, context: int) -> list[tuple[_Sequence, list[int]]]:

@@ -47,9 +47,9 @@ class PerSequenceRope:
         """Note how long the sequences of a step are."""
         self._long = None
         # A decode step may be a CUDA graph, which reads nothing but its own inputs: there the positions tell it.
-        if any(part.length != part.start + 1 for part in step.slices):
-            long = [part.length > self.bound for part in step.slices for _ in part.token_ids]
-            self._long = torch.tensor([long], device=device)
+        if (step.lengths != step.starts + 1).any():
+            long = (step.lengths > self.bound).repeat(step.counts)
+            self._long = torch.from_numpy(long[None]).to(device)
 
     def __call__(self, rows: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """Return cosines and sines [1, tokens, size]."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +13,9 @@ from mii_hpc.config import GenerateParamsConfig
 from mii_hpc.engine.answer import Scored
 from mii_hpc.engine.guiding import Guide
 from mii_hpc.engine.step import Step
-from mii_hpc.generation import TopLogprobs
+
+NOT_FINITE = -1
+"""Stands for a token where the model's numbers are not finite."""
 
 
 class Sampler:
@@ -25,7 +26,10 @@ class Sampler:
 
     Attributes:
         tokens: prompt and answer as far as they are known; the sequence's own list, which grows.
+        counts: whether it matters how often the answer has a token.
+        adds: whether anything is added to the logits before all else.
         is_guided: whether `allowed` says which tokens may come.
+        is_bounded: whether it, or `forbidden`, may leave some out.
     """
 
     def __init__(
@@ -53,7 +57,10 @@ class Sampler:
         self._min_new_tokens = params.min_new_tokens
         self._masked = list(eos_token_ids)
         self._guide = guide
+        self.counts = params.frequency_penalty != 0 or params.presence_penalty != 0
+        self.adds = bool(self.bias) or self.counts
         self.is_guided = guide is not None
+        self.is_bounded = self.is_guided or params.min_new_tokens > 0
         self._random = random.Random() if params.seed is None else random.Random(params.seed + index)
         self._generated = 0
         self._prompt_length = len(tokens)
@@ -73,16 +80,6 @@ class Sampler:
     def is_plain(self) -> bool:
         """Whether the most likely token is the one to take, as the model gives it."""
         return self.greedy and self.penalty == 1.0 and not self.forbidden and not self.adds and not self.is_guided
-
-    @property
-    def adds(self) -> bool:
-        """Whether anything is added to the logits before all else."""
-        return bool(self.bias) or self.counts
-
-    @property
-    def counts(self) -> bool:
-        """Whether it matters how often the answer has a token."""
-        return self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
     def answer(self) -> Sequence[int]:
@@ -118,13 +115,19 @@ class Sampler:
             self._seen[token_id] = True
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A token; `logprob` is None and `top` is empty unless asked for. No token: the model gave numbers not finite."""
+class Drawn(NamedTuple):
+    """What a step has drawn.
 
-    token_id: int | None
-    logprob: float | None = None
-    top: TopLogprobs = ()
+    Attributes:
+        token_ids: of each slice, NOT_FINITE where the model's numbers are not finite. That is told of a slice in the
+            middle of a prompt, too, for which there is nothing to draw and any other number means nothing. So its
+            blocks are found out before anybody else can have them, even where no token is ever drawn because of a
+            cancellation.
+        scores: by row, what was asked for: the token's log probability, and the most likely tokens.
+    """
+
+    token_ids: Sequence[int]
+    scores: Mapping[int, Scored]
 
 
 def scores_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[Scored]:
@@ -143,12 +146,8 @@ def scores_of(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> lis
 class Draw(Protocol):
     """Tokens that are being drawn."""
 
-    def wait(self) -> list[Choice | None]:
-        """Return a choice for each slice of the step, None where there was nothing to draw.
-
-        A slice in the middle of a prompt whose numbers are not finite has a choice without a token, too. So its blocks
-        are found out before anybody else can have them, even where no token is ever drawn because of a cancellation.
-        """
+    def wait(self) -> Drawn:
+        """Return them, once they are known."""
 
 
 class SamplingBackend(Protocol):

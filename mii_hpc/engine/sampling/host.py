@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from mii_hpc.engine.sampling.base import Choice, Draw, Sampler, scores_of
+from mii_hpc.engine.answer import Scored
+from mii_hpc.engine.sampling.base import NOT_FINITE, Draw, Drawn, Sampler, scores_of
 from mii_hpc.engine.step import Step
-from mii_hpc.generation import TopLogprobs
 
 # Most nuclei are small, so sorting the most likely tokens is enough; rows that need more are sorted whole.
 CANDIDATES = 128
@@ -27,28 +28,30 @@ class HostSampling:
 
     def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
         """Draw, and return what is done already."""
-        if step.num_samples == len(step.slices):
-            return _Drawn([*choose(logits, samplers)])
-        finite = logits.amax(dim=-1).isfinite().tolist()
-        choices = [None if is_finite else Choice(None) for is_finite in finite]
-        rows = [row for row, part in enumerate(step.slices) if part.sample]
+        if step.sample.all():
+            return _Known(choose(logits, samplers))
+        token_ids = [0 if is_finite else NOT_FINITE for is_finite in logits.amax(dim=-1).isfinite().tolist()]
+        scores = {}
+        rows = np.flatnonzero(step.sample).tolist()
         if rows:
-            for row, choice in zip(rows, choose(logits[rows], [samplers[row] for row in rows]), strict=True):
-                choices[row] = choice
-        return _Drawn(choices)
+            drawn = choose(logits[rows], [samplers[row] for row in rows])
+            for row, token_id in zip(rows, drawn.token_ids, strict=True):
+                token_ids[row] = token_id
+            scores = {rows[place]: scored for place, scored in drawn.scores.items()}
+        return _Known(Drawn(token_ids, scores))
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    choices: list[Choice | None]
+class _Known:
+    drawn: Drawn
 
-    def wait(self) -> list[Choice | None]:
-        """Return them."""
-        return self.choices
+    def wait(self) -> Drawn:
+        """Return it."""
+        return self.drawn
 
 
-def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
-    """Return a choice for each row of `logits` [rows, vocabulary], and note it in its sampler."""
+def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> Drawn:
+    """Draw a token for each row of `logits` [rows, vocabulary], and note it in its sampler."""
     logits = logits.float()
     highest, best = logits.max(dim=-1)
     # A NaN anywhere makes the maximum one.
@@ -56,15 +59,14 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     tokens: list[int] = best.tolist()
     if not all(sampler.is_plain for sampler in samplers):
         _choose_by_options(logits, samplers, finite, tokens)
-    told = _told(logits, samplers, tokens)
-    for sampler, token, is_finite in zip(samplers, tokens, finite, strict=True):
+    scores = _scores(logits, samplers, tokens)
+    for row, (sampler, is_finite) in enumerate(zip(samplers, finite, strict=True)):
         sampler.advance()
         if is_finite:
-            sampler.note(token)
-    return [
-        Choice(token, *scored) if is_finite else Choice(None)
-        for token, scored, is_finite in zip(tokens, told, finite, strict=True)
-    ]
+            sampler.note(tokens[row])
+        else:
+            tokens[row] = NOT_FINITE
+    return Drawn(tokens, scores)
 
 
 def _choose_by_options(
@@ -163,16 +165,13 @@ def _invert(mass: torch.Tensor, uniform: torch.Tensor) -> list[int]:
     return result
 
 
-def _told(
-    logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]
-) -> list[tuple[float | None, TopLogprobs]]:
-    result: list[tuple[float | None, TopLogprobs]] = [(None, ())] * len(samplers)
+def _scores(logits: torch.Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> dict[int, Scored]:
     rows = [row for row, sampler in enumerate(samplers) if sampler.logprobs]
-    if rows:
-        count = max(samplers[row].top_logprobs for row in rows)
-        for row, (own, top) in zip(rows, scores_of(logits[rows], [tokens[row] for row in rows], count), strict=True):
-            result[row] = own, top[: samplers[row].top_logprobs]
-    return result
+    if not rows:
+        return {}
+    count = max(samplers[row].top_logprobs for row in rows)
+    scored = zip(rows, scores_of(logits[rows], [tokens[row] for row in rows], count), strict=True)
+    return {row: (own, top[: samplers[row].top_logprobs]) for row, (own, top) in scored}
 
 
 def _column(numbers: Sequence[float], like: torch.Tensor) -> torch.Tensor:

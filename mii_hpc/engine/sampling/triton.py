@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mii_hpc.engine.sampling.base import Choice, Draw, Sampler
+from mii_hpc.engine.answer import Scored
+from mii_hpc.engine.sampling.base import Draw, Drawn, Sampler
 from mii_hpc.engine.step import Step
 from mii_hpc.engine.upload import upload
 
@@ -40,54 +41,55 @@ class TritonSampling:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._ends = torch.tensor(list(eos_token_ids) or [-1], dtype=torch.int32, device=drawn.device)
         self._vocabulary = vocabulary
+        self._parameters = np.zeros((len(drawn), PARAMETERS), dtype=np.int32)  # of each slot's sequence
         self._seen: torch.Tensor | None = None  # [slots, vocabulary], once a penalty is asked for
         self._counts: torch.Tensor | None = None  # the same, once it matters how often an answer has a token
 
     def draw(self, logits: torch.Tensor, step: Step, samplers: Sequence[Sampler]) -> Draw:
         """Launch the kernel behind what computes the logits."""
-        rows = len(step.slices)
-        numbers = np.zeros((rows, PARAMETERS), dtype=np.int32)
+        for row in np.flatnonzero(step.fresh).tolist():
+            self._begin(int(step.slots[row]), samplers[row])
+        numbers = self._parameters[step.slots]
         floats = numbers.view(np.float32)
+        numbers[~step.sample, 1] = 0
+        sampled = np.flatnonzero(step.sample).tolist()
+        drawing = [row for row in sampled if not samplers[row].greedy]
+        floats[drawing, 6] = [samplers[row].draw() for row in drawing]
         forbidden: dict[int, np.ndarray] = {}  # beside those that end every answer, which the kernel knows
-        for row, (part, sampler) in enumerate(zip(step.slices, samplers, strict=True)):
-            flags = 0
-            if part.fresh and sampler.penalty != 1.0:
-                self._remember(part.slot, sampler.tokens)
-            if part.fresh and sampler.counts:
-                self._recount(part.slot, sampler.answer)
-            if part.sample:
-                flags = SAMPLED.value
-                if sampler.penalty != 1.0:
-                    flags |= PENALISED.value
-                    floats[row, 5] = sampler.penalty
-                if sampler.forbidden:
-                    flags |= ENDLESS.value
-                    if own := [token_id for token_id in sampler.forbidden if token_id not in self._eos_token_ids]:
-                        forbidden[row] = np.array(own, dtype=np.int64)
-                if sampler.is_guided:
-                    forbidden[row] = ~sampler.allowed()
-                if sampler.greedy:
-                    flags |= GREEDY.value
-                else:
-                    if sampler.top_k < self._vocabulary:
-                        flags |= TOP_K.value
-                    if sampler.top_p < 1:
-                        flags |= TOP_P.value
-                    numbers[row, 2] = sampler.top_k
-                    floats[row, 3] = LOG2_E.value / sampler.temperature
-                    floats[row, 4] = sampler.top_p
-                    floats[row, 6] = sampler.draw()
-                sampler.advance()
-            numbers[row, 0] = part.slot
-            numbers[row, 1] = flags
-        sampled = [(row, samplers[row]) for row, part in enumerate(step.slices) if part.sample]
-        adding = [row for row, sampler in sampled if sampler.adds or row in forbidden]
+        for row in [row for row in sampled if samplers[row].is_bounded]:
+            if samplers[row].is_guided:
+                forbidden[row] = ~samplers[row].allowed()
+            elif ends := samplers[row].forbidden:
+                numbers[row, 1] |= ENDLESS.value
+                if own := [token_id for token_id in ends if token_id not in self._eos_token_ids]:
+                    forbidden[row] = np.array(own, dtype=np.int64)
+        for row in sampled:
+            samplers[row].advance()
+        adding = [row for row in sampled if samplers[row].adds or row in forbidden]
         scores = self._added(logits, adding, step, samplers, forbidden) if adding else logits
         results = self._launch(scores, upload(numbers, logits.device))
-        self._count([step.slices[row].slot for row in adding if samplers[row].counts])
+        self._count([int(step.slots[row]) for row in adding if samplers[row].counts])
         # The kernel tells of the scores that it was given, and of no other token.
-        told = [row for row, sampler in sampled if sampler.logprobs and (row in adding or sampler.top_logprobs)]
-        return _Drawing(results, step, samplers, told, _scores_of(logits, results, told, samplers) if told else None)
+        told = [row for row in sampled if samplers[row].logprobs and (samplers[row].top_logprobs or row in adding)]
+        return _Drawing(results, samplers, told, _scores_of(logits, results, told, samplers) if told else None)
+
+    def _begin(self, slot: int, sampler: Sampler) -> None:
+        """Take note of what stays the same for a slot's new sequence."""
+        flags = SAMPLED.value
+        if sampler.penalty != 1.0:
+            flags |= PENALISED.value
+            self._remember(slot, sampler.tokens)
+        if sampler.counts:
+            self._recount(slot, sampler.answer)
+        if sampler.greedy:
+            flags |= GREEDY.value
+        if sampler.top_k < self._vocabulary:
+            flags |= TOP_K.value
+        if sampler.top_p < 1:
+            flags |= TOP_P.value
+        numbers = self._parameters[slot]
+        numbers[:3] = slot, flags, sampler.top_k
+        numbers.view(np.float32)[3:6] = LOG2_E.value / sampler.temperature, sampler.top_p, sampler.penalty
 
     def _added(
         self,
@@ -101,13 +103,13 @@ class TritonSampling:
         scores = logits.float()  # a copy, unless they are that already
         scores = scores.clone() if scores is logits else scores
         for row in rows:
-            part, sampler = step.slices[row], samplers[row]
+            sampler = samplers[row]
             if sampler.bias:
                 ids = upload(np.array(list(sampler.bias), dtype=np.int64), logits.device)
                 scores[row, ids] += upload(np.array(list(sampler.bias.values()), dtype=np.float32), logits.device)
             if sampler.counts:
                 assert self._counts is not None, "counted since the slice that was fresh"
-                counts = self._counts[part.slot]
+                counts = self._counts[int(step.slots[row])]
                 scores[row] -= counts * sampler.frequency_penalty + (counts > 0) * sampler.presence_penalty
             if row in forbidden:
                 scores[row, upload(forbidden[row], logits.device)] = -torch.inf
@@ -130,7 +132,7 @@ class TritonSampling:
             self._counts[rows, self._drawn[rows]] += 1
 
     def _launch(self, logits: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-        """Return a token, -1 where the numbers are not finite, and the bits of its log probability, for each row."""
+        """Return a token, or NOT_FINITE, and the bits of its log probability, for each row."""
         rows, vocabulary = logits.shape
         results = torch.empty(2, rows, dtype=torch.int32, device=logits.device)
         seen = self._drawn if self._seen is None else self._seen
@@ -168,12 +170,11 @@ class _Drawing:
     def __init__(
         self,
         results: torch.Tensor,
-        step: Step,
         samplers: Sequence[Sampler],
         told: Sequence[int],
         scores: torch.Tensor | None,
     ) -> None:
-        self._step, self._samplers, self._told = step, samplers, told
+        self._samplers, self._told = samplers, told
         self._results = _on_its_way(results)
         self._scores = None if scores is None else _on_its_way(scores)
         self._done: torch.cuda.Event | None = None
@@ -181,24 +182,19 @@ class _Drawing:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
-    def wait(self) -> list[Choice | None]:
+    def wait(self) -> Drawn:
         """Wait for the device; see Draw."""
         if self._done is not None:
             self._done.synchronize()
         tokens: list[int] = self._results[0].tolist()
         numbers: list[float] = self._results[1].view(torch.float32).tolist()
-        choices = [
-            Choice(None) if token < 0 else Choice(token, number if s.logprobs else None) if part.sample else None
-            for token, number, part, s in zip(tokens, numbers, self._step.slices, self._samplers, strict=True)
-        ]
+        drawn: dict[int, Scored] = {row: (numbers[row], ()) for row, s in enumerate(self._samplers) if s.logprobs}
         if self._scores is not None:
             for row, (own, *scores) in zip(self._told, self._scores.tolist(), strict=True):
                 count = self._samplers[row].top_logprobs
                 ids, values = scores[: len(scores) // 2], scores[len(scores) // 2 :]
-                top = tuple(zip(map(int, ids[:count]), values[:count], strict=True))
-                if tokens[row] >= 0:
-                    choices[row] = Choice(tokens[row], own, top)
-        return choices
+                drawn[row] = own, tuple(zip(map(int, ids[:count]), values[:count], strict=True))
+        return Drawn(tokens, drawn)
 
 
 def _scores_of(

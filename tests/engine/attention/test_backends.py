@@ -55,7 +55,7 @@ class Sequences:
                 for layer in range(LAYERS):
                     self.cache.keys[layer][blocks[token // PAGE], token % PAGE] = self.keys[-1][layer, token]
                     self.cache.values[layer][blocks[token // PAGE], token % PAGE] = self.values[-1][layer, token]
-        self.step = Step(tuple(slices))
+        self.step = Step.of(tuple(slices))
         self.sinks = self.random(heads, dtype=dtype)
 
     def random(self, *shape, dtype):
@@ -126,7 +126,7 @@ def test_a_token_sees_what_another_slice_of_the_same_step_writes(name):
     sequences = Sequences([(16, 1), (0, 20)])
     first, second = sequences.step.slices
     # As a sequence that shares the first two blocks of the other.
-    step = Step((Slice(16, first.token_ids, (*second.blocks[:2], first.blocks[2]), True), second))
+    step = Step.of((Slice(16, first.token_ids, (*second.blocks[:2], first.blocks[2]), True), second))
     for tensors in (sequences.keys, sequences.values):
         tensors[0][:, :16] = tensors[1][:, :16]
     backend = create_backend(name, sequences.cache)

@@ -211,7 +211,7 @@ def test_it_attends_as_the_dense_reference(kernels, case):
 
 
 def test_an_uploaded_step_is_what_the_kernels_read(kernels):
-    step = Step((Slice(start=9, token_ids=(5,), blocks=(7, 3, 8), sample=True), Slice(2, (1, 2, 3), (4, 6), True)))
+    step = Step.of((Slice(start=9, token_ids=(5,), blocks=(7, 3, 8), sample=True), Slice(2, (1, 2, 3), (4, 6), True)))
     batch = kernels.Batch.of(step, 4, DEVICE)
     assert batch.slots.tolist() == [8 * 4 + 1, 4 * 4 + 2, 4 * 4 + 3, 6 * 4]
     assert batch.lengths.tolist() == [10, 5]
@@ -219,8 +219,8 @@ def test_an_uploaded_step_is_what_the_kernels_read(kernels):
     assert batch.tables[0].tolist() == [7, 3, 8]
     assert batch.tables[1, :2].tolist() == [4, 6]
     assert batch.split
-    assert kernels.Batch.of(Step(step.slices[:1]), 4, DEVICE).query_starts is None
-    assert not kernels.Batch.of(Step(step.slices[1:]), 4, DEVICE).split
+    assert kernels.Batch.of(Step.of(step.slices[:1]), 4, DEVICE).query_starts is None
+    assert not kernels.Batch.of(Step.of(step.slices[1:]), 4, DEVICE).split
 
 
 @pytest.mark.parametrize("name", ["decode, split", "mixed"])

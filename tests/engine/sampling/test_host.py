@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mii_hpc.config import GenerateParamsConfig  # noqa: E402
-from mii_hpc.engine.sampling.base import Sampler  # noqa: E402
+from mii_hpc.engine.sampling.base import NOT_FINITE, Sampler  # noqa: E402
 from mii_hpc.engine.sampling.host import CANDIDATES, choose  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -50,8 +50,8 @@ def chi_square(counts, probabilities):
 def counts_of(logits, **options):
     samplers = [sampler(len(logits), index, seed=7, **options) for index in range(SAMPLES)]
     counts = {}
-    for choice in choose(logits.expand(SAMPLES, -1), samplers):
-        counts[choice.token_id] = counts.get(choice.token_id, 0) + 1
+    for token_id in choose(logits.expand(SAMPLES, -1), samplers).token_ids:
+        counts[token_id] = counts.get(token_id, 0) + 1
     return counts
 
 
@@ -89,8 +89,8 @@ def test_a_row_does_not_depend_on_its_company():
     def samplers():
         return [sampler(300, seed=row, **kinds[row % len(kinds)]) for row in range(64)]
 
-    together = [choice.token_id for choice in choose(logits, samplers())]
-    alone = [choose(logits[row : row + 1], [one])[0].token_id for row, one in enumerate(samplers())]
+    together = choose(logits, samplers()).token_ids
+    alone = [choose(logits[row : row + 1], [one]).token_ids[0] for row, one in enumerate(samplers())]
     assert together == alone
 
 
@@ -101,26 +101,28 @@ def test_rows_with_numbers_not_finite_have_no_token_and_harm_nobody():
     logits[2] = -torch.inf
     logits[3, 7] = 9
     for options in ({"do_sample": False}, {"top_k": 1}):
-        choices = choose(logits, [sampler(10, **options) for _ in range(4)])
-        assert [choice.token_id for choice in choices] == [None, None, None, 7]
+        drawn = choose(logits, [sampler(10, **options) for _ in range(4)])
+        assert drawn.token_ids == [NOT_FINITE, NOT_FINITE, NOT_FINITE, 7]
 
 
 def test_logprobs_are_the_models_own():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
     options = {"logprobs": True, "temperature": 3.0, "repetition_penalty": 2.0}
-    for row, choice in enumerate(choose(logits, [sampler(50, seed=row, **options) for row in range(2)])):
-        assert choice.logprob == pytest.approx(float(logits[row].log_softmax(-1)[choice.token_id]), abs=1e-5)
+    token_ids, scores = choose(logits, [sampler(50, seed=row, **options) for row in range(2)])
+    for row, token_id in enumerate(token_ids):
+        assert scores[row] == (pytest.approx(float(logits[row].log_softmax(-1)[token_id]), abs=1e-5), ())
 
 
 def test_the_most_likely_tokens_are_told_of_in_their_order():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(1))
     few, none = (sampler(50, seed=1, logprobs=True, top_logprobs=count, logit_bias={7: 100.0}) for count in (3, 0))
-    first, second = choose(logits, [few, none])
+    token_ids, scores = choose(logits, [few, none])
+    logprob, top = scores[0]
     values, ids = logits[0].log_softmax(-1).topk(3)
-    assert [token_id for token_id, _ in first.top] == ids.tolist()
-    assert [value for _, value in first.top] == pytest.approx(values.tolist(), abs=1e-5)
-    assert (first.token_id, second.top) == (7, ())
-    assert first.logprob == pytest.approx(float(logits[0].log_softmax(-1)[7]), abs=1e-5)
+    assert [token_id for token_id, _ in top] == ids.tolist()
+    assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert (token_ids[0], scores[1][1]) == (7, ())
+    assert logprob == pytest.approx(float(logits[0].log_softmax(-1)[7]), abs=1e-5)
 
 
 def drawn(logits, count, **options):
@@ -128,7 +130,7 @@ def drawn(logits, count, **options):
     tokens = [0]
     one = sampler(len(logits), prompt=tokens, do_sample=False, **options)
     for _ in range(count):
-        tokens.append(choose(logits[None], [one])[0].token_id)
+        tokens += choose(logits[None], [one]).token_ids
     return tokens[1:]
 
 
@@ -151,7 +153,7 @@ def test_a_bias_is_added_before_all_else_and_unknown_tokens_are_ignored():
 def test_the_end_is_forbidden_until_the_minimum():
     logits = torch.tensor([[0.0, 9.0, 5.0]])
     one = sampler(3, eos=(1,), do_sample=False, min_new_tokens=2)
-    assert [choose(logits, [one])[0].token_id for _ in range(3)] == [2, 2, 1]
+    assert [choose(logits, [one]).token_ids for _ in range(3)] == [[2], [2], [1]]
 
 
 class Only:
@@ -171,9 +173,8 @@ def test_only_what_the_guide_allows_is_drawn_whatever_else_is_asked_for():
     options = [{"do_sample": False}, {"top_p": 0.01}, {"top_k": 1}, {"logit_bias": {0: 100, 6: -100}}, {"top_p": 1}]
     for option in options:
         guided = sampler(8, guide=Only(5, ends=(3,)), min_new_tokens=1, logprobs=True, top_logprobs=1, **option)
-        choices = [choose(logits, [guided, sampler(8, do_sample=False)]) for logits in [logits.expand(2, -1)] * 2]
-        assert [first.token_id for first, _ in choices] in ([5, 3], [5, 5])
-        assert [second.token_id for _, second in choices] == [0, 0]
-        first = choices[0][0]
-        assert first.logprob == pytest.approx(float(logits[0].log_softmax(-1)[5]))
-        assert first.top[0][0] == 0
+        drawn = [choose(logits, [guided, sampler(8, do_sample=False)]) for logits in [logits.expand(2, -1)] * 2]
+        assert [each.token_ids for each in drawn] in ([[5, 0], [3, 0]], [[5, 0], [5, 0]])
+        logprob, top = drawn[0].scores[0]
+        assert logprob == pytest.approx(float(logits[0].log_softmax(-1)[5]))
+        assert top[0][0] == 0

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from mii_hpc.config import GenerateParamsConfig  # noqa: E402
-from mii_hpc.engine.sampling.base import Sampler  # noqa: E402
+from mii_hpc.engine.sampling.base import NOT_FINITE, Sampler  # noqa: E402
 from mii_hpc.engine.sampling.host import choose  # noqa: E402
 from mii_hpc.engine.step import Slice, Step  # noqa: E402
 from tests.engine.interpreter import CUDA, DEVICE, runs_kernels  # noqa: E402
@@ -86,7 +86,7 @@ class Shifted:
 
 
 def step(count, fresh=True, sample=True):
-    return Step(tuple(Slice(9, (1,), (1,), sample, slot, fresh) for slot in range(count)))
+    return Step.of(tuple(Slice(9, (1,), (1,), sample, slot, fresh) for slot in range(count)))
 
 
 @pytest.mark.parametrize(
@@ -105,20 +105,22 @@ def test_it_draws_what_the_host_draws(kernels, vocabulary, dtype):
         logits[:, ENDS[0]] = 14  # the most likely token, where it may come
         logits[:, OWN_END] = 13
         expected = choose(logits, theirs)
-        choices = backend.draw(logits.to(DEVICE), step(rows, fresh=number == 0), ours).wait()
+        got = backend.draw(logits.to(DEVICE), step(rows, fresh=number == 0), ours).wait()
         if vocabulary > 10_000:  # at the border of two tokens, either
             for shift in (-BORDER, BORDER):
                 near = choose(logits, [Shifted(shift, sampler) for sampler in samplers(vocabulary, rows)])
-                three = zip(choices, near, expected, strict=True)
-                expected = [other if choice.token_id == other.token_id else one for choice, other, one in three]
-        assert [choice.token_id for choice in choices] == [choice.token_id for choice in expected]
-        assert drawn[:rows].tolist() == [choice.token_id for choice in expected]
-        for choice, wanted in zip(choices, expected, strict=True):
-            assert choice.logprob == pytest.approx(wanted.logprob, abs=1e-3)
-            assert [value for _, value in choice.top] == pytest.approx([value for _, value in wanted.top], abs=1e-3)
-            assert len({token_id for token_id, _ in choice.top}) == len(choice.top)
-        for sampler, choice in zip(theirs, expected, strict=True):
-            sampler.tokens.append(choice.token_id)  # on the device they are counted as they are drawn
+                for row, (token_id, other) in enumerate(zip(got.token_ids, near.token_ids, strict=True)):
+                    if token_id == other:
+                        expected.token_ids[row], expected.scores[row] = other, near.scores[row]
+        assert got.token_ids == expected.token_ids
+        assert drawn[:rows].tolist() == expected.token_ids
+        for row in range(rows):
+            (logprob, top), (wanted, most_likely) = got.scores[row], expected.scores[row]
+            assert logprob == pytest.approx(wanted, abs=1e-3)
+            assert [value for _, value in top] == pytest.approx([value for _, value in most_likely], abs=1e-3)
+            assert len({token_id for token_id, _ in top}) == len(top)
+        for sampler, token_id in zip(theirs, expected.token_ids, strict=True):
+            sampler.tokens.append(token_id)  # on the device they are counted as they are drawn
 
 
 def test_a_slot_forgets_what_its_last_sequence_has_seen(kernels):
@@ -128,19 +130,21 @@ def test_a_slot_forgets_what_its_last_sequence_has_seen(kernels):
 
     def one():
         params = GenerateParamsConfig(do_sample=False, repetition_penalty=10.0)
-        return [Sampler(params, [7], 8, (), 0)]
+        return Sampler(params, [7], 8, (), 0)
 
     penalised = Sampler(GenerateParamsConfig(do_sample=False, presence_penalty=1.5), [7], 8, (), 0)
-    tokens = [backend.draw(logits, step(1, fresh), [penalised]).wait()[0].token_id for fresh in (True, False, False)]
-    assert tokens == [1, 2, 1]  # 5, 4; 3.5, 4; 3.5, 2.5, 3
+
+    def draw(sampler, **options):
+        return backend.draw(logits, step(1, **options), [sampler]).wait().token_ids[0]
+
+    assert [draw(penalised, fresh=fresh) for fresh in (True, False, False)] == [1, 2, 1]  # 5, 4; 3.5, 4; 3.5, 2.5, 3
     again = Sampler(GenerateParamsConfig(do_sample=False, presence_penalty=1.5), [7], 8, (), 0)
-    assert backend.draw(logits, step(1, sample=False), [again]).wait() == [None]
-    assert backend.draw(logits, step(1, fresh=False), [again]).wait()[0].token_id == 1
+    assert draw(again, sample=False) != NOT_FINITE
+    assert draw(again, fresh=False) == 1
 
     first, second = one(), one()
-    tokens = [backend.draw(logits, step(1, fresh), first).wait()[0].token_id for fresh in (True, False, False)]
-    assert tokens == [1, 2, 3]
-    assert backend.draw(logits, step(1), second).wait()[0].token_id == 1
+    assert [draw(first, fresh=fresh) for fresh in (True, False, False)] == [1, 2, 3]
+    assert draw(second) == 1
 
 
 def test_numbers_that_are_not_finite_give_no_token_and_one_that_exists(kernels):
@@ -155,9 +159,8 @@ def test_numbers_that_are_not_finite_give_no_token_and_one_that_exists(kernels):
         backend = kernels.TritonSampling(drawn.fill_(8), 10, ())
         some = [Sampler(GenerateParamsConfig(**options), [1], 10, (), 0) for _ in range(5)]
         slices = tuple(Slice(9, (1,), (1,), row < 4, row) for row in range(5))
-        choices = backend.draw(logits, Step(slices), some).wait()
-        assert [choice and choice.token_id for choice in choices] == [None, None, None, 7, None]
-        assert all(choices)
+        token_ids = backend.draw(logits, Step.of(slices), some).wait().token_ids
+        assert token_ids == [NOT_FINITE, NOT_FINITE, NOT_FINITE, 7, NOT_FINITE]
         assert drawn.tolist() == [0, 0, 0, 7, 8, 8]
         finite = backend.draw(torch.zeros(1, 10, device=DEVICE), step(1, sample=False), some[:1]).wait()
-        assert finite == [None]
+        assert finite.token_ids[0] != NOT_FINITE
