@@ -1,5 +1,8 @@
 """Compiled layers: on CUDA as the engine uses them, and else around the attention kernel in Triton's interpreter."""
 
+import sys
+import threading
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -72,3 +75,28 @@ def test_an_engine_that_compiles_gives_generates_own_answers(tmp_path, caplog, a
         for prompt, answer in zip(PROMPTS * 2, answers, strict=True):
             assert answer.wait().token_ids() == reference.greedy(prompt, max_new_tokens=30)
     assert not [record for record in caplog.records if "torch.compile" in record.message]
+
+
+@pytest.mark.parametrize(("wanted", "imported"), [(True, ["torch._inductor.compile_fx"]), (False, [])])
+def test_the_compiler_is_imported_beside_what_is_done_meanwhile(monkeypatch, wanted, imported):
+    names, threads, interval = [], [], sys.getswitchinterval()
+
+    def import_module(name):
+        names.append(name)
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(compiled.importlib, "import_module", import_module)
+    with compiled.compiler_imported(wanted):
+        pass
+    assert names == imported
+    assert threading.current_thread() not in threads
+    assert sys.getswitchinterval() == interval
+
+
+def test_a_compiler_that_cannot_be_imported_is_missed_where_it_is_used(monkeypatch):
+    def import_module(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(compiled.importlib, "import_module", import_module)
+    with compiled.compiler_imported(True):
+        pass

@@ -4,7 +4,9 @@ One launch attends for all packed tokens of a layer, decodes and prefill chunks 
 which are the query heads that share one key head, of one or several tokens of one sequence, and goes through the keys
 that they see. Where few sequences decode, several programs share the keys of one tile, and a second launch merges what
 they found: measured on an H100, that is faster than to have the last of them do it. All that differs from step to step
-is read on the device, so that a CUDA graph of a decode step depends on the number of sequences alone.
+is read on the device, so that a CUDA graph of a decode step depends on the number of sequences alone. In a decode step
+the first keys and values of each program, which earlier steps have written, are loaded while the kernel before still
+runs.
 
 Triton's interpreter runs the same kernels on CPU, for tests (TRITON_INTERPRET=1 before this module is imported).
 """
@@ -45,7 +47,8 @@ on an H100, with 1 to 256 sequences of 128 to 16,000 tokens, a coarser split was
 class Batch:
     """What one step computes: which packed tokens belong to which sequence, and where its keys and values lie.
 
-    Integers may be of 32 or 64 bits. A sequence of length 0 is padding: its row of the output is zero.
+    Integers may be of 32 or 64 bits. A sequence of length 0 is padding: its row of the output is zero. No kernel of the
+    step may write any of this: kernels of ours read it before those that precede them have ended.
 
     Attributes:
         slots: [tokens], where their keys and values go: block * page size + place in the block.
@@ -396,9 +399,9 @@ def _write_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    follow(EARLY)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
+    follow(EARLY)
     for start in tl.static_range(0, HEADS * KEY_SIZE, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < HEADS * KEY_SIZE
@@ -458,7 +461,6 @@ def _attention_kernel(
     VALUE_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    follow(EARLY)
     TOKENS: tl.constexpr = ROWS // GROUP
     key_head = tl.program_id(0)
     split = tl.program_id(2)
@@ -486,7 +488,7 @@ def _attention_kernel(
     if SPLIT:
         share, used = _share(begin, end, new, splits, COLUMNS)
         if split >= used:
-            return
+            return  # the first split waits for the kernels before
         begin += split * share
         end = tl.minimum(end, begin + share)
 
@@ -497,47 +499,80 @@ def _attention_kernel(
     position = context + token
     key_size = tl.arange(0, KEY_BLOCK)
     value_size = tl.arange(0, VALUE_BLOCK)
+    table = tables + sequence.to(tl.int64) * table_stride
     if DECODE:
-        # Only the program that sees the last keys reads the new one.
-        if split == used - 1:
-            slot = tl.load(slots + sequence).to(tl.int64) * KEY_HEADS + key_head
-            own = key + sequence.to(tl.int64) * key_token_stride + key_head * key_head_stride + key_size
-            inside = key_size < KEY_SIZE
-            tl.store(keys + slot * KEY_SIZE + key_size, tl.load(own, mask=inside), mask=inside)
-            own = value + sequence.to(tl.int64) * value_token_stride + key_head * value_head_stride + value_size
-            inside = value_size < VALUE_SIZE
-            tl.store(values + slot * VALUE_SIZE + value_size, tl.load(own, mask=inside), mask=inside)
-        tl.debug_barrier()
+        # The new token is attended to where it comes from. Those before it are in the cache since earlier steps.
+        last = (split == used - 1) & (context >= 0)
+        slot = tl.load(slots + sequence).to(tl.int64) * KEY_HEADS + key_head
+        end = tl.minimum(end, context)
+        early_k, early_v = _load_block(
+            begin, end, keys, values, table, key_head,
+            KEY_HEADS, KEY_SIZE, VALUE_SIZE, PAGE, True, COLUMNS, KEY_BLOCK, VALUE_BLOCK,
+        )  # fmt: skip
+    follow(EARLY)
+
+    if DECODE:
+        # Before the query, which the program waits for at once. Each row has the key, so that its threads need not
+        # get it from others.
+        source = sequence.to(tl.int64) * key_token_stride + key_head * key_head_stride + row * 0
+        key_inside = real[:, None] & (key_size < tl.where(last, KEY_SIZE, 0))[None, :]
+        new_k = tl.load(key + source[:, None] + key_size[None, :], mask=key_inside, other=0.0).to(keys.dtype.element_ty)
+        source = sequence.to(tl.int64) * value_token_stride + key_head * value_head_stride
+        value_inside = value_size < tl.where(last, VALUE_SIZE, 0)
+        new_v = tl.load(value + source + value_size, mask=value_inside, other=0.0).to(values.dtype.element_ty)
     source = (packed + token).to(tl.int64) * query_token_stride + head * query_head_stride
     q = tl.load(
         query + source[:, None] + key_size[None, :],
         mask=real[:, None] & (key_size < KEY_SIZE)[None, :],
         other=0.0,
     )
-
-    # Scores are in units of log2(e), for exp2 is what the hardware has. A sink is a key that the first split sees.
+    # Scores are in units of log2(e), for exp2 is what the hardware has.
     top = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    if DECODE:
+        # Nobody else reads them in this step.
+        place = slot * KEY_SIZE + row * 0
+        tl.store(keys + place[:, None] + key_size[None, :], new_k, mask=key_inside & (row == 0)[:, None])
+        tl.store(values + slot * VALUE_SIZE + value_size, new_v, mask=value_inside)
+        score = _scaled(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1), scaling, softcap, SOFTCAP)
+        top = tl.where(last, score, top)
+        total = tl.where(last, 1.0, total)
+        sums += new_v.to(tl.float32)[None, :]
     if SINKS:
+        # A key without a value, which the first split sees.
         sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
         sink = tl.where(split == 0, sink, float("-inf"))
-        top = tl.maximum(sink, top)
-        total = tl.exp2(sink - top)
-    sums = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    table = tables + sequence.to(tl.int64) * table_stride
+        new_top = tl.maximum(sink, top)
+        fade = tl.exp2(top - new_top)
+        top, total, sums = new_top, total * fade + tl.exp2(sink - new_top), sums * fade[:, None]
+    if DECODE:
+        top, total, sums = _attend_block(
+            top, total, sums, q, early_k, early_v, position, begin, end, scaling, window, softcap,
+            True, WINDOW, SOFTCAP, COLUMNS,
+        )  # fmt: skip
+        begin += COLUMNS
     seen_by_all = begin
     if not DECODE and not WINDOW:
         # No mask for keys that every row sees.
         seen_by_all = tl.maximum(begin, tl.minimum(end, (context + first + 1) // COLUMNS * COLUMNS))
         for start in range(begin, seen_by_all, COLUMNS):
+            k, v = _load_block(
+                start, end, keys, values, table, key_head,
+                KEY_HEADS, KEY_SIZE, VALUE_SIZE, PAGE, False, COLUMNS, KEY_BLOCK, VALUE_BLOCK,
+            )  # fmt: skip
             top, total, sums = _attend_block(
-                top, total, sums, q, position, start, end, keys, values, table, key_head, scaling, window, softcap,
-                KEY_HEADS, KEY_SIZE, VALUE_SIZE, PAGE, False, WINDOW, SOFTCAP, COLUMNS, KEY_BLOCK, VALUE_BLOCK,
+                top, total, sums, q, k, v, position, start, end, scaling, window, softcap,
+                False, WINDOW, SOFTCAP, COLUMNS,
             )  # fmt: skip
     for start in range(seen_by_all, end, COLUMNS):
+        k, v = _load_block(
+            start, end, keys, values, table, key_head,
+            KEY_HEADS, KEY_SIZE, VALUE_SIZE, PAGE, True, COLUMNS, KEY_BLOCK, VALUE_BLOCK,
+        )  # fmt: skip
         top, total, sums = _attend_block(
-            top, total, sums, q, position, start, end, keys, values, table, key_head, scaling, window, softcap,
-            KEY_HEADS, KEY_SIZE, VALUE_SIZE, PAGE, True, WINDOW, SOFTCAP, COLUMNS, KEY_BLOCK, VALUE_BLOCK,
+            top, total, sums, q, k, v, position, start, end, scaling, window, softcap,
+            True, WINDOW, SOFTCAP, COLUMNS,
         )  # fmt: skip
 
     safe_total = tl.where(total == 0.0, 1.0, total)
@@ -569,15 +604,18 @@ def _merge_kernel(
     VALUE_BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    follow(EARLY)
     head = tl.program_id(0)
     sequence = tl.program_id(1)
     packed = sequence
+    new = 1
     if not DECODE:
         packed = tl.load(query_starts + sequence).to(tl.int32)
-        if tl.load(query_starts + sequence + 1).to(tl.int32) - packed != 1:
-            return
+        new = tl.load(query_starts + sequence + 1).to(tl.int32) - packed
     context = tl.load(lengths + sequence).to(tl.int32) - 1
+    # Also where there is nothing to do: the kernel after this one waits for this one alone.
+    follow(EARLY)
+    if new != 1:
+        return
     begin, end = _span(context, 0, 1, window, WINDOW, 1, COLUMNS)
     _, used = _share(begin, end, 1, splits, COLUMNS)
     if used > 1:
@@ -624,33 +662,23 @@ def _share(
 
 
 @triton.jit
-def _attend_block(
-    top: tl.tensor,
-    total: tl.tensor,
-    sums: tl.tensor,
-    q: tl.tensor,
-    position: tl.tensor,
+def _load_block(
     start: tl.tensor,
     end: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
     table: tl.tensor,
     key_head: tl.tensor,
-    scaling: tl.tensor,
-    window: tl.tensor,
-    softcap: tl.tensor,
     KEY_HEADS: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Go on with the next COLUMNS keys: the largest score so far, the sum of exponentials, and of weighted values."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """The keys [KEY_BLOCK, COLUMNS] and values [COLUMNS, VALUE_BLOCK] from `start` on."""
     column = tl.arange(0, COLUMNS)
     key_size = tl.arange(0, KEY_BLOCK)
     value_size = tl.arange(0, VALUE_BLOCK)
@@ -658,7 +686,9 @@ def _attend_block(
     inside = place < end
     # What lies beyond the end is not read: it may be another's, and not even a number.
     if PAGE % COLUMNS == 0:
-        slot = tl.load(table + start // PAGE).to(tl.int64) * PAGE + start % PAGE + column
+        page = table + start // PAGE
+        block = tl.load(page, mask=start < end, other=0) if MASKED else tl.load(page)
+        slot = block.to(tl.int64) * PAGE + start % PAGE + column
     elif MASKED:
         slot = tl.load(table + place // PAGE, mask=inside, other=0).to(tl.int64) * PAGE + place % PAGE
     else:
@@ -668,32 +698,60 @@ def _attend_block(
     v_places = values + here[:, None] * VALUE_SIZE + value_size[None, :]
     if MASKED:
         k = tl.load(k_places, mask=inside[None, :] & (key_size < KEY_SIZE)[:, None], other=0.0)
-    elif KEY_SIZE != KEY_BLOCK:
-        k = tl.load(k_places, mask=(key_size < KEY_SIZE)[:, None], other=0.0)
+        v = tl.load(v_places, mask=inside[:, None] & (value_size < VALUE_SIZE)[None, :], other=0.0)
     else:
-        k = tl.load(k_places)
-    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")
-    if SOFTCAP:
-        # The hyperbolic tangent, of which Triton has none.
-        scores = (2.0 * tl.sigmoid(scores * (2.0 * scaling / softcap)) - 1.0) * (softcap * LOG2_E)
-    else:
-        scores *= scaling * LOG2_E
+        if KEY_SIZE != KEY_BLOCK:
+            k = tl.load(k_places, mask=(key_size < KEY_SIZE)[:, None], other=0.0)
+        else:
+            k = tl.load(k_places)
+        if VALUE_SIZE != VALUE_BLOCK:
+            v = tl.load(v_places, mask=(value_size < VALUE_SIZE)[None, :], other=0.0)
+        else:
+            v = tl.load(v_places)
+    return k, v
+
+
+@triton.jit
+def _attend_block(
+    top: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    position: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    scaling: tl.tensor,
+    window: tl.tensor,
+    softcap: tl.tensor,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Go on with COLUMNS keys: the largest score so far, the sum of exponentials, and of weighted values."""
+    scores = _scaled(tl.dot(q, k.to(q.dtype), input_precision="ieee"), scaling, softcap, SOFTCAP)
     if MASKED:
-        visible = inside[None, :] & (place[None, :] <= position[:, None])
+        place = start + tl.arange(0, COLUMNS)
+        visible = (place < end)[None, :] & (place[None, :] <= position[:, None])
         if WINDOW:
             visible &= place[None, :] > position[:, None] - window
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - new_top[:, None])
     fade = tl.exp2(top - new_top)
-    if MASKED:
-        v = tl.load(v_places, mask=inside[:, None] & (value_size < VALUE_SIZE)[None, :], other=0.0)
-    elif VALUE_SIZE != VALUE_BLOCK:
-        v = tl.load(v_places, mask=(value_size < VALUE_SIZE)[None, :], other=0.0)
-    else:
-        v = tl.load(v_places)
     sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision="ieee")
     return new_top, total * fade + tl.sum(weights, 1), sums
+
+
+@triton.jit
+def _scaled(scores: tl.tensor, scaling: tl.tensor, softcap: tl.tensor, SOFTCAP: tl.constexpr) -> tl.tensor:
+    """Scores from products of queries and keys."""
+    if SOFTCAP:
+        # The hyperbolic tangent, of which Triton has none.
+        return (2.0 * tl.sigmoid(scores * (2.0 * scaling / softcap)) - 1.0) * (softcap * LOG2_E)
+    return scores * (scaling * LOG2_E)
 
 
 @triton.jit

@@ -59,6 +59,7 @@ FEW = {
     "decode, softcap and sinks": Case(DECODES, softcap=1.5, sinks=True, splits=3),
     "decode, padded": Case((*DECODES, None, None), splits=3),
     "decode, odd sizes": Case(DECODES, 5, 1, 80, 33, page=7, splits=3),
+    "decode, blocks of keys that the new one begins": Case(((31, 1), (32, 1), (64, 1), (96, 1)), splits=2),
     "decode, half": Case(DECODES, dtype=HALF, page=64, splits=2),
     "chunks": Case(CHUNKS),
     "chunks, window": Case(CHUNKS, 2, 1, window=20, page=32),
@@ -184,9 +185,7 @@ def assert_close(output, scene, case):
     torch.testing.assert_close(output.double(), scene.expected, rtol=0, atol=TOLERANCE[case.dtype])
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_it_attends_as_the_dense_reference(kernels, case):
-    scene = Scene(case, kernels)
+def attend(kernels, scene, case):
     plan = kernels.Plan.of(scene.query, scene.values, len(case.sequences), case.key_heads, case.decode, False)
     plan = plan._replace(splits=case.splits)
     output = torch.full((*scene.query.shape[:2], case.value_size), torch.nan, dtype=case.dtype, device=DEVICE)
@@ -204,10 +203,34 @@ def test_it_attends_as_the_dense_reference(kernels, case):
         scene.sinks,
         plan,
     )
-    assert_close(output, scene, case)
+    return output
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_attends_as_the_dense_reference(kernels, case):
+    scene = Scene(case, kernels)
+    assert_close(attend(kernels, scene, case), scene, case)
     written = [row for row, one in enumerate(scene.slots.tolist()) if one != scene.scratch]
     for cache, new in ((scene.keys, scene.key), (scene.values, scene.value)):
         assert torch.equal(cache.flatten(0, 1)[scene.slots.long()[written]], new[written])
+
+
+@pytest.mark.parametrize(("page", "splits", "window"), [(7, 1, None), (16, 9, 20), (32, 2, 1), (64, 3, None)])
+def test_a_decode_step_reads_only_what_was_in_the_cache_before(kernels, page, splits, window):
+    sequences = ((0, 1), (31, 1), (32, 1), (33, 1), (64, 1), (101, 1), None)
+    case = Case(sequences, 4, 2, 32, 24, page, window=window, sinks=page == 16, splits=splits)
+    scene = Scene(case, kernels)
+    count = len(sequences)
+    # What is new goes where no block table leads. Its place by the table stays not a number.
+    spare = -(-count // page)
+    before = [torch.cat([cache, torch.full_like(cache[:spare], torch.nan)]) for cache in (scene.keys, scene.values)]
+    scene.keys, scene.values = (cache.clone() for cache in before)
+    scene.batch.slots = len(before[0]) * page - 1 - torch.arange(count, device=DEVICE)
+    assert_close(attend(kernels, scene, case), scene, case)
+    for old, cache, new in zip(before, (scene.keys, scene.values), (scene.key, scene.value), strict=True):
+        expected = old.clone()
+        expected.flatten(0, 1)[scene.batch.slots[:-1]] = new[:-1]  # the last row only fills up
+        torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_uploaded_step_is_what_the_kernels_read(kernels):
