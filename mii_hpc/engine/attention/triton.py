@@ -177,6 +177,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write the new keys and values into the cache, then return the attention [tokens, heads, value size].
 
@@ -185,7 +187,7 @@ def paged_attention(
     """
     output = query.new_empty(*query.shape[:2], values.shape[3])
     batch = Batch(slots, lengths, tables, query_starts, split)
-    attend(query, key, value, keys, values, output, batch, scaling, window, softcap, sinks)
+    attend(query, key, value, keys, values, output, batch, scaling, window, softcap, sinks, cos, sin)
     return output
 
 
@@ -231,6 +233,8 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
     plan: Plan | None = None,
 ) -> None:
     """Write into `output` [tokens, heads, value size] what the queries [tokens, heads, key size] attend to.
@@ -239,6 +243,8 @@ def attend(
     key heads, size] first. Each token sees those before it and itself, or as many of the last ones as the `window`
     says. Scores are scaled by `scaling` (by default key size ** -0.5), then capped to `softcap` *
     tanh(score / softcap); `sinks` [heads] are scores of a key without a value, which every token sees.
+
+    With `cos` and `sin` [tokens, rotary size], an even number, queries and keys are rotated first (see `rotate`).
     """
     tokens, heads, key_size = query.shape
     page_size, key_heads, value_size = values.shape[1:]
@@ -246,6 +252,14 @@ def attend(
     group = heads // key_heads
     decode = batch.query_starts is None
     _check_cache(keys, values)
+    rotary = 0
+    if cos is None or sin is None:
+        cos = sin = query[:, 0]  # not read
+    elif decode:
+        rotary = cos.shape[1]
+        cos, sin = _dense_rows(cos), _dense_rows(sin)
+    else:
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
     if not decode:  # programs read what others would have to write first
         write(key, value, keys, values, batch.slots)
@@ -269,6 +283,8 @@ def attend(
         batch.lengths,
         batch.tables,
         output if sinks is None else sinks,
+        cos,
+        sin,
         partials,
         lse,
         sequences,
@@ -279,6 +295,8 @@ def attend(
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        cos.stride(0),
+        sin.stride(0),
         plan.splits,
         key_size**-0.5 if scaling is None else scaling,
         window or 0,
@@ -287,6 +305,7 @@ def attend(
         GROUP=group,
         KEY_SIZE=key_size,
         VALUE_SIZE=value_size,
+        ROTARY=rotary,
         PAGE=page_size,
         DECODE=decode,
         SPLIT=plan.splits > 1,
@@ -318,6 +337,18 @@ def attend(
             num_warps=4,
             **launch_options(output.device),
         )
+
+
+def rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return `rows` [tokens, heads, size] with rotary position embeddings, as transformers' Llama has them.
+
+    `cos` and `sin` [tokens, rotary size] turn the first elements; those beyond that size stay as they are.
+    """
+    size = cos.shape[1]
+    turned, rest = rows[..., :size].float(), rows[..., size:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos[:, None].float() + torch.cat([-second, first], -1) * sin[:, None].float()
+    return torch.cat([turned.to(rows.dtype), rest], -1)
 
 
 class Plan(NamedTuple):
@@ -376,7 +407,7 @@ def _check_cache(keys: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 # What differs from step to step is not specialized: no step compiles a kernel anew for a multiple of 16.
@@ -431,6 +462,8 @@ def _attention_kernel(
     lengths: tl.tensor,
     tables: tl.tensor,
     sinks: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
     partials: tl.tensor,
     lse: tl.tensor,
     sequences: tl.tensor,
@@ -441,6 +474,8 @@ def _attention_kernel(
     key_head_stride: tl.tensor,
     value_token_stride: tl.tensor,
     value_head_stride: tl.tensor,
+    cos_stride: tl.tensor,
+    sin_stride: tl.tensor,
     splits: tl.tensor,
     scaling: tl.tensor,
     window: tl.tensor,
@@ -449,6 +484,7 @@ def _attention_kernel(
     GROUP: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    ROTARY: tl.constexpr,
     PAGE: tl.constexpr,
     DECODE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -511,21 +547,26 @@ def _attention_kernel(
         )  # fmt: skip
     follow(EARLY)
 
+    query_inside = real[:, None] & (key_size < KEY_SIZE)[None, :]
+    turn_cos, turn_sin = 1.0, 0.0
+    if ROTARY > 0:
+        # For each row, so that its threads need not get it from others.
+        turned = real[:, None] & (key_size < ROTARY)[None, :]
+        place = (sequence.to(tl.int64) * cos_stride + row * 0)[:, None] + key_size[None, :]
+        turn_cos = tl.load(cos + place, mask=turned, other=1.0).to(tl.float32)
+        place = (sequence.to(tl.int64) * sin_stride + row * 0)[:, None] + key_size[None, :]
+        turn_sin = tl.load(sin + place, mask=turned, other=0.0).to(tl.float32)
+        turn_sin = tl.where((key_size < ROTARY // 2)[None, :], -turn_sin, turn_sin)
     if DECODE:
-        # Before the query, which the program waits for at once. Each row has the key, so that its threads need not
-        # get it from others.
+        # Before the query, which the program waits for at once.
         source = sequence.to(tl.int64) * key_token_stride + key_head * key_head_stride + row * 0
-        key_inside = real[:, None] & (key_size < tl.where(last, KEY_SIZE, 0))[None, :]
-        new_k = tl.load(key + source[:, None] + key_size[None, :], mask=key_inside, other=0.0).to(keys.dtype.element_ty)
+        key_inside = query_inside & (key_size < tl.where(last, KEY_SIZE, 0))[None, :]
+        new_k = _load_rows(key + source, key_inside, turn_cos, turn_sin, ROTARY, KEY_BLOCK).to(keys.dtype.element_ty)
         source = sequence.to(tl.int64) * value_token_stride + key_head * value_head_stride
         value_inside = value_size < tl.where(last, VALUE_SIZE, 0)
         new_v = tl.load(value + source + value_size, mask=value_inside, other=0.0).to(values.dtype.element_ty)
     source = (packed + token).to(tl.int64) * query_token_stride + head * query_head_stride
-    q = tl.load(
-        query + source[:, None] + key_size[None, :],
-        mask=real[:, None] & (key_size < KEY_SIZE)[None, :],
-        other=0.0,
-    )
+    q = _load_rows(query + source, query_inside, turn_cos, turn_sin, ROTARY, KEY_BLOCK).to(query.dtype.element_ty)
     # Scores are in units of log2(e), for exp2 is what the hardware has.
     top = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -659,6 +700,25 @@ def _share(
     blocks = tl.cdiv(end - begin, COLUMNS)
     share = tl.maximum(tl.cdiv(blocks, tl.where(new == 1, splits, 1)), 1)
     return share * COLUMNS, tl.maximum(tl.cdiv(blocks, share), 1)
+
+
+@triton.jit
+def _load_rows(
+    rows: tl.tensor,
+    inside: tl.tensor,
+    turn_cos: tl.tensor,
+    turn_sin: tl.tensor,
+    ROTARY: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The rows [ROWS, KEY_BLOCK] from some places on, rotated. The first half of the sines is negative."""
+    index = tl.arange(0, KEY_BLOCK)
+    x = tl.load(rows[:, None] + index[None, :], mask=inside, other=0.0)
+    if ROTARY > 0:
+        partner = (index + ROTARY // 2) % ROTARY
+        y = tl.load(rows[:, None] + partner[None, :], mask=inside & (index < ROTARY)[None, :], other=0.0)
+        x = x.to(tl.float32) * turn_cos + y.to(tl.float32) * turn_sin
+    return x
 
 
 @triton.jit

@@ -37,6 +37,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     splits: int = 1
+    rotary: int = 0
 
     @property
     def decode(self):
@@ -61,11 +62,16 @@ FEW = {
     "decode, odd sizes": Case(DECODES, 5, 1, 80, 33, page=7, splits=3),
     "decode, blocks of keys that the new one begins": Case(((31, 1), (32, 1), (64, 1), (96, 1)), splits=2),
     "decode, half": Case(DECODES, dtype=HALF, page=64, splits=2),
+    "decode, rotated": Case(DECODES, rotary=64),
+    "decode, rotated, odd sizes": Case((*DECODES, None), 5, 1, 80, 33, page=7, splits=3, rotary=80),
+    "decode, rotated in part": Case(DECODES, 8, 2, 40, 32, dtype=HALF, window=20, sinks=True, splits=2, rotary=12),
     "chunks": Case(CHUNKS),
     "chunks, window": Case(CHUNKS, 2, 1, window=20, page=32),
     "chunks, softcap and sinks": Case(CHUNKS, softcap=1.5, sinks=True),
     "chunks, odd sizes": Case(CHUNKS, 6, 2, 20, 40, page=13, dtype=HALF),
     "mixed": Case(MIXED, 2, 1, 32, 32),
+    "mixed, rotated": Case(MIXED, 2, 1, 32, 32, rotary=32),
+    "mixed, rotated in part": Case(MIXED, 2, 1, 32, 32, dtype=HALF, rotary=20),
     "mixed, split": Case(MIXED, 7, 1, 32, 32, splits=4),
     "mixed, split, window and sinks": Case(MIXED, 2, 1, 32, 32, splits=4, window=50, sinks=True),
 }
@@ -106,6 +112,10 @@ ALL = (
             {"sinks": True},
             {"window": 128, "sinks": True, "heads": 64, "key_heads": 8, "key_size": 64, "value_size": 64},
             {"key_size": 192},
+            {"rotary": 128},
+            {"key_size": 256, "rotary": 64},
+            {"heads": 71, "key_heads": 1, "key_size": 64, "rotary": 64},
+            {"heads": 3, "key_heads": 3, "key_size": 80, "rotary": 80},
             {"key_size": 112, "value_size": 160},
             {"key_size": 120, "value_size": 120, "page": 20},
         )
@@ -132,6 +142,8 @@ class Scene:
         cache = torch.full((sum(widths) + 3, case.page, case.key_heads, 1), torch.nan, dtype=case.dtype)
         keys, values = cache.repeat(1, 1, 1, case.key_size), cache.repeat(1, 1, 1, case.value_size)
         sinks = torch.randn(case.heads, generator=draw) if case.sinks else None
+        cos, sin = torch.randn(2, sum(totals), case.rotary, generator=draw).to(case.dtype)
+        turned = rotated(key, cos, sin)
         query, expected, new, slots, starts, row = [], [], [], [], [0], 0
         for one, total, table in zip(case.sequences, totals, tables, strict=True):
             context, count = one or (0, 1)
@@ -143,13 +155,17 @@ class Scene:
             new += range(row + context, row + total) if one else [0]
             slots += slot[context:] if one else [self.scratch]
             starts.append(starts[-1] + count)
-            expected.append(dense(case, query[-1], key[own], value[own], sinks))
+            seen = torch.cat([key[own][:context], turned[own][context:]])
+            now = new[len(new) - count :]
+            expected.append(dense(case, rotated(query[-1], cos[now], sin[now]), seen, value[own], sinks))
             row += total
         width = max(widths) + 2
         padded = torch.tensor([table + [10**6] * (width - len(table)) for table in tables])
         self.query, self.key, self.value = torch.cat(query).to(DEVICE), key[new].to(DEVICE), value[new].to(DEVICE)
         self.keys, self.values = keys.to(DEVICE), values.to(DEVICE)
         self.sinks = None if sinks is None else sinks.to(DEVICE)
+        self.cos, self.sin = (part[new].to(DEVICE) if case.rotary else None for part in (cos, sin))
+        self.turned_key = turned[new].to(DEVICE)
         self.expected = torch.cat(expected).to(DEVICE)
         self.slots = torch.tensor(slots, device=DEVICE)
         integers = torch.int32
@@ -159,6 +175,15 @@ class Scene:
             padded.to(DEVICE, integers),
             None if case.decode else torch.tensor(starts, device=DEVICE, dtype=integers),
         )
+
+
+def rotated(rows, cos, sin):
+    """Rows [tokens, heads, size] with the position embeddings of transformers' Llama, in double precision."""
+    size = cos.shape[1]
+    turned = rows[..., :size].double()
+    half = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], -1)
+    turned = turned * cos[:, None] + half * sin[:, None]
+    return torch.cat([turned.to(rows.dtype), rows[..., size:]], -1)
 
 
 def dense(case, query, key, value, sinks):
@@ -201,6 +226,8 @@ def attend(kernels, scene, case):
         case.window,
         case.softcap,
         scene.sinks,
+        scene.cos,
+        scene.sin,
         plan,
     )
     return output
@@ -211,8 +238,12 @@ def test_it_attends_as_the_dense_reference(kernels, case):
     scene = Scene(case, kernels)
     assert_close(attend(kernels, scene, case), scene, case)
     written = [row for row, one in enumerate(scene.slots.tolist()) if one != scene.scratch]
-    for cache, new in ((scene.keys, scene.key), (scene.values, scene.value)):
-        assert torch.equal(cache.flatten(0, 1)[scene.slots.long()[written]], new[written])
+    new_keys, new_values = (cache.flatten(0, 1)[scene.slots.long()[written]] for cache in (scene.keys, scene.values))
+    assert torch.equal(new_values, scene.value[written])
+    if case.rotary:
+        torch.testing.assert_close(new_keys, scene.turned_key[written])
+    else:
+        assert torch.equal(new_keys, scene.key[written])
 
 
 @pytest.mark.parametrize(("page", "splits", "window"), [(7, 1, None), (16, 9, 20), (32, 2, 1), (64, 3, None)])
@@ -246,7 +277,7 @@ def test_an_uploaded_step_is_what_the_kernels_read(kernels):
     assert not kernels.Batch.of(Step.of(step.slices[1:]), 4, DEVICE).split
 
 
-@pytest.mark.parametrize("name", ["decode, split", "mixed"])
+@pytest.mark.parametrize("name", ["decode, split", "decode, rotated", "mixed", "mixed, rotated"])
 def test_the_operation_writes_and_attends_also_when_compiled_around(kernels, name):
     case = FEW[name]
 
@@ -254,7 +285,7 @@ def test_the_operation_writes_and_attends_also_when_compiled_around(kernels, nam
         batch = scene.batch
         tensors = (scene.query, scene.key, scene.value, scene.keys, scene.values)
         places = (scene.slots, batch.lengths, batch.tables, batch.query_starts)
-        return kernels.paged_attention(*tensors, *places, scaling=0.3) * 1
+        return kernels.paged_attention(*tensors, *places, scaling=0.3, cos=scene.cos, sin=scene.sin) * 1
 
     plain, compiled = Scene(case, kernels), Scene(case, kernels)
     assert_close(compute(plain), plain, case)
