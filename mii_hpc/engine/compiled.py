@@ -20,8 +20,9 @@ from mii_hpc.engine.fusing import fuse
 
 _log = logging.getLogger(__name__)
 
-OPTIONS = {"combo_kernels": True}
-"""What is computed for queries and keys alike is one kernel."""
+OPTIONS = {"combo_kernels": True, "reorder_for_peak_memory": False}
+"""What is computed for queries and keys alike is one kernel. The sums over ranks keep their order, whatever sizes a
+rank's share has."""
 RECOMPILE_LIMIT = 64
 """Layers of several kinds, each for several numbers of sequences, share the code of one class."""
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+import mii_hpc.engine.model.linears  # noqa: F401 (which defines operators)
+
 OURS = torch.ops.mii_hpc
 """Operators that torch.compile leaves as they are."""
 
@@ -22,7 +24,6 @@ def fuse(module: fx.GraphModule) -> None:
     add_in_sums(module.graph)
     gate_in_products(module.graph)
     rotate_in_attention(module.graph)
-    module.graph.eliminate_dead_code()
     module.recompile()
 
 
@@ -54,13 +55,15 @@ def gate_in_products(graph: fx.Graph) -> None:
         if not _is_plain_product(rows) or _input(other, operator.getitem) is not split:
             continue
         sizes, places = split.args[1], [gate.args[1], other.args[1]]
+        halves = isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1]
         inside = {rows: {split}, split: {gate, other}, gate: {activated}, activated: {node}, other: {node}}
         alone = all(set(one.users) == users for one, users in inside.items())
-        if alone and places == [0, 1] and len(sizes) == 2 and sizes[0] == sizes[1] and split.kwargs == {"dim": -1}:
+        if alone and halves and places == [0, 1] and split.kwargs == {"dim": -1}:
             with graph.inserting_before(node):
                 product = graph.call_function(OURS.product.default, rows.args, {"gated": True})
             product.meta = node.meta
             node.replace_all_uses_with(product)
+            _erase(graph, node)
 
 
 def rotate_in_attention(graph: fx.Graph) -> None:
@@ -68,7 +71,7 @@ def rotate_in_attention(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if str(node.target) != "mii_hpc.paged_attention.default":  # known where there is Triton
             continue
-        query, key, *others = node.args
+        query, key, *others = plain = node.args
         turned, also = _rotation(_of_batch(query)), _rotation(_of_batch(key))
         if turned is None or also is None or turned[1:] != also[1:]:
             continue
@@ -77,6 +80,21 @@ def rotate_in_attention(graph: fx.Graph) -> None:
             query, key = (graph.call_method("transpose", (rows, 0, 1)) for rows in whole[:2])
         node.args = (query, key, *others)
         node.kwargs = {**node.kwargs, "cos": whole[2], "sin": whole[3]}
+        for rows in plain[:2]:
+            _erase(graph, rows)
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node that nobody uses, and with it those of its inputs that nobody else uses.
+
+    Not all dead code: what a graph changes in place is used by nobody.
+    """
+    if node.users or node.op not in ("call_function", "call_method"):
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for each in inputs:
+        _erase(graph, each)
 
 
 def _of_batch(node: Any) -> Any:
@@ -96,7 +114,13 @@ def _rotation(node: Any) -> tuple[Any, Any, Any] | None:
     turned, sines = _input(across, operator.mul), _input(across, operator.mul, 1)
     angles = [_input(one, "unsqueeze") for one in (cosines, sines)]
     halves = _input(turned, torch.cat)
-    if rows is None or None in angles or not halves or len(halves) != 2 or turned.kwargs != {"dim": -1}:
+    if (
+        not isinstance(rows, fx.Node)
+        or None in angles
+        or not halves
+        or len(halves) != 2
+        or turned.kwargs != {"dim": -1}
+    ):
         return None
     size, dtype = rows.meta["example_value"].shape[-1], rows.meta["example_value"].dtype
     parts = [(_input(halves[0], operator.neg), slice(size // 2, None)), (halves[1], slice(None, size // 2))]

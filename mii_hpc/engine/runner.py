@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from mii_hpc.engine.attention import create_backend
@@ -146,7 +146,7 @@ class ModelRunner:
             try:
                 with self._compiled.used(len(rows)):
                     return self.forward(token_ids, positions, rows)
-            except (TorchDynamoException, InductorError) as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit, InductorError) as error:
                 reason = str(error).partition("\n")[0]
                 _log.warning("decode steps run without torch.compile, a fifth slower: %s", reason)
                 self._compiled = None

@@ -71,6 +71,18 @@ def test_what_is_added_to_a_sum_over_ranks_alone_is_added_in_it(monkeypatch, gro
         assert any("group" in node.kwargs for node in graph) == in_product
 
 
+def test_what_is_changed_in_place_stays(monkeypatch):
+    def compute(rows, gate, other):
+        mask = torch.zeros_like(rows)
+        mask.scatter_(-1, torch.zeros(rows.shape[:-1], dtype=torch.long)[..., None], 1.0)
+        rows = rows * mask
+        return SILU(gate(rows)) * other(rows)
+
+    parts = gate_and_other()
+    (graph,) = compile_and_compare(monkeypatch, lambda rows: compute(rows, *parts), torch.ones(1, 3, 16).half())
+    assert [node.kwargs for node in graph] == [{"gated": True}]
+
+
 def gate_and_other(dtype=torch.float16, bias=False, outputs=(8, 8)):
     """Two layers of a gated network that are merged."""
     layers = [torch.nn.Linear(16, size, bias=bias, dtype=dtype).requires_grad_(False) for size in outputs]
@@ -94,6 +106,7 @@ def gate_and_other(dtype=torch.float16, bias=False, outputs=(8, 8)):
         (lambda rows, gate, other: (lambda one, two: one * two + one)(SILU(gate(rows)), other(rows)), {}, False),
         (lambda rows, gate, other: SILU(gate(rows)) * other(rows), {"outputs": (8, 1)}, False),
         (lambda rows, gate, other: SILU(gate(rows)) * 2 * other(rows), {}, False),
+        (lambda rows, gate, other: 2 * SILU(gate(rows)), {}, False),
     ],
 )
 def test_a_product_is_gated_where_nothing_else_is_made_of_it(monkeypatch, compute, parts, gated):

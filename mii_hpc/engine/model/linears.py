@@ -49,7 +49,7 @@ class Linear(nn.Module):
             rows = rows[..., self.inputs]
         if self._group is None:
             return product(rows, self.weight, self.bias)
-        if self.peers is not None and self.sums_in_product and torch.compiler.is_compiling():
+        if self.peers is not None and self.sums_in_product:
             peers = {"addresses": self.peers.addresses, "counts": self.peers.counts}
             output: torch.Tensor = any_product(rows, self.weight, group=self._group, **peers)
         else:
@@ -296,7 +296,7 @@ def share_memory(module: nn.Module, device: torch.device, agree: Callable[[bool]
         summed = [part for part in module.modules() if isinstance(part, Linear) and part._group is not None]
         kernels = _kernels()
         # All ranks of a sum take it in the same way, though some may have more inputs than others, or none.
-        in_product = agree(kernels is not None and all(kernels.is_read_quickly(part.weight) for part in summed))
+        in_product = agree(kernels is not None and all(kernels.can_be_summed(part.weight) for part in summed))
         for part in module.modules():
             if hasattr(part, "peers"):
                 part.peers = peers  # type: ignore[assignment]

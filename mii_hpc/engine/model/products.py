@@ -287,11 +287,11 @@ def _finish(
     if GATED:
         first, second = tl.split(tl.reshape(sums, [ROWS, MADE, 2]))
         sums = first * tl.sigmoid(first) * second
+    if ADDED:
+        added = tl.load(residual + place, mask=shown, other=0.0).to(tl.float32)
     if RANKS > 1:
-        if ADDED:
-            added = tl.load(residual + place, mask=shown, other=0.0).to(tl.float32)
         sums = sum_of_tile(sums, count, addresses, counts, product.dtype.element_ty,
                            RANK, RANKS, MOST, ROOM, HALVES, ROWS, MADE, THREADS)  # fmt: skip
-        if ADDED:
-            sums += added
+    if ADDED:
+        sums += added
     tl.store(product + place, sums, mask=shown)
