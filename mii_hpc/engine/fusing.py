@@ -20,21 +20,23 @@ OURS = torch.ops.mii_hpc
 
 
 def fuse(module: fx.GraphModule) -> None:
-    """Let sums over ranks take the residuals that follow, products the gates, and attention the rotations."""
-    add_in_sums(module.graph)
+    """Let sums and products take the residuals that follow, products the gates, and attention the rotations."""
+    add_residuals(module.graph)
     gate_in_products(module.graph)
     rotate_in_attention(module.graph)
     module.recompile()
 
 
-def add_in_sums(graph: fx.Graph) -> None:
-    """Let the sums over ranks add what is added to nothing but their results right after them, as residuals are."""
+def add_residuals(graph: fx.Graph) -> None:
+    """Let sums over ranks, and a layer's last product, add what is added to nothing but them right after: residuals."""
     for before, node in itertools.pairwise(list(graph.nodes)):
         if node.target is not operator.add:
             continue
         if before.target is OURS.sum_over_ranks.default:
             rows, users = before.args[0], {before, node}
-        elif before.target is OURS.product.default and "group" in before.kwargs:
+        elif _input(before, OURS.product.default) is not None and (
+            "group" in before.kwargs or _ends_layer(before, node)
+        ):
             rows, users = before, {node}
         else:
             continue
@@ -43,6 +45,11 @@ def add_in_sums(graph: fx.Graph) -> None:
             before.kwargs = {**before.kwargs, "residual": others[0]}
             node.replace_all_uses_with(rows)
             graph.erase_node(node)
+
+
+def _ends_layer(product: fx.Node, node: fx.Node) -> bool:
+    """Return whether a sum with a plain product is what a layer returns: others are taken in the norms that follow."""
+    return _is_plain_product(product) and {user.op for user in node.users} == {"output"}
 
 
 def gate_in_products(graph: fx.Graph) -> None:

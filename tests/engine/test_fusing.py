@@ -71,6 +71,23 @@ def test_what_is_added_to_a_sum_over_ranks_alone_is_added_in_it(monkeypatch, gro
         assert any("group" in node.kwargs for node in graph) == in_product
 
 
+@pytest.mark.parametrize(
+    ("compute", "dtype", "added"),
+    [
+        (lambda rows, layer: rows + layer(rows), torch.float16, True),
+        (lambda rows, layer: layer(rows) + rows, torch.float16, True),
+        (lambda rows, layer: layer(rows) + rows, torch.float32, False),
+        (lambda rows, layer: (rows + layer(rows)) * 2, torch.float16, False),
+        (lambda rows, layer: (lambda made: (made + rows, made))(layer(rows)), torch.float16, False),
+    ],
+)
+def test_the_last_product_of_a_layer_adds_its_residual(monkeypatch, compute, dtype, added):
+    layer = Linear(torch.nn.Parameter(torch.randn(16, 16, dtype=dtype), requires_grad=False), None)
+    rows = [torch.randn(1, count, 16, dtype=dtype) for count in (1, 3, 4)]
+    for graph in compile_and_compare(monkeypatch, lambda rows: compute(rows, layer), *rows):
+        assert [list(node.kwargs) for node in graph] == [["residual"] if added else []]
+
+
 def test_what_is_changed_in_place_stays(monkeypatch):
     def compute(rows, gate, other):
         mask = torch.zeros_like(rows)

@@ -121,26 +121,26 @@ def any_product(
     """Return `product` without a bias: an operator for any number of rows, so that layers are compiled once for all.
 
     What follows it can be done in its kernel: `gated`, the SiLU of the first half of the outputs times the second half;
-    or, given the peers of a group, `sum_over_ranks`.
+    or, given the peers of a group, `sum_over_ranks`; then the sum with a residual.
     """
     kernels = _kernels() if rows.is_cuda else None
     members = None if group is None else _resolve_process_group(group)  # type: ignore[arg-type]
     if kernels is not None and kernels.is_quick(rows, weight):
         sums = None
         if members is not None:
-            sums = kernels.Sums(addresses, counts, members.rank(), residual)
-            members = None
-        output: torch.Tensor = kernels.multiply(rows, weight, gated, sums)
-    else:
-        output = linear(rows, weight)
-        if gated and kernels is not None:
-            output = kernels.gate(output)
-        elif gated:
-            first, second = output.chunk(2, dim=-1)
-            output = silu(first) * second
-    if members is not None:
-        assert group is not None
+            sums = kernels.Sums(addresses, counts, members.rank())
+        output: torch.Tensor = kernels.multiply(rows, weight, gated, sums, residual)
+        return output
+    output = linear(rows, weight)
+    if gated and kernels is not None:
+        output = kernels.gate(output)
+    elif gated:
+        first, second = output.chunk(2, dim=-1)
+        output = silu(first) * second
+    if group is not None:
         sum_over_ranks(output, group, addresses, counts, residual)
+    elif residual is not None:
+        output += residual
     return output
 
 

@@ -41,12 +41,11 @@ WIDE = tl.constexpr(64)
 
 
 class Sums(NamedTuple):
-    """What products are added up with: those of peers, see Peers; and a residual, which is like the product."""
+    """With whose products one is added up: those of peers, see Peers."""
 
     addresses: torch.Tensor
     counts: torch.Tensor
     rank: int
-    residual: torch.Tensor | None = None
 
 
 def is_quick(rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -64,11 +63,22 @@ def is_read_quickly(weight: torch.Tensor) -> bool:
     )
 
 
-def multiply(rows: torch.Tensor, weight: torch.Tensor, gated: bool = False, sums: Sums | None = None) -> torch.Tensor:
+def can_be_summed(weight: torch.Tensor) -> bool:
+    """Return whether `multiply` takes sums of products with a weight, if the rows are few."""
+    return is_read_quickly(weight) and len(weight) <= PROGRAMS * MORE_ROWS_OF_FEW.outputs
+
+
+def multiply(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    gated: bool = False,
+    sums: Sums | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return rows [..., inputs] times a weight [outputs, inputs]: [..., outputs], summed in float32.
 
     Of outputs that are `gated`, the SiLU of the first half times the second half; with `sums`, the sum over the ranks,
-    who are to have as many rows and outputs.
+    who are to have as many rows and outputs. Then a `residual`, which is like the product, is added.
     """
     inputs = weight.shape[1]
     flat = rows.reshape(-1, inputs).contiguous()  # a rank's share of wider rows is not
@@ -77,7 +87,6 @@ def multiply(rows: torch.Tensor, weight: torch.Tensor, gated: bool = False, sums
     product = rows.new_empty(*rows.shape[:-1], outputs)
     processors, shared_memory = kernel_limits(rows.device)
     tile = tile_of(count, len(weight), processors, sums is not None)
-    residual = None if sums is None else sums.residual
     grid = (triton.cdiv(len(weight), tile.outputs),)
     arguments = (
         product,

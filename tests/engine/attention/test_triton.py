@@ -142,7 +142,8 @@ class Scene:
         cache = torch.full((sum(widths) + 3, case.page, case.key_heads, 1), torch.nan, dtype=case.dtype)
         keys, values = cache.repeat(1, 1, 1, case.key_size), cache.repeat(1, 1, 1, case.value_size)
         sinks = torch.randn(case.heads, generator=draw) if case.sinks else None
-        cos, sin = torch.randn(2, sum(totals), case.rotary, generator=draw).to(case.dtype)
+        angles = torch.randn(sum(totals), case.rotary, generator=draw)
+        cos, sin = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
         turned = rotated(key, cos, sin)
         query, expected, new, slots, starts, row = [], [], [], [], [0], 0
         for one, total, table in zip(case.sequences, totals, tables, strict=True):

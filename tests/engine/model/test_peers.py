@@ -56,8 +56,8 @@ def multiply_as_rank(rank, memories, results):
     for number in range(len(PRODUCTS)):
         rows, weight, _ = factors_of(rank, number)
         residual = factors_of(RANKS, number)[2] if number % 2 else None
-        sums = products.Sums(mine.addresses, mine.counts, rank, residual)
-        got.append(products.multiply(rows, weight, sums=sums))
+        sums = products.Sums(mine.addresses, mine.counts, rank)
+        got.append(products.multiply(rows, weight, sums=sums, residual=residual))
         other = torch.full((300,), float(rank)).half()  # sums of both kinds take turns
         peers.add_up(other, mine.addresses, mine.counts, rank)
         got.append(other)
