@@ -160,15 +160,17 @@ class _Answering:
             error.__cause__ = item
             self.ended.set_exception(error)
         else:
-            if self._is_stream or item.ended:
-                self._recording.piece(item)
-            self._unfinished -= item.ended
-            self._held.append(item)
-            if self._is_stream or item.ended or item.index not in self._begun:
+            ends, is_first = item.ended, item.index not in self._begun
+            if is_first:
                 self._begun.add(item.index)
+            if ends or (is_first and self._is_stream):
+                self._recording.piece(item)
+            self._held.append(item)
+            if ends or is_first or self._is_stream:
                 self.report()
             elif len(self._held) == 1:
                 self._report_later(self)
+            self._unfinished -= ends
             if not self._unfinished and not self.ended.done():
                 self.ended.set_result(None)
 
