@@ -96,22 +96,25 @@ class Answer:
             if self._params.top_logprobs:
                 self._top_logprobs.append(top)
         if not ends:
-            self._push(self._source.push(token_id))
+            text = self._source.push(token_id)
+            self._text += text if self._stop is None else self._certain(text)
             ends = self._guide is not None and self._guide.advance(token_id)
         if not self.ended and (ends or self.generated >= self._limit):
-            self._push(self._source.flush())
+            text = self._source.flush()
+            if self._stop is not None:
+                text = self._certain(text)
+                text += "" if self.ended else self._stop.flush()
+            self._text += text
             if not self.ended:
-                self._text += self._stop.flush() if self._stop else ""
                 self._end(GenerationFinishReason.STOP if ends else self._limit_reason)
 
-    def _push(self, text: str) -> None:
-        if self._stop is None:
-            self._text += text
-            return
+    def _certain(self, text: str) -> str:
+        """Return what of a text, and of what was held back, begins no stop string; end the answer at a whole one."""
+        assert self._stop is not None
         certain, stopped = self._stop.push(text, may_stop=self.generated >= self._params.min_new_tokens)
-        self._text += certain
         if stopped:
             self._end(GenerationFinishReason.STOP)
+        return certain
 
     def _end(self, reason: GenerationFinishReason) -> None:
         self.finish_reason = reason
