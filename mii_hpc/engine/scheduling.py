@@ -207,8 +207,7 @@ class Scheduler(Generic[S]):
             return _Room(tokens, MOST_SCORES, tokens)
         # Their prompts could find no room for ever.
         prompts = (self._waiting.has(GUEST) and not self._had_no_room) or (
-            self._shares.of_role(GUEST) > 0
-            and any(_missing(one) > 1 for one in filter(_is_guest, self._running))
+            self._shares.of_role(GUEST) > 0 and any(_missing(one) > 1 for one in filter(_is_guest, self._running))
         )
         return _Room(tokens, MOST_SCORES, self._budget.guest_tokens, shared_with_prompts=prompts)
 
