@@ -23,6 +23,7 @@ from mii_hpc.engine.base import EngineSpec
 from mii_hpc.generation import Load
 from mii_hpc.job import engine_process
 from mii_hpc.job.balancer.balancer import Balancer
+from mii_hpc.job.prepared_engine import Order
 from mii_hpc.job.rendezvous import Member, World
 from mii_hpc.job.supervisor import Supervisor
 from mii_hpc.job.tasks import Tasks
@@ -39,12 +40,12 @@ class InProcessEngine:
 
     pid = os.getpid()
 
-    def __init__(self, run: RunDir, spec: dict[str, Any], listen_host: str) -> None:
-        # The supervisor closes its socket of the store; an engine of one rank needs none.
+    def __init__(self, run: RunDir, order: Order) -> None:
+        # Without the store: an engine of one rank needs none.
         config = run.load_config()
-        self.spec = EngineSpec(model=config.model_conf, limits=config.limits, **{**spec, "store_fd": None})
+        self.spec = EngineSpec(model=config.model_conf, limits=config.limits, **order.spec)
         self.engine = create_engine(self.spec)
-        self._run, self._listen_host = run, listen_host
+        self._run, self._listen_host = run, order.listen_host
         self._notes: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._serving: asyncio.Task[None] | None = None
@@ -123,11 +124,11 @@ class Rank(Supervisor):
         self.epochs.append(order.epoch)
         await super().start_engine(order)
 
-    async def spawn_engine(self, spec: dict[str, Any], listen_host: str) -> InProcessEngine:
-        engine = InProcessEngine(self.run, spec, listen_host)
+    async def spawn_engine(self, order: Order, store: int | None) -> tuple[InProcessEngine, str]:
+        engine = InProcessEngine(self.run, order)
         if self.comes_back:
             engine.start()
-        return engine
+        return engine, ""
 
 
 class Deployment:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.base import Codec, Engine, EngineSpec
 
 
-def create_engine(spec: EngineSpec) -> Engine:
-    """Return the engine that the model's `inference_engine_config.engine` names, not yet loaded."""
-    if spec.model.inference_engine_config.engine == "echo":
+def import_engine(model: ModelConfig) -> Callable[[EngineSpec], Engine]:
+    """Return the class of the engine that the model's `inference_engine_config.engine` names. May take seconds."""
+    if model.inference_engine_config.engine == "echo":
         from mii_hpc.engine.echo import EchoEngine
 
-        return EchoEngine(spec)
+        return EchoEngine
     from mii_hpc.engine.batching import BatchingEngine
 
-    return BatchingEngine(spec)
+    return BatchingEngine
+
+
+def create_engine(spec: EngineSpec) -> Engine:
+    """Return the engine that the model names, not yet loaded."""
+    return import_engine(spec.model)(spec)
 
 
 def codec_of(engine: Engine, model: ModelConfig) -> Codec:

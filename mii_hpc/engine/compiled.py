@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import operator
 import os
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +66,26 @@ class CompiledLayers:
     def _put(self, forwards: list[Any]) -> None:
         for layer, forward in zip(self._layers, forwards, strict=True):
             layer.forward = forward
+
+
+@contextmanager
+def compiler_imported(wanted: bool) -> Iterator[None]:
+    """Within this context a thread imports torch's compiler, if `wanted`: two seconds, in which others may read files.
+
+    What goes wrong is raised when it is used. Nobody else may import parts of it meanwhile, which import each other.
+    """
+    if not wanted:
+        yield
+        return
+    interval = sys.getswitchinterval()
+    # The other thread needs the interpreter often, but each time for a moment.
+    sys.setswitchinterval(interval / 10)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="import") as thread:
+            thread.submit(importlib.import_module, "torch._inductor.compile_fx")
+            yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _compile(forward: Any) -> Any:

@@ -1,27 +1,32 @@
 """One rank's engine process: it loads its shard of the model, and generates together with its replica's other ranks.
 
-`python -m mii_hpc.job.engine_process RUN_DIR SPEC LISTEN_HOST` is started by the rank's supervisor, which ends it.
-On the leader it also answers requests.
+`python -m mii_hpc.job.engine_process RUN_DIR DESCRIPTOR` is started by its rank, which ends it. At the descriptor it
+gets the rank's order; before that comes, it imports what it needs. On the leader it also answers requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import gc
 import logging
 import os
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from mii_hpc.config import ModelConfig
 from mii_hpc.deployments import credentials
 from mii_hpc.deployments.rundir import RunDir
-from mii_hpc.engine import codec_of, create_engine
+from mii_hpc.engine import codec_of, create_engine, import_engine
 from mii_hpc.engine.base import Engine, EngineSpec
+from mii_hpc.engine.waking import wake_gpu
 from mii_hpc.job.inference import InferenceService
 from mii_hpc.job.logs import log_to_stderr
+from mii_hpc.job.prepared_engine import Order, receive_order
 from mii_hpc.job.process import collect_garbage, end_with_rank, raise_file_limit, tell
 from mii_hpc.job.signals import END_CHILD
 from mii_hpc.job.tasks import Tasks
@@ -116,6 +121,8 @@ async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
     tasks = Tasks()
 
     def told(**note: str) -> None:
+        if "progress" in note:
+            log.info("%s", note["progress"])
         tell(**note)
         if "ready" in note:
             tasks.start(collect_garbage())
@@ -127,11 +134,34 @@ async def run_engine(run: RunDir, spec: EngineSpec, listen_host: str) -> None:
         serving.result()
 
 
-def main(run_path: str, spec: str, listen_host: str) -> None:
-    """Run one engine process; `spec` is its EngineSpec as JSON, without what the configuration says.
+def _prepare(model: ModelConfig, descriptor: int) -> Order | None:
+    """Import the model's engine while the rank has no order yet; return the order, once what it says of a GPU is done.
 
-    Its exit status is 0 when it was told to end, 1 when it failed.
+    What goes wrong is raised once there is an order, when the rank listens.
     """
+
+    def receive() -> Order | None:
+        order = receive_order(descriptor)
+        if order is not None and model.device != "cpu" and model.inference_engine_config.engine != "echo":
+            wake_gpu(order.spec["local_rank"])
+        return order
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(1, thread_name_prefix="order") as waiting:
+        order = waiting.submit(receive)
+        gc.disable()  # modules are no garbage, and to look for some would take a fifth of the time
+        try:
+            import_engine(model)
+            gc.freeze()
+            log.info("imported the engine in %.1f s", time.perf_counter() - start)
+        finally:
+            gc.enable()
+            order.result()
+    return order.result()
+
+
+def main(run_path: str, descriptor: str) -> None:
+    """Run one engine process. Its exit status is 0 when it was told to end, or gets no order, and 1 when it failed."""
     end_with_rank()
     raise_file_limit()
     log_to_stderr()
@@ -143,8 +173,10 @@ def main(run_path: str, spec: str, listen_host: str) -> None:
     status = 0
     try:
         config = run.load_config()
-        whole = EngineSpec(model=config.model_conf, limits=config.limits, **json.loads(spec))
-        asyncio.run(run_engine(run, whole, listen_host))
+        order = _prepare(config.model_conf, int(descriptor))
+        if order is not None:
+            spec = EngineSpec(model=config.model_conf, limits=config.limits, **order.spec)
+            asyncio.run(run_engine(run, spec, order.listen_host))
     except Exception as error:
         log.exception("the engine has failed")
         tell(failed=f"{type(error).__name__}: {error}")

@@ -59,12 +59,12 @@ def reserve_port(address: str, port: int = 0) -> socket.socket:
 
 
 def private_file(name: str) -> int:
-    """Return the descriptor of an empty file in memory, to be inherited by a child process.
+    """Return the descriptor of an empty file in memory, to be given to a child process.
 
     There is no way to it but through the /proc of processes that have it, which only their user can enter, and it ends
     with them.
     """
-    descriptor = os.memfd_create(name, 0)
+    descriptor = os.memfd_create(name)
     os.fchmod(descriptor, 0o600)
     return descriptor
 
@@ -95,10 +95,8 @@ def refuse_connections(process: int) -> None:
 
 
 def listening_socket(address: str) -> socket.socket:
-    """Return a listening socket on a free port of one address, to be inherited by a child process."""
-    listening = socket.create_server((address, 0))
-    listening.set_inheritable(True)
-    return listening
+    """Return a listening socket on a free port of one address, to be given to a child process."""
+    return socket.create_server((address, 0))
 
 
 async def host_answers(address: str) -> bool:

@@ -28,6 +28,7 @@ from mii_hpc.job import rendezvous
 from mii_hpc.job.balancer.succession import pass_on
 from mii_hpc.job.logs import log_to_file, log_to_stderr
 from mii_hpc.job.net import LOOPBACK, host_address, reserve_port
+from mii_hpc.job.prepared_engine import PreparedEngine
 from mii_hpc.job.process import raise_file_limit
 from mii_hpc.job.signals import DRAIN
 from mii_hpc.job.supervisor import AbandonedError, supervise
@@ -40,7 +41,7 @@ REVIVE_AGAIN_SECONDS = 15.0
 """How often the others try to start rank 0 again."""
 
 
-def live(run: RunDir, lost: int | None = None) -> None:
+async def live(run: RunDir, lost: int | None = None) -> None:
     """Run this rank; return when the deployment has ended well.
 
     `lost` is the number of the rank when it is started again in place of one that was lost; the others go on, and
@@ -48,9 +49,14 @@ def live(run: RunDir, lost: int | None = None) -> None:
     """
     config = run.load_config()
     job = scheduler(config.cluster).own_job(run)
-    with contextlib.ExitStack() as held:
+    number = _launched_as() if lost is None else lost
+    async with contextlib.AsyncExitStack() as held:
+        prepared = None
+        if number is not None:
+            prepared = await PreparedEngine.start(run, number)
+            held.push_async_callback(prepared.end)
         if lost is None:
-            world = rendezvous.meet(
+            world = rendezvous.meet(  # blocks: nothing else runs on this loop yet
                 config.model_conf.world_size,
                 config.model_conf.tensor_parallel,
                 introduce=lambda rank: _introduce(rank, config, held),
@@ -66,6 +72,9 @@ def live(run: RunDir, lost: int | None = None) -> None:
                 return
             if lost == 0:
                 held.enter_context(reserve_port("0.0.0.0", members[0].balancer_port))
+        if prepared is not None and prepared.rank != world.role.rank:  # its log is another's
+            await prepared.end()
+            prepared = None
         write_atomically(run.rank_process(world.role.rank), f"{os.getpid()}")
         first = world.members[0]
         reached_from_elsewhere = world.spans_hosts or scheduler(config.cluster).serves_other_hosts
@@ -80,7 +89,7 @@ def live(run: RunDir, lost: int | None = None) -> None:
             return world.role.rank != 0 and is_served(run, config)
 
         try:
-            asyncio.run(supervise(run, world, address, revive, serves_others))
+            await supervise(run, world, address, revive, serves_others, prepared)
         except AbandonedError:
             pass_on(run, config)
             job.cancel()  # also where no batch script is left to end it
@@ -88,6 +97,15 @@ def live(run: RunDir, lost: int | None = None) -> None:
         finally:
             if world.role.rank == 0:
                 _withdraw(run, config)
+
+
+def _launched_as() -> int | None:
+    """Return this rank's number as its launcher says it, before the ranks have met; None where it does not."""
+    # mpiexec's variables first: within a job of Slurm it may leave those of its own daemons.
+    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if (number := os.environ.get(name, "")).isdecimal():
+            return int(number)
+    return None
 
 
 def _lives(process: Path, run: RunDir) -> bool:
@@ -114,7 +132,7 @@ def is_served(run: RunDir, config: MIIConfig) -> bool:
     )
 
 
-def _introduce(rank: int, config: MIIConfig, held: contextlib.ExitStack) -> rendezvous.Member:
+def _introduce(rank: int, config: MIIConfig, held: contextlib.AsyncExitStack) -> rendezvous.Member:
     port = 0
     if rank == 0:
         port = held.enter_context(reserve_port("0.0.0.0", config.port_number)).getsockname()[1]
@@ -144,10 +162,11 @@ def main(run_path: str, lost: str = "") -> None:
     log_to_stderr()
     run = RunDir(Path(run_path))
     try:
-        live(run, int(lost) if lost else None)
+        asyncio.run(live(run, int(lost) if lost else None))
     except Exception as error:
         log.exception("the rank has failed")
-        rank = int(lost or os.environ.get("SLURM_PROCID") or os.environ.get("OMPI_COMM_WORLD_RANK") or -1)
+        number = int(lost) if lost else _launched_as()
+        rank = -1 if number is None else number
         with contextlib.suppress(OSError):
             if run.read_failure() is None:  # else this is only its echo
                 run.write_failure(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -27,6 +26,7 @@ from mii_hpc.deployments.files import tail
 from mii_hpc.deployments.rundir import RunDir
 from mii_hpc.errors import DeploymentFailedError
 from mii_hpc.job.net import LOOPBACK, host_answers, listening_socket, private_file
+from mii_hpc.job.prepared_engine import Order, PreparedEngine
 from mii_hpc.job.process import Child, ChildProcess
 from mii_hpc.job.rendezvous import World
 from mii_hpc.job.signals import DRAIN
@@ -64,15 +64,16 @@ async def supervise(
     address: str,
     revive: Callable[[], None] = lambda: None,
     serves_others: Callable[[], bool] = lambda: False,
+    prepared: PreparedEngine | None = None,
 ) -> None:
     """Keep a rank's processes until the balancer at `address` ("host:port") says that the deployment ends.
 
     `revive` is called while there is no balancer; it starts rank 0 again. `serves_others` tells whether there is one
-    that only this rank does not reach. Raises DeploymentFailedError when the deployment failed, AbandonedError when it
-    has had no balancer for too long, or none that lives.
+    that only this rank does not reach. `prepared` is the rank's first engine process. Raises DeploymentFailedError when
+    the deployment failed, AbandonedError when it has had no balancer for too long, or none that lives.
     """
     tasks = Tasks()
-    supervisor = Supervisor(run, world, address, tasks, revive, serves_others)
+    supervisor = Supervisor(run, world, address, tasks, revive, serves_others, prepared)
     loop = asyncio.get_running_loop()
     for signum in DRAIN:
         loop.add_signal_handler(signum, supervisor.leave, signum.name)
@@ -172,10 +173,12 @@ class Supervisor:
         tasks: Tasks,
         revive: Callable[[], None] = lambda: None,
         serves_others: Callable[[], bool] = lambda: False,
+        prepared: PreparedEngine | None = None,
     ) -> None:
         self.run, self.world, self.address, self.tasks = run, world, address, tasks
         self.revive, self.serves_others = revive, serves_others
         self.engine: ChildProcess | None = None
+        self._prepared = prepared
         self.report = pb.RankReport(rank=world.role.rank, host=world.me.host)
         """What the balancer knows of the rank, or will in a moment."""
         self._changed = asyncio.Event()
@@ -217,7 +220,6 @@ class Supervisor:
             store = listening.detach()
         elif role.leads:
             store = private_file("store")
-            store_address = f"/proc/self/fd/{store}"
         spec = {
             "rank": role.replica_rank,
             "world_size": role.tensor_parallel,
@@ -226,34 +228,31 @@ class Supervisor:
             "replica_local_size": len(self.world.replica_on_this_host),
             "host": host,
             "store_address": store_address,
-            "store_fd": store,
         }
+        listen_host = self.world.me.address if self.world.spans_hosts else LOOPBACK
         try:
-            self.engine = await self.spawn_engine(spec, self.world.me.address if self.world.spans_hosts else LOOPBACK)
+            self.engine, its_store = await self.spawn_engine(Order(spec, listen_host), store)
         finally:
             if store is not None:
-                os.close(store)  # the child has its own copy
+                os.close(store)  # the engine has its own copy
         log.info("engine %d started, process %d", order.epoch, self.engine.pid)
         self._tell(
             engine=pb.STARTING,
             epoch=order.epoch,
-            store_address=store_address.replace("/proc/self/", f"/proc/{self.engine.pid}/"),
+            store_address=store_address or its_store,
             address="",
             detail="the engine starts",
             log="",
         )
         self._watch = self.tasks.start(self._watch_engine(self.engine))
 
-    async def spawn_engine(self, spec: dict[str, Any], listen_host: str) -> ChildProcess:
-        """Start an engine process with an EngineSpec, but for the model, which it reads from the run directory."""
-        return await Child.start(
-            "mii_hpc.job.engine_process",
-            str(self.run.path),
-            json.dumps(spec),
-            listen_host,
-            log=self.run.engine_log(self.world.role.rank),
-            pass_fds=() if spec["store_fd"] is None else (spec["store_fd"],),
-        )
+    async def spawn_engine(self, order: Order, store: int | None) -> tuple[ChildProcess, str]:
+        """Have an engine process take an order and the descriptor of a store; return it, and the store's path there."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or not prepared.take(order, store):
+            prepared = await PreparedEngine.start(self.run, self.world.role.rank)
+            prepared.take(order, store)  # if it has ended by now, its end is reported as any other
+        return prepared.child, prepared.store_path
 
     async def stop_engine(self) -> None:
         """End the engine process, if one runs."""

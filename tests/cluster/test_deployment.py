@@ -31,7 +31,7 @@ from mii_hpc.schedulers import is_live
 from tests.engine.reference import PROMPTS, Reference
 from tests.models import tiny_model
 from tests.planted import imported, plant
-from tests.processes import command_line, program
+from tests.processes import command_line, open_files, program
 from tests.waiting import PATIENCE, eventually
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -96,13 +96,14 @@ def ports(cluster):
 
 def engines(cluster, run_dir):
     """The engine processes of a run, by rank in the replica and host."""
+    ranks = RunDir(run_dir).load_config().model_conf.tensor_parallel
     found = {}
     for node in cluster.nodes:
         for pid in cluster.job_processes(node):
             words = command_line(pid)
             if "mii_hpc.job.engine_process" in words and str(run_dir) in words:
-                spec = words[words.index("mii_hpc.job.engine_process") + 2]
-                found[node, json.loads(spec)["rank"]] = pid
+                output = Path(open_files(pid)[Path(f"/proc/{pid}/fd/1")])
+                found[node, int(output.stem.removeprefix("engine-")) % ranks] = pid
     return found
 
 

@@ -1,5 +1,8 @@
 """Compiled layers: on CUDA as the engine uses them, and else around the attention kernel in Triton's interpreter."""
 
+import sys
+import threading
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -114,3 +117,28 @@ def test_what_is_added_to_a_sum_over_ranks_alone_is_added_in_it(monkeypatch, gro
         torch.testing.assert_close(result, compute(rows, *(lambda rows, one=one: rows @ one.T for one in weights)))
         assert torch.equal(rows, before)
     assert set(kept) == {sums}
+
+
+@pytest.mark.parametrize(("wanted", "imported"), [(True, ["torch._inductor.compile_fx"]), (False, [])])
+def test_the_compiler_is_imported_beside_what_is_done_meanwhile(monkeypatch, wanted, imported):
+    names, threads, interval = [], [], sys.getswitchinterval()
+
+    def import_module(name):
+        names.append(name)
+        threads.append(threading.current_thread())
+
+    monkeypatch.setattr(compiled.importlib, "import_module", import_module)
+    with compiled.compiler_imported(wanted):
+        pass
+    assert names == imported
+    assert threading.current_thread() not in threads
+    assert sys.getswitchinterval() == interval
+
+
+def test_a_compiler_that_cannot_be_imported_is_missed_where_it_is_used(monkeypatch):
+    def import_module(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(compiled.importlib, "import_module", import_module)
+    with compiled.compiler_imported(True):
+        pass

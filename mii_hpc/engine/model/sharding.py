@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM
 
 from mii_hpc.config import ModelConfig
+from mii_hpc.engine.compiled import compiler_imported
 from mii_hpc.engine.distributed import quiet
 from mii_hpc.engine.model.plan import Cut, apply_plan
 from mii_hpc.engine.model.quantising import quantised
@@ -101,33 +102,38 @@ def load_shard(
     refuse_missing(model, [name for name in shapes if name not in sources])
     kept: dict[str, nn.Parameter] = {}
     modules = [(name, part) for name, part in module.named_modules() if part._parameters]
-    for done, (name, part) in enumerate(modules, start=1):
-        whole = {}
-        for leaf, parameter in part._parameters.items():
-            full_name = f"{name}.{leaf}"
-            if ranks == 1 and sources.get(full_name) in kept:
-                # Such as a head that is tied to the embeddings. Where there are shares, DeepSpeed cuts the two apart.
-                part._parameters[leaf] = kept[sources[full_name]]
-            elif parameter is not None:
-                tensor = checkpoint.read(sources[full_name], device)
-                tensor = repeat_heads(tensor, shapes[full_name], config, ranks)
-                if tensor.shape != shapes[full_name]:
-                    raise ConfigError(
-                        f"the checkpoint {model.model_name_or_path} has {full_name} as "
-                        f"{list(tensor.shape)}, the architecture wants {list(shapes[full_name])}"
-                    )
-                tensor = cuts[full_name](tensor) if full_name in cuts else tensor
-                whole[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
-        _fill(part, whole, device, name)
-        layer = quantised(name, part, model.quantization_mode) if model.quantization_mode else None
-        if layer is None:
-            kept |= {sources[f"{name}.{leaf}"]: part._parameters[leaf] for leaf in whole}
-        else:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, layer)
-            part._parameters.clear()  # the list holds on to it
-        if done % max(1, len(modules) // 10) == 0:
-            progress(f"{done} of {len(modules)} layers loaded")
+    order = [
+        sources[f"{name}.{leaf}"] for name, part in modules for leaf, own in part._parameters.items() if own is not None
+    ]
+    compiles = device.type == "cuda" and model.inference_engine_config.compile
+    with checkpoint.reading(order, device), compiler_imported(compiles):
+        for done, (name, part) in enumerate(modules, start=1):
+            whole = {}
+            for leaf, parameter in part._parameters.items():
+                full_name = f"{name}.{leaf}"
+                if ranks == 1 and sources.get(full_name) in kept:
+                    # Such as a head that is tied to the embeddings. Shares of the two DeepSpeed cuts apart.
+                    part._parameters[leaf] = kept[sources[full_name]]
+                elif parameter is not None:
+                    tensor = checkpoint.read(sources[full_name], device)
+                    tensor = repeat_heads(tensor, shapes[full_name], config, ranks)
+                    if tensor.shape != shapes[full_name]:
+                        raise ConfigError(
+                            f"the checkpoint {model.model_name_or_path} has {full_name} as "
+                            f"{list(tensor.shape)}, the architecture wants {list(shapes[full_name])}"
+                        )
+                    tensor = cuts[full_name](tensor) if full_name in cuts else tensor
+                    whole[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+            _fill(part, whole, device, name)
+            layer = quantised(name, part, model.quantization_mode) if model.quantization_mode else None
+            if layer is None:
+                kept |= {sources[f"{name}.{leaf}"]: part._parameters[leaf] for leaf in whole}
+            else:
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, layer)
+                part._parameters.clear()  # the list holds on to it
+            if done % max(1, len(modules) // 10) == 0:
+                progress(f"{done} of {len(modules)} layers loaded")
     checkpoint.refuse_unmerged()
     return module
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from mii_hpc.adapter import WEIGHTS, LowRank, read_adapter
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.model.dequantising import dequantised
+from mii_hpc.engine.model.reading import Reader
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import listed
 from mii_hpc.quantisation import Quantisation, find_packed
@@ -33,7 +36,8 @@ class Checkpoint:
         # What a conversion has made besides what was asked for.
         self._made: dict[str, torch.Tensor] = {}
         tensors = read_headers(self._folder)
-        self._files = {name: tensor.file for name, tensor in tensors.items()}
+        self._tensors = tensors
+        self._ahead: Reader[torch.Tensor] | None = None
         self._packed = find_packed(tensors, quantisation)
         plain = as_plain(tensors, quantisation)
         self._names = sorted(plain, key=_by_number)
@@ -95,6 +99,24 @@ class Checkpoint:
             self._merged.add(stored)
         return tensor
 
+    @contextmanager
+    def reading(self, order: Iterable[str], device: torch.device) -> Iterator[None]:
+        """Within this context tensors are read ahead in the order in which read() will be asked for them."""
+        parts = [(part, self._tensors[part].size) for stored in order for part in self._parts(stored)]
+        self._ahead = Reader(lambda name: self._open(name, device), parts)
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
+
+    def _parts(self, stored: str) -> list[str]:
+        """Return the tensors in the files from which read() makes one."""
+        if stored in self._made_by:
+            return [part for source, _ in self._made_by[stored].sources for part in self._parts(source)]
+        packed = self._packed.get(stored)
+        return [stored] if packed is None else [*packed.names.values()]
+
     def refuse_unmerged(self) -> None:
         """Raise ConfigError, by name, if an adapter changes a weight that has not been read."""
         if unread := sorted(self._added.keys() - self._merged):
@@ -118,7 +140,10 @@ class Checkpoint:
         return weight.T if low.transposed else weight
 
     def _tensor(self, stored: str, device: torch.device) -> torch.Tensor:
-        return _tensor(self._folder / self._files[stored], stored, device)
+        return self._open(stored, device) if self._ahead is None else self._ahead.read(stored)
+
+    def _open(self, stored: str, device: torch.device) -> torch.Tensor:
+        return _tensor(self._folder / self._tensors[stored].file, stored, device)
 
     def _convert(self, conversion: _Conversion, device: torch.device) -> dict[str, torch.Tensor]:
         converter = copy.deepcopy(conversion.converter)
