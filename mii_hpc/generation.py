@@ -74,6 +74,7 @@ class GenerationRequest:
     the engine had generated those tokens itself. What was delivered before is not delivered again. With the same seed
     the whole is what it would have been without the interruption. `admitted` is one that another replica of the
     deployment had in hand: it is refused by no full queue, and waits behind none. Callers share an engine alike.
+    Where it is no stream and `reports`, its first token comes at once, and what follows now and then.
 
     Raises InvalidRequestError for the full text of a prompt that is none, and for a `resume` that does not fit.
     """
@@ -84,6 +85,7 @@ class GenerationRequest:
     resume: tuple[ResumedAnswer, ...] = ()
     admitted: bool = False
     caller: Caller = (OWNER, "")
+    reports: bool = False
 
     def __post_init__(self) -> None:
         """Check what concerns prompt, options and resumption together."""

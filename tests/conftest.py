@@ -80,9 +80,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     gate = threading.Event()
     generate = EchoEngine._generate
 
-    def generate_a_few(engine: EchoEngine, echo: Any) -> None:
+    def generate_a_few(engine: EchoEngine, echo: Any, period: int) -> None:
         if gate.is_set() or min(answer.generated for answer in echo.answers) < HELD:
-            generate(engine, echo)
+            generate(engine, echo, period)
 
     monkeypatch.setattr(EchoEngine, "_generate", generate_a_few)
     return gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from mii_hpc.generation import Prompt, Response, ResumedAnswer, TopLogprobs
 
 if TYPE_CHECKING:
     from mii_hpc.engine.guiding import Guide
+
+REPORT_SECONDS = 0.2
+"""How often an answer that is no stream, but reports, tells what there is of it."""
 
 Scored = tuple[float, TopLogprobs]
 """A token's log probability, and the most likely tokens in its place."""
@@ -38,16 +42,19 @@ class Answer:
         index: int = 0,
         limit_reason: GenerationFinishReason = GenerationFinishReason.LENGTH,
         guide: Guide | None = None,
+        reports: bool = False,
     ) -> None:
         """Expect at most `limit` tokens; an answer that long ends with `limit_reason`.
 
-        With a `guide`, the answer ends as soon as nothing can follow.
+        With a `guide`, the answer ends as soon as nothing can follow. See GenerationRequest for `reports`.
         """
         self.generated = 0
         self.finish_reason = GenerationFinishReason.NONE
         self.ended = False
         self._params = params
-        self._is_stream = params.stream
+        self._is_stream, self._reports = params.stream, reports
+        self._period: int | None = None
+        """Of the latest report."""
         self._source = source
         self._guide = guide
         self._stop = StopStrings(params.stop) if params.stop else None
@@ -66,15 +73,20 @@ class Answer:
         self._of_prompt = scores
 
     def add(
-        self, token_id: int, logprob: float | None = None, ends: bool = False, top: TopLogprobs = ()
+        self, token_id: int, logprob: float | None = None, ends: bool = False, top: TopLogprobs = (), period: int = 0
     ) -> Response | None:
         """Take the next token; `ends` marks the end-of-sequence token, which has no text.
 
-        Returns what is to be sent now: a piece for every token of a stream, else one when the answer ends.
-        Raises InvalidRequestError for a token that the guide does not have there.
+        Returns what is to be sent now: a piece for every token of a stream, else one when the answer ends, and before
+        one in each `period` if it reports. Raises InvalidRequestError for a token that the guide does not have there.
         """
         self._grow(token_id, logprob, ends, top)
-        return self._take() if self._is_stream or self.ended else None
+        if self._is_stream or self.ended:
+            return self._take()
+        if self._reports and period != self._period:
+            self._period = period
+            return self._take()
+        return None
 
     def resume(self, answer: ResumedAnswer, ends_with: Container[int] = ()) -> None:
         """Go on behind what has been delivered of this answer, as if all its tokens had been added here.
@@ -96,22 +108,25 @@ class Answer:
             if self._params.top_logprobs:
                 self._top_logprobs.append(top)
         if not ends:
-            self._push(self._source.push(token_id))
+            text = self._source.push(token_id)
+            self._text += text if self._stop is None else self._certain(text)
             ends = self._guide is not None and self._guide.advance(token_id)
         if not self.ended and (ends or self.generated >= self._limit):
-            self._push(self._source.flush())
+            text = self._source.flush()
+            if self._stop is not None:
+                text = self._certain(text)
+                text += "" if self.ended else self._stop.flush()
+            self._text += text
             if not self.ended:
-                self._text += self._stop.flush() if self._stop else ""
                 self._end(GenerationFinishReason.STOP if ends else self._limit_reason)
 
-    def _push(self, text: str) -> None:
-        if self._stop is None:
-            self._text += text
-            return
+    def _certain(self, text: str) -> str:
+        """Return what of a text, and of what was held back, begins no stop string; end the answer at a whole one."""
+        assert self._stop is not None
         certain, stopped = self._stop.push(text, may_stop=self.generated >= self._params.min_new_tokens)
-        self._text += certain
         if stopped:
             self._end(GenerationFinishReason.STOP)
+        return certain
 
     def _end(self, reason: GenerationFinishReason) -> None:
         self.finish_reason = reason
@@ -134,6 +149,11 @@ class Answer:
         self._text = ""
         self._token_ids.clear()
         return piece
+
+
+def report_period() -> int:
+    """Return which period of REPORT_SECONDS it is, for Answer.add: all that report do so in the same step of each."""
+    return int(time.monotonic() / REPORT_SECONDS)
 
 
 def answer_limit(params: GenerateParamsConfig, prompt_length: int, context: int) -> int:

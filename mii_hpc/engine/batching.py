@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from mii_hpc.engine.answer import Answer, Scored, answer_limit
+from mii_hpc.engine.answer import Answer, Scored, answer_limit, report_period
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.guiding import Guide, Guides
 from mii_hpc.engine.quotas import Quotas
@@ -197,7 +197,7 @@ class BatchingEngine:
 
     def _finish(self, begun: _Begun) -> None:
         """Take what a step has drawn, once it is known."""
-        drawn = begun.draw.wait()
+        drawn, period = begun.draw.wait(), report_period()
         step = begun.step
         pieces = []
         looking: list[Future[Any]] = []
@@ -209,7 +209,7 @@ class BatchingEngine:
                 if token_id == NOT_FINITE:
                     self._scheduler.invalidate(step.tables[row])
                 if samples and not sequence.answer.ended:
-                    piece = self._accept(sequence, token_id, drawn.scores.get(row))
+                    piece = self._accept(sequence, token_id, drawn.scores.get(row), period)
                     if piece:
                         pieces.append((sequence.request.deliver, piece))
                     if sequence.guide and not sequence.answer.ended and sequence.request.is_open:
@@ -253,7 +253,9 @@ class BatchingEngine:
                 self._quotas.leave(sequence.request.request)
         return step, sequences
 
-    def _accept(self, sequence: _Sequence, token_id: int, scored: Scored | None) -> Response | Exception | None:
+    def _accept(
+        self, sequence: _Sequence, token_id: int, scored: Scored | None, period: int
+    ) -> Response | Exception | None:
         """Add a token to its answer and return what is to be delivered; an error ends this one request alone."""
         entry, answer = sequence.request, sequence.answer
         if not entry.is_open:
@@ -265,7 +267,7 @@ class BatchingEngine:
             answer.tell_of_prompt(sequence.of_prompt)
         logprob, top = scored or (None, ())
         try:
-            piece = answer.add(token_id, logprob, token_id in sequence.ends_with, top)
+            piece = answer.add(token_id, logprob, token_id in sequence.ends_with, top, period)
         except InvalidRequestError as error:
             self._remove(entry)
             return error
@@ -327,6 +329,7 @@ class BatchingEngine:
                 limit=limit,
                 index=index,
                 guide=guide,
+                reports=request.reports,
             )
             ending = (*{*tokenizer.eos_token_ids, *ends},)
             sampler = Sampler(params, tokens, tokenizer.vocabulary, ending, index, guide)

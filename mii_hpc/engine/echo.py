@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mii_hpc.config import ModelConfig
 from mii_hpc.constants import GenerationFinishReason
-from mii_hpc.engine.answer import Answer, answer_limit
+from mii_hpc.engine.answer import Answer, answer_limit, report_period
 from mii_hpc.engine.base import EngineSpec
 from mii_hpc.engine.quotas import Quotas
 from mii_hpc.errors import InvalidRequestError
@@ -135,12 +135,12 @@ class EchoEngine:
         return next((echo for echo in self._waiting if running[echo.role] < most.get(echo.role, math.inf)), None)
 
     def _step(self, running: list[_Echo]) -> None:
-        now = time.monotonic()
+        now, period = time.monotonic(), report_period()
         for echo in running:
             if not echo.due:
                 self._start(echo, now)
             if echo.due <= now and self._is_running(echo):
-                self._generate(echo)
+                self._generate(echo, period)
                 echo.due = max(echo.due + self._config.echo_delay, now)
         with self._changed:
             if self._running and not self._closed:
@@ -155,7 +155,7 @@ class EchoEngine:
         except InvalidRequestError as error:
             self._deliver(echo, error)
 
-    def _generate(self, echo: _Echo) -> None:
+    def _generate(self, echo: _Echo, period: int) -> None:
         for answer in echo.answers:
             token_id = echo.tokens[answer.generated % len(echo.tokens)]
             if not answer.ended:
@@ -163,7 +163,7 @@ class EchoEngine:
                 top = ((token_id, 0.0),) if params.top_logprobs else ()
                 if params.prompt_logprobs and not answer.generated:
                     answer.tell_of_prompt([(0.0, ((each, 0.0),)) for each in echo.tokens[1:]])
-                piece = answer.add(token_id, 0.0 if params.logprobs else None, top=top)
+                piece = answer.add(token_id, 0.0 if params.logprobs else None, top=top, period=period)
                 self._generated += 1
                 if piece:
                     self._deliver(echo, piece)
@@ -215,6 +215,7 @@ class _Echo:
                 limit=limit,
                 index=index,
                 limit_reason=GenerationFinishReason.LENGTH if repeats or limit < once else GenerationFinishReason.STOP,
+                reports=self.request.reports,
             )
             answer.resume(so_far)
             answers.append(answer)

@@ -13,12 +13,12 @@ import torch
 from mii_hpc.engine.attention.base import AttentionBackend
 from mii_hpc.engine.blocks import NULL_BLOCK, PagedCache
 from mii_hpc.engine.step import LatestTables, Step
-from mii_hpc.engine.upload import staged
+from mii_hpc.engine.upload import staged, upload
 
 _log = logging.getLogger(__name__)
 
 ROWS = 5
-"""Numbers of each sequence beside its block table: token, slot, position, place in the cache, length."""
+"""Numbers of each sequence that a step uploads: token, slot, position, place in the cache, length."""
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """ModelRunner.forward."""
@@ -63,7 +63,9 @@ class DecodeGraphs:
         self._width = -(-context // cache.page_size)
         slots = len(drawn) - 1
         self._buckets = sequence_buckets(slots)
+        # By slot, here and on the device: a step uploads what is new in them.
         self._tables = np.full((slots + 1, self._width), NULL_BLOCK, dtype=np.int32)
+        self._on_device = torch.full(self._tables.shape, NULL_BLOCK, dtype=torch.int32, device=cache.device)
         self._latest = LatestTables()
         self._graphs: dict[int, _Graph] = {}
         # All graphs write here, so that they share the rest of their memory and none keeps any.
@@ -105,9 +107,7 @@ class DecodeGraphs:
 
         To be called with every step, of whatever kind, for the block tables are known from them.
         """
-        for row, kept in self._latest.changed(step):
-            table = step.tables[row]
-            self._tables[step.slots[row], kept : len(table)] = table[kept:]
+        self._take_tables(step)
         if not self._graphs or not step.decodes:
             return None
         graph = self._graphs[bucket(step.num_slices, self._buckets)]
@@ -116,9 +116,22 @@ class DecodeGraphs:
         assert self._logits is not None
         return self._logits[: step.num_slices]
 
+    def _take_tables(self, step: Step) -> None:
+        """Note the block tables that a step has changed."""
+        places: list[int] = []
+        blocks: list[int] = []
+        for row, kept in self._latest.changed(step):
+            first = int(step.slots[row]) * self._width
+            places += range(first + kept, first + len(step.tables[row]))
+            blocks += step.tables[row][kept:]
+        if places:
+            self._tables.put(places, blocks)
+            where, what = upload(np.array([places, blocks]), self._on_device.device)
+            self._on_device.view(-1)[where] = what.int()
+
     def _capture(self, size: int) -> str | None:
         """Capture the graph for so many sequences; return why that does not work."""
-        graph = _Graph(size, self._width, len(self._drawn) - 1, self._cache)
+        graph = _Graph(size, len(self._drawn) - 1, self._cache)
         graph.fill(Step.of(), self._tables, self._cache)
         try:
             graph.replay = self._record(lambda: self._compute(graph))
@@ -132,7 +145,7 @@ class DecodeGraphs:
         if self._share is not None:
             self._share(token_ids)
         # Anew each time: the masks that the layers share are made from the lengths, within the graph.
-        self._attention.prepare_decode(graph.places, graph.tables, graph.lengths)
+        self._attention.prepare_decode(graph.places, self._on_device.index_select(0, graph.slots), graph.lengths)
         logits = self._forward(token_ids[None], graph.positions.long()[None], graph.every_row)
         if self._logits is None:
             self._logits = logits.new_empty(self._buckets[-1], logits.shape[1])
@@ -167,30 +180,24 @@ class _Graph:
 
     replay: Callable[[], None]
 
-    def __init__(self, size: int, width: int, spare_slot: int, cache: PagedCache) -> None:
-        """For so many sequences, with block tables of that width; rows that only fill up have the `spare_slot`."""
-        self._size, self._width, self._spare_slot = size, width, spare_slot
-        self._inputs = torch.zeros(size * (ROWS + width), dtype=torch.int32, device=cache.device)
-        rows = self._inputs[: ROWS * size].view(ROWS, size)
-        self.token_ids, self.slots, self.positions, self.places, self.lengths = rows
-        self.tables = self._inputs[ROWS * size :].view(size, width)
+    def __init__(self, size: int, spare_slot: int, cache: PagedCache) -> None:
+        """For so many sequences; rows that only fill up have the `spare_slot`, whose block table is empty."""
+        self._size, self._spare_slot = size, spare_slot
+        self._inputs = torch.zeros(ROWS, size, dtype=torch.int32, device=cache.device)
+        self.token_ids, self.slots, self.positions, self.places, self.lengths = self._inputs
         self.every_row = torch.arange(size, device=cache.device)
 
     def fill(self, step: Step, tables: np.ndarray, cache: PagedCache) -> None:
         """Upload a step. The rows that it does not have attend to a zero, and write where nobody reads."""
         size, used, page_size = self._size, step.num_slices, cache.page_size
-        numbers = np.empty(size * (ROWS + self._width), dtype=np.int32)
-        rows = numbers[: ROWS * size].reshape(ROWS, size)
+        rows = np.empty((ROWS, size), dtype=np.int32)
         rows[:, used:] = [[0], [self._spare_slot], [0], [cache.scratch_slot], [1]]
         rows[0, :used] = step.token_ids
         rows[1, :used] = step.slots
         rows[2, :used] = step.starts
         rows[3, :used] = tables[step.slots, step.starts // page_size] * page_size + step.starts % page_size
         rows[4, :used] = step.starts + 1
-        own = numbers[ROWS * size :].reshape(size, self._width)
-        own[:used] = tables[step.slots]
-        own[used:] = NULL_BLOCK
-        self._inputs.copy_(staged(numbers, self._inputs.device), non_blocking=True)
+        self._inputs.copy_(staged(rows, self._inputs.device), non_blocking=True)
 
 
 def sequence_buckets(largest: int) -> list[int]:

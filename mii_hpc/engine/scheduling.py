@@ -142,12 +142,11 @@ class Scheduler(Generic[S]):
         if self._had_no_room:
             self._share_alike()
         preemptions = self._preemptions
-        missing = [_missing(sequence) for sequence in self._running]
-        decoding = self._in_turns(missing, room)
-        prefilling = [each for each in zip(self._running, missing, strict=True) if _prefills(*each)]
-        counts = dict.fromkeys(decoding, 1)
+        decoding, prefilling = self._at_work()
+        counts = dict.fromkeys(self._in_turns(decoding, room), 1)
         # Most of those that decode have room for the token in their last block, and fill none.
-        beyond = [sequence for sequence in decoding if not sequence.computed % self._budget.page_size]
+        page_size = self._budget.page_size
+        beyond = [sequence for sequence in counts if not sequence.computed % page_size]
         for sequence in beyond:
             if sequence in counts:  # those before it may have preempted it
                 self._allocate(sequence, 1, counts)
@@ -172,20 +171,21 @@ class Scheduler(Generic[S]):
 
     def _step(self, counts: dict[S, int], fresh: set[S]) -> tuple[Step, list[S]]:
         """Return the step of these counts of tokens, single ones first, and the shorter sequences first of each."""
-        singles = sorted((one for one, count in counts.items() if count == 1), key=attrgetter("computed"))
-        others = sorted((one for one, count in counts.items() if count > 1), key=attrgetter("computed"))
+        chosen = sorted(counts, key=attrgetter("computed"))
+        if max(counts.values(), default=1) > 1:
+            chosen.sort(key=lambda one: counts[one] > 1)
+        taken = [counts[one] for one in chosen]
+        singles = taken.count(1)
         # What is drawn, or will be, comes last of a sequence, and alone.
-        token_ids = [DRAWN if one.unknown else one.tokens[one.computed] for one in singles]
-        for one in others:
+        token_ids = [DRAWN if one.unknown else one.tokens[one.computed] for one in chosen[:singles]]
+        for one in chosen[singles:]:
             token_ids += one.tokens[one.computed : one.computed + counts[one]]
-        chosen = [*singles, *others]
         starts = numbers([one.computed for one in chosen])
-        taken = numbers([counts[one] for one in chosen])
         lengths = numbers([len(one.tokens) + one.unknown for one in chosen])
-        sample = starts + taken == lengths
+        sample = starts + numbers(taken) == lengths
         step = Step(
             starts=starts,
-            counts=taken,
+            counts=numbers(taken),
             slots=numbers([one.slot or 0 for one in chosen]),
             lengths=lengths,
             sample=sample,
@@ -195,8 +195,8 @@ class Scheduler(Generic[S]):
             tables=[one.table for one in chosen],
             clear=self.allocator.take_dirty() if chosen else (),
         )
-        for one, samples in zip(chosen, sample.tolist(), strict=True):
-            one.computed += counts[one]
+        for one, count, samples in zip(chosen, taken, sample.tolist(), strict=True):
+            one.computed += count
             one.unknown += samples
         return step, chosen
 
@@ -207,15 +207,23 @@ class Scheduler(Generic[S]):
             return _Room(tokens, MOST_SCORES, tokens)
         # Their prompts could find no room for ever.
         prompts = (self._waiting.has(GUEST) and not self._had_no_room) or (
-            self._shares.of_role(GUEST) > 0
-            and any(_prefills(one, _missing(one)) for one in filter(_is_guest, self._running))
+            self._shares.of_role(GUEST) > 0 and any(_missing(one) > 1 for one in filter(_is_guest, self._running))
         )
         return _Room(tokens, MOST_SCORES, self._budget.guest_tokens, shared_with_prompts=prompts)
 
-    def _in_turns(self, missing: Sequence[int], room: _Room) -> list[S]:
+    def _at_work(self) -> tuple[list[S], list[tuple[S, int]]]:
+        """Return those that decode, and those that prefill with how many tokens they lack."""
+        decoding, prefilling = [], []
+        for sequence in self._running:
+            missing = _missing(sequence)
+            if missing == 1 and not sequence.scores:
+                decoding.append(sequence)
+            elif missing:
+                prefilling.append((sequence, missing))
+        return decoding, prefilling
+
+    def _in_turns(self, decoding: list[S], room: _Room) -> list[S]:
         """Return those that decode now, the guests among them behind the owner's and in turns, and take their room."""
-        pairs = zip(self._running, missing, strict=True)
-        decoding = [sequence for sequence, count in pairs if count == 1 and not sequence.scores]
         if not self._shares.of_role(GUEST):
             return decoding[: room.decode(OWNER, len(decoding))]
         owners = list(itertools.filterfalse(_is_guest, decoding))
@@ -444,10 +452,6 @@ def _missing(sequence: Scheduled) -> int:
         return 0
     length = len(sequence.tokens) + sequence.unknown
     return length - sequence.computed if length < sequence.longest or not sequence.unknown else 0
-
-
-def _prefills(sequence: Scheduled, missing: int) -> bool:
-    return missing > 1 or (missing == 1 and sequence.scores)
 
 
 def _is_guest(sequence: Scheduled) -> bool:

@@ -138,7 +138,7 @@ def numbers(values: Sequence[int]) -> np.ndarray:
 
 def flags(values: Sequence[bool]) -> np.ndarray:
     """Return a column of a step that says whether something is so."""
-    return np.array(values, dtype=np.bool_)
+    return np.frombuffer(bytes(values), dtype=np.bool_)
 
 
 class LatestTables:

@@ -19,14 +19,11 @@ from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc._proto import mii_hpc_pb2_grpc as pb_grpc
 from mii_hpc.engine.base import Codec, Engine
 from mii_hpc.errors import MIIError, RequestError
-from mii_hpc.generation import GenerationRequest, Response, joined
+from mii_hpc.generation import GenerationRequest, Response
 from mii_hpc.job.recording import Recorder, Recording
 from mii_hpc.rpc import frames, transport, wire
 from mii_hpc.rpc.frames import ServedRequest
 from mii_hpc.rpc.wire import Context, Method
-
-REPORT_SECONDS = 0.2
-"""How often is sent what has come of a request that is no stream, so that it can go on from there elsewhere."""
 
 CALLS_PER_SECOND = 150
 """So many calls begin while requests run. Each takes a millisecond of Python, and the engine's thread, which needs the
@@ -45,7 +42,6 @@ class InferenceService(pb_grpc.EngineServicer):
         self._numbers = itertools.count()
         self._recorder = Recorder()
         self._delivered = _Delivered()
-        self._reporting: list[_Answering] = []
         self._running = 0
         self._turn = asyncio.Lock()
         self._next_turn = 0.0
@@ -82,28 +78,17 @@ class InferenceService(pb_grpc.EngineServicer):
         """
         request = wire.unpack_request(wire.parse_request(asked.payload))
         recording = self._recorder.request()
-        # Callers choose their ids without knowing of each other; the engine needs them unique.
-        request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}")
-        answering = _Answering(asked, request, recording, self._report_later)
-        streamed = dataclasses.replace(request, params=request.params.model_copy(update={"stream": True}))
-        self._engine.submit(streamed, self._delivered.to(answering.take))
+        # Callers choose their ids without knowing of each other; the engine needs them unique. From what one reports
+        # that is no stream, it can go on elsewhere.
+        request = dataclasses.replace(request, id=f"{request.id}#{next(self._numbers)}", reports=True)
+        answering = _Answering(asked, request, recording)
+        self._engine.submit(request, self._delivered.to(answering.take))
         self._running += 1
         try:
             await answering.ended
         finally:
             self._running -= 1
             self._engine.cancel(request.id)
-
-    def _report_later(self, answering: _Answering) -> None:
-        """Let a request send what it holds back, together with others that do."""
-        if not self._reporting:
-            asyncio.get_running_loop().call_later(REPORT_SECONDS, self._report)
-        self._reporting.append(answering)
-
-    def _report(self) -> None:
-        reporting, self._reporting = self._reporting, []
-        for answering in reporting:
-            answering.report()
 
     async def tokenize(self, payload: bytes, context: Context) -> bytes:
         """Return a prompt's tokens."""
@@ -129,25 +114,15 @@ class InferenceService(pb_grpc.EngineServicer):
 class _Answering:
     """One request that the engine has: sends what comes of it.
 
-    Of a stream every piece, as it comes; else the first, the last, and in between now and then what there is.
-
     Attributes:
         ended: done when all answers are complete; raises the error that ends the request.
     """
 
-    def __init__(
-        self,
-        asked: ServedRequest,
-        request: GenerationRequest,
-        recording: Recording,
-        report_later: Callable[[_Answering], None],
-    ) -> None:
+    def __init__(self, asked: ServedRequest, request: GenerationRequest, recording: Recording) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._asked, self._recording, self._report_later = asked, recording, report_later
+        self._asked, self._recording = asked, recording
         self._is_stream = request.params.stream
         self._unfinished = request.params.num_return_sequences - sum(answer.ended for answer in request.resume)
-        self._begun: set[int] = set()
-        self._held: list[Response] = []
 
     def take(self, item: Response | Exception) -> None:
         """Take what the engine delivers."""
@@ -160,27 +135,17 @@ class _Answering:
             error.__cause__ = item
             self.ended.set_exception(error)
         else:
-            if self._is_stream or item.ended:
+            ends = item.ended
+            if ends or self._is_stream:
                 self._recording.piece(item)
-            self._unfinished -= item.ended
-            self._held.append(item)
-            if self._is_stream or item.ended or item.index not in self._begun:
-                self._begun.add(item.index)
-                self.report()
-            elif len(self._held) == 1:
-                self._report_later(self)
-            if not self._unfinished and not self.ended.done():
-                self.ended.set_result(None)
-
-    def report(self) -> None:
-        """Send what is held back."""
-        held, self._held = self._held, []
-        try:
-            for piece in joined(held) if len(held) > 1 else held:
-                self._asked.send(piece.index, wire.pack_response(piece))
-        except Exception as error:  # noqa: BLE001 (it is too long, or whatever it is: it concerns this request alone)
-            if not self.ended.done():
+            try:
+                self._asked.send(item.index, wire.pack_response(item))
+            except Exception as error:  # noqa: BLE001 (it is too long, or whatever it is: of this request alone)
                 self.ended.set_exception(error)
+                return
+            self._unfinished -= ends
+            if not self._unfinished:
+                self.ended.set_result(None)
 
 
 class _Delivered:

@@ -21,7 +21,7 @@ from mii_hpc.schedulers import Job, JobState, job_of
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 """How often the registry and the run directory are read."""
 SCHEDULER_SECONDS = (2.0, 15.0)
 """How often the scheduler is asked: at first, and after some minutes; many users share it."""
@@ -112,7 +112,7 @@ def _died(run: RunDir, entry: Entry, job: Job, state: JobState) -> DeploymentFai
 @contextlib.contextmanager
 def _shown(entry: Entry) -> Iterator[Callable[[str], None]]:
     """Yield what shows progress: a line on a terminal that is updated, and a line in the log at each change."""
-    shown = ""
+    shown, began = "", time.monotonic()
     console = Console(stderr=True)
     with console.status("") if sys.stderr.isatty() else contextlib.nullcontext() as line:
 
@@ -123,7 +123,8 @@ def _shown(entry: Entry) -> Iterator[Callable[[str], None]]:
                 # A reason that is explained is one that waiting alone does not mend.
                 level = logging.WARNING if sentence.startswith("pending: ") and ": " in sentence[9:] else logging.INFO
                 log.log(level, "deployment '%s' (job %s): %s", entry.deployment_name, entry.job_id, sentence)
-                if line is not None:
-                    line.update(f"{entry.deployment_name} (job {entry.job_id}): {sentence}")
+            if line is not None:
+                seconds = time.monotonic() - began
+                line.update(f"{entry.deployment_name} (job {entry.job_id}), {seconds:.0f} s: {sentence}")
 
         yield show

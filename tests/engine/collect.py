@@ -85,12 +85,13 @@ def submit(
     resume: tuple[ResumedAnswer, ...] = (),
     admitted: bool = False,
     caller: Caller = (OWNER, ""),
+    reports: bool = False,
     **options: Any,
 ) -> Collected:
     params = GenerateParamsConfig(**options)
     ended = sum(answer.ended for answer in resume)
     collected = Collected(id or f"r{next(_ids)}", params.num_return_sequences - ended)
-    engine.submit(GenerationRequest(collected.id, prompt, params, resume, admitted, caller), collected)
+    engine.submit(GenerationRequest(collected.id, prompt, params, resume, admitted, caller, reports), collected)
     return collected
 
 

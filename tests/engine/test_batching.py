@@ -94,6 +94,9 @@ def test_a_stream_joins_to_the_unary_answer(engine, reference):
         assert stream.text() == unary.text() == reference.decode(unary.token_ids())
         assert stream.token_ids() == unary.token_ids()
         assert len(stream.pieces) == 40
+        reported = submit(engine, "Stream 🙂", reports=True, **options).wait()
+        assert (reported.text(), reported.token_ids()) == (stream.text(), stream.token_ids())
+        assert len(reported.pieces[0].token_ids) == 1
         assert all(piece.generated_text.encode("utf-8") is not None for piece in stream.pieces)
 
 

@@ -22,6 +22,13 @@ def test_it_answers_with_the_prompts_words_once():
     assert answer.pieces[-1].prompt_length == answer.pieces[-1].generated_length == 4
 
 
+def test_what_reports_tells_its_first_token_at_once():
+    with echo() as engine:
+        answer = submit(engine, "to be or not", reports=True).wait()
+    assert answer.pieces[0].generated_text == "to "
+    assert (answer.text(), len(answer.token_ids())) == ("to be or not ", 4)
+
+
 def test_token_ids_and_conversations_are_prompts_too():
     with echo() as engine:
         token_ids = engine.codec.encode("to be")

@@ -122,6 +122,19 @@ def test_an_answer_stops_across_three_tokens_with_and_without_a_stream():
         assert len([piece for piece in pieces if piece]) == (7 if stream else 1)
 
 
+def test_what_is_no_stream_but_reports_tells_what_there_is_once_in_each_period():
+    """The first token at once, which tells that the request does no harm; then what there is, and the end at once."""
+    for reports in (True, False):
+        params = GenerateParamsConfig(stop="STOP")
+        answer = Answer(params, Detokenizer(byte_decode), prompt="", prompt_length=1, limit=9, reports=reports)
+        periods = (7, 7, 8, 8, 8, 10, 10, 10, 10)
+        pieces = [answer.add(byte, period=period) for byte, period in zip(b"abcdSTe8!", periods, strict=True)]
+        told = [(place, piece.generated_text, len(piece.token_ids)) for place, piece in enumerate(pieces) if piece]
+        reported = [(0, "a", 1), (2, "bc", 2), (5, "d", 3), (8, "STe8!", 3)]
+        assert told == (reported if reports else [(8, "abcdSTe8!", 9)])
+        assert pieces[-1].finish_reason == "length"
+
+
 def test_lengths_are_bounded_by_request_and_context():
     def limit(prompt_length, context, **options):
         return answer_limit(GenerateParamsConfig(**options), prompt_length, context)

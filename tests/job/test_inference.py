@@ -20,7 +20,7 @@ class Engine:
         self.delivers, self.cancelled = {}, []
 
     def submit(self, request, deliver):
-        assert request.params.stream, "what comes of it is wanted also where it is no stream"
+        assert request.reports, "what comes of it is wanted also where it is no stream"
         self.delivers[request.prompt] = deliver
 
     def cancel(self, request_id):
@@ -95,26 +95,6 @@ async def test_the_tokens_of_one_step_go_back_in_one_frame(engine):
     ends = [number for frame in balancer.frames for number, _, ends, _ in frame if ends]
     assert sorted(ends) == [0, 1, 2]
     assert len(engine.cancelled) == 3
-
-
-async def test_what_is_no_stream_reports_now_and_then(engine, monkeypatch):
-    """The first token at once, which tells that the request does no harm; then what there is, and the end at once."""
-    monkeypatch.setattr(inference, "REPORT_SECONDS", 3600)
-    balancer = Balancer(engine)
-    balancer.ask("a", "b")
-    await until(lambda: len(engine.delivers) == 2)
-    for text in "123":
-        for deliver in engine.delivers.values():
-            deliver(token(text))
-        await until(lambda: not balancer._service._delivered._items)
-    await until(lambda: balancer.texts() == [[(0, "1"), (1, "1")]])
-    balancer._service._report()
-    await until(lambda: balancer.texts()[1:] == [[(0, "23"), (1, "23")]])
-    for deliver in engine.delivers.values():
-        deliver(token("4"))
-        deliver(token("5", **LAST))
-    await balancer.end()
-    assert balancer.texts()[2] == [(0, "45"), (1, "45")]
 
 
 async def test_a_cancelled_request_is_forgotten_and_what_comes_of_it_dropped(engine):

@@ -19,6 +19,7 @@ from mii_hpc.adapter import WEIGHTS, LowRank, read_adapter
 from mii_hpc.config import ModelConfig
 from mii_hpc.engine.model.dequantising import dequantised
 from mii_hpc.engine.model.reading import Reader
+from mii_hpc.engine.upload import upload_pages
 from mii_hpc.errors import ConfigError
 from mii_hpc.printable import listed
 from mii_hpc.quantisation import Quantisation, find_packed
@@ -155,9 +156,8 @@ class Checkpoint:
 
 def _tensor(file: Path, stored: str, device: torch.device) -> torch.Tensor:
     # Opened anew each time, so that no page of the file stays mapped.
-    with safe_open(file, framework="pt", device=str(device)) as opened:
-        tensor: torch.Tensor = opened.get_tensor(stored)
-    return tensor
+    with safe_open(file, framework="pt") as opened:
+        return upload_pages(opened.get_tensor(stored), device)
 
 
 @dataclass

@@ -53,8 +53,8 @@ class TritonSampling:
         floats = numbers.view(np.float32)
         numbers[~step.sample, 1] = 0
         sampled = np.flatnonzero(step.sample).tolist()
-        drawing = [row for row in sampled if not samplers[row].greedy]
-        floats[drawing, 6] = [samplers[row].draw() for row in drawing]
+        if drawing := [row for row in sampled if not samplers[row].greedy]:
+            floats[drawing, 6] = [samplers[row].draw() for row in drawing]
         forbidden: dict[int, np.ndarray] = {}  # beside those that end every answer, which the kernel knows
         for row in [row for row in sampled if samplers[row].is_bounded]:
             if samplers[row].is_guided:
