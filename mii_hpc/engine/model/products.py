@@ -1,9 +1,9 @@
 """Products of few rows with a weight, as decode steps have them: all that counts is how fast the weight is read.
 
 Kernels in Triton, for 16-bit weights on a GPU. Measured on an H100 for the layers of an 8B model: one row reads at 3.0
-to 3.1 TB/s and 16 at 2.5 to 2.9, where cuBLAS reads at 2.1 to 2.8 and 2.0 to 2.8; with 64, all products of a layer take
-170 us instead of 181. What follows a product is done in its
-kernel, as a kernel of its own would leave the memory idle for one or two microseconds: a gate, or the sum over ranks.
+to 3.1 TB/s and 16 at 2.5 to 2.9, where cuBLAS reads at 2.1 to 2.8 and 2.0 to 2.8; with 64, a layer takes 170 us where it
+takes 181. What follows a product is done in its kernel, as a kernel of its own would leave the memory idle for a
+microsecond or two: a gate, the sum over the ranks, a residual.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Tile(NamedTuple):
 
 ONE_ROW = Tile(outputs=2, inputs=2048, warps=4)
 ONE_ROW_OF_MANY = Tile(outputs=4, inputs=2048, warps=8)
-"""Of more outputs than MANY."""
 MANY = 4096
+"""A product of one row has many outputs if they are more than this."""
 ONE_ROW_SUMMED = Tile(outputs=4, inputs=1024, warps=4)
 FEW_ROWS = Tile(outputs=64, inputs=128, warps=4, stages=6)
 MORE_ROWS = Tile(outputs=64, inputs=128, warps=8, stages=4)
@@ -42,6 +42,8 @@ MORE_ROWS_OF_FEW = Tile(outputs=32, inputs=128, warps=4, stages=6)
 """Of so few outputs that there would not be a program for each processor."""
 WIDE = tl.constexpr(64)
 """From so many rows on, the rows are the first operand of the processors' products, who want 64 there."""
+GATE_BLOCK = 1024
+"""A program of `gate` takes so many numbers."""
 
 
 class Sums(NamedTuple):
@@ -154,9 +156,6 @@ def gate(rows: torch.Tensor) -> torch.Tensor:
         grid = (triton.cdiv(width, GATE_BLOCK), product.numel() // width)
         _gate_kernel[grid](product, rows, width, BLOCK=GATE_BLOCK, num_warps=4, **launch_options(rows.device))
     return product
-
-
-GATE_BLOCK = 1024
 
 
 @triton.jit
