@@ -1,8 +1,8 @@
 """Products of few rows with a weight, as decode steps have them: all that counts is how fast the weight is read.
 
 Kernels in Triton, for 16-bit weights on a GPU. Measured on an H100 for the layers of an 8B model: one row reads at 3.0
-to 3.1 TB/s and 16 at 2.5 to 2.9, where cuBLAS reads at 2.1 to 2.8 and 2.0 to 2.8; with 64, a layer takes 170 us where it
-takes 181. What follows a product is done in its kernel, as a kernel of its own would leave the memory idle for a
+to 3.1 TB/s and 16 at 2.5 to 2.9, where cuBLAS reads at 2.1 to 2.8 and 2.0 to 2.8; with 64, a layer takes 170 us, not
+181. What follows a product is done in its kernel, as a kernel of its own would leave the memory idle for a
 microsecond or two: a gate, the sum over the ranks, a residual.
 """
 
