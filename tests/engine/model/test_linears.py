@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import distributed, nn  # noqa: E402
 
-from mii_hpc.engine.model.linears import GatheredLinear, Linear, gather_head  # noqa: E402
+from mii_hpc.engine.model.linears import GatheredLinear, Linear, gather_head, share_memory  # noqa: E402
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -72,3 +72,32 @@ def test_a_head_gives_the_same_when_each_rank_has_some_outputs_instead_of_inputs
             assert share == 3
             for got in (sums, outputs):
                 torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), rows @ weight.T + added)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "agreed", "in_product"),
+    [
+        (torch.float16, 32, [True, True, True], True),
+        (torch.float16, 32, [True, True, False], False),  # another rank's share is not read quickly
+        (torch.float32, 32, [True, True, True], False),
+        (torch.float16, 24, [True, True, True], False),
+        (torch.float16, 0, [True, True, True], False),
+        (torch.float16, 32, [True, False], None),
+        (torch.float16, 32, [False], None),
+    ],
+)
+def test_products_are_summed_in_their_kernels_where_all_ranks_can(monkeypatch, dtype, inputs, agreed, in_product):
+    peers = pytest.importorskip("mii_hpc.engine.model.peers")
+    shared, others = object(), iter(agreed)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(peers, "room", lambda ranks, device: torch.zeros(1))
+    monkeypatch.setattr(peers.Peers, "meet", lambda memory, group: shared)
+
+    def layer(inputs, group):
+        return Linear(nn.Parameter(torch.zeros(8, inputs, dtype=dtype), requires_grad=False), None, group)
+
+    module = nn.ModuleList([layer(64, "all"), layer(inputs, "all"), layer(24, None)])
+    share_memory(module, torch.device("cpu"), lambda mine: next(others) and mine)
+    assert [part.peers for part in module] == [None if in_product is None else shared] * 3
+    assert [part.sums_in_product for part in module] == [bool(in_product)] * 2 + [False]
+    assert list(others) == []
