@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import mii_hpc.engine.model.linears  # noqa: F401 (which defines operators)
-
-OURS = torch.ops.mii_hpc
-"""Operators that torch.compile leaves as they are."""
+SUM, PRODUCT, ATTENTION = (f"mii_hpc.{name}.default" for name in ("sum_over_ranks", "product", "paged_attention"))
+"""Operators of ours, which torch.compile leaves as they are, by their names in a graph."""
 
 
 def fuse(module: fx.GraphModule) -> None:
@@ -32,11 +30,9 @@ def add_residuals(graph: fx.Graph) -> None:
     for before, node in itertools.pairwise(list(graph.nodes)):
         if node.target is not operator.add:
             continue
-        if before.target is OURS.sum_over_ranks.default:
+        if str(before.target) == SUM:
             rows, users = before.args[0], {before, node}
-        elif _input(before, OURS.product.default) is not None and (
-            "group" in before.kwargs or _ends_layer(before, node)
-        ):
+        elif str(before.target) == PRODUCT and ("group" in before.kwargs or _ends_layer(before, node)):
             rows, users = before, {node}
         else:
             continue
@@ -67,7 +63,7 @@ def gate_in_products(graph: fx.Graph) -> None:
         alone = all(set(one.users) == users for one, users in inside.items())
         if alone and halves and places == [0, 1] and split.kwargs == {"dim": -1}:
             with graph.inserting_before(node):
-                product = graph.call_function(OURS.product.default, rows.args, {"gated": True})
+                product = graph.call_function(rows.target, rows.args, {"gated": True})
             product.meta = node.meta
             node.replace_all_uses_with(product)
             _erase(graph, node)
@@ -76,7 +72,7 @@ def gate_in_products(graph: fx.Graph) -> None:
 def rotate_in_attention(graph: fx.Graph) -> None:
     """Let attention rotate its queries and keys, where a model does it right before."""
     for node in list(graph.nodes):
-        if str(node.target) != "mii_hpc.paged_attention.default":  # known where there is Triton
+        if str(node.target) != ATTENTION:
             continue
         query, key, *others = plain = node.args
         turned, also = _rotation(_of_batch(query)), _rotation(_of_batch(key))
@@ -141,15 +137,17 @@ def _rotation(node: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _input(node: Any, target: Any, number: int = 0) -> Any:
-    """Return an argument of what calls a function, or a method by its name; None of anything else."""
-    calls = isinstance(node, fx.Node) and node.target == target and len(node.args) > number
-    return node.args[number] if calls else None
+    """Return an argument of what calls a function, or by its name a method or an operator; None of anything else."""
+    if not isinstance(node, fx.Node) or len(node.args) <= number:
+        return None
+    called = str(node.target) if isinstance(target, str) else node.target
+    return node.args[number] if called == target else None
 
 
 def _is_plain_product(node: Any) -> bool:
     """Return whether that is a product with nothing in its kernel, of numbers that the kernel takes."""
     return (
-        _input(node, OURS.product.default) is not None
+        _input(node, PRODUCT) is not None
         and len(node.args) == 2
         and not node.kwargs
         and node.args[1].meta["example_value"].dtype in (torch.bfloat16, torch.float16)

@@ -47,8 +47,9 @@ on an H100, with 1 to 256 sequences of 128 to 16,000 tokens, a coarser split was
 class Batch:
     """What one step computes: which packed tokens belong to which sequence, and where its keys and values lie.
 
-    Integers may be of 32 or 64 bits. A sequence of length 0 is padding: its row of the output is zero. No kernel of the
-    step may write any of this: kernels of ours read it before those that precede them have ended.
+    Integers may be of 32 or 64 bits. A sequence of length 0 is padding: its row of the output is zero. It is
+    uploaded, or written by kernels that are launched plainly, before the first layer: kernels of ours read it before
+    those that precede them have ended, and these begin after all that is launched plainly has ended.
 
     Attributes:
         slots: [tokens], where their keys and values go: block * page size + place in the block.
