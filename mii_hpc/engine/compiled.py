@@ -110,7 +110,8 @@ def _compiler() -> Iterator[None]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = before or str(extensions_folder() / "inductor")
     try:
         with (
-            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+            # Layers of a kind have the same epsilon and the like; as variables they would have all traced twice.
+            torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_float=True),
             torch._inductor.config.patch(compile_threads=1),
             # As many sequences as a block table is wide are no reason to compile for such steps alone.
             torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]

@@ -79,12 +79,25 @@ def rotate_in_attention(graph: fx.Graph) -> None:
         if turned is None or also is None or turned[1:] != also[1:]:
             continue
         with graph.inserting_before(node):
-            whole = [graph.call_function(operator.getitem, (each, 0)) for each in (turned[0], also[0], *turned[1:])]
-            query, key = (graph.call_method("transpose", (rows, 0, 1)) for rows in whole[:2])
+            whole = [_first(graph, each) for each in (turned[0], also[0], *turned[1:])]
+            query, key = (_transposed(graph, rows) for rows in whole[:2])
         node.args = (query, key, *others)
         node.kwargs = {**node.kwargs, "cos": whole[2], "sin": whole[3]}
         for rows in plain[:2]:
             _erase(graph, rows)
+
+
+def _first(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    first = graph.call_function(operator.getitem, (node, 0))
+    # Without it torch does not keep on disk what it makes of the graph.
+    first.meta["example_value"] = node.meta["example_value"][0]
+    return first
+
+
+def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    transposed = graph.call_method("transpose", (node, 0, 1))
+    transposed.meta["example_value"] = node.meta["example_value"].transpose(0, 1)
+    return transposed
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:

@@ -62,6 +62,8 @@ def test_layers_of_a_kind_are_compiled_once_for_all_numbers_of_sequences(tmp_pat
     for graph in graphs:
         (attention,) = (node for node in graph.graph.nodes if "paged_attention" in str(node.target))
         assert "cos" in attention.kwargs
+        # Else torch would make everything anew at each start.
+        assert all("example_value" in node.args[0].meta for node in graph.graph.nodes if node.op == "call_method")
 
 
 @pytest.mark.skipif(not CUDA, reason="only decode steps on CUDA are compiled")
