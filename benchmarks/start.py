@@ -70,10 +70,12 @@ def main(model: str, tensor_parallel: int = 1, rounds: Annotated[int, typer.Opti
                 str(folder), deployment_name="start", cluster="local", tensor_parallel=tensor_parallel, home=home
             )
             seconds.append(time.time() - began)
-            entry = Registry(home).get("start")
-            assert entry is not None
-            said = timeline(RunDir(entry.run_dir), began)
-            client.terminate_server()
+            try:
+                entry = Registry(home).get("start")
+                assert entry is not None
+                said = timeline(RunDir(entry.run_dir), began)
+            finally:
+                client.terminate_server()
     for at, log, sentence in said:
         if at <= seconds[-1]:
             console.print(f"{at:7.2f}  {log:10} {sentence}", markup=False)

@@ -124,11 +124,11 @@ class Rank(Supervisor):
         self.epochs.append(order.epoch)
         await super().start_engine(order)
 
-    async def spawn_engine(self, order: Order, store: int | None) -> tuple[InProcessEngine, str]:
+    async def spawn_engine(self, order: Order, store: int | None) -> InProcessEngine:
         engine = InProcessEngine(self.run, order)
         if self.comes_back:
             engine.start()
-        return engine, ""
+        return engine
 
 
 class Deployment:

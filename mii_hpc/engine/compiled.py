@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,11 +80,13 @@ def compiler_imported(wanted: bool) -> Iterator[None]:
     interval = sys.getswitchinterval()
     # The other thread needs the interpreter often, but each time for a moment.
     sys.setswitchinterval(interval / 10)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="import")
+    imported = thread.submit(importlib.import_module, "torch._inductor.compile_fx")
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="import") as thread:
-            thread.submit(importlib.import_module, "torch._inductor.compile_fx")
-            yield
+        yield
+        wait([imported])
     finally:
+        thread.shutdown(wait=False)
         sys.setswitchinterval(interval)
 
 
@@ -105,9 +107,12 @@ def _compiler() -> Iterator[None]:
     import torch._dynamo.config
     import torch._inductor.config
     import torch.fx.experimental._config
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = before or str(extensions_folder() / "inductor")
+    # torch sets it by itself, to a folder that every user of this host can make in its place.
+    if before in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(extensions_folder() / "inductor")
     try:
         with (
             # Layers of a kind have the same epsilon and the like; as variables they would have all traced twice.
@@ -120,3 +125,5 @@ def _compiler() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        else:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from mii_hpc.engine.base import EngineSpec
+from mii_hpc.engine.waking import leave_gpu
 from mii_hpc.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def choose_device(spec: EngineSpec, progress: Callable[[str], None]) -> torch.de
             f"finds none that it can use on {host}: {_why_no_gpu()}; to serve on CPUs set device='cpu'"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
+        if wanted != "cpu":
+            leave_gpu(spec.local_rank)
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     visible = torch.cuda.device_count()

@@ -169,6 +169,10 @@ def main(run_path: str, descriptor: str) -> None:
     # Within a step the next piece of work is there sooner than a sleeper could be woken (where none spun, two threads
     # were hardly faster than one); for longer, as is the default, they would take the cores from those who serve.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    # As torch has it; the driver reads it when the GPU's context is made, which may be before torch is there.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    # Else some versions of torch start processes as soon as its compiler is imported.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     run = RunDir(Path(run_path))
     status = 0
     try:

@@ -28,8 +28,6 @@ class PreparedEngine:
 
     rank: int
     child: Child
-    store_path: str
-    """Where the store is, a file, that it is given with its order."""
     _orders: socket.socket
 
     @classmethod
@@ -49,7 +47,7 @@ class PreparedEngine:
             except BaseException:
                 ours.close()
                 raise
-        return cls(rank, child, f"/proc/{child.pid}/fd/{number}", ours)
+        return cls(rank, child, ours)
 
     def take(self, order: Order, store: int | None = None) -> bool:
         """Give it its order, the only one that it gets; return whether it could take one: it may have ended.

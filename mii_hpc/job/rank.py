@@ -102,9 +102,11 @@ async def live(run: RunDir, lost: int | None = None) -> None:
 def _launched_as() -> int | None:
     """Return this rank's number as its launcher says it, before the ranks have met; None where it does not."""
     # mpiexec's variables first: within a job of Slurm it may leave those of its own daemons.
-    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if (number := os.environ.get(name, "")).isdecimal():
-            return int(number)
+    for names in (("OMPI_COMM_WORLD_RANK",), ("PMIX_RANK", "PMI_RANK"), ("SLURM_PROCID",)):
+        numbers = {number for name in names if (number := os.environ.get(name, "")).isdecimal()}
+        if numbers:
+            # Where two launchers differ, one has started the shell of the other.
+            return int(numbers.pop()) if len(numbers) == 1 else None
     return None
 
 

@@ -179,6 +179,8 @@ class Supervisor:
         self.revive, self.serves_others = revive, serves_others
         self.engine: ChildProcess | None = None
         self._prepared = prepared
+        self._store: int | None = None
+        """The file in which the engines of the replica meet: here, so that it is there before the leader's has it."""
         self.report = pb.RankReport(rank=world.role.rank, host=world.me.host)
         """What the balancer knows of the rank, or will in a moment."""
         self._changed = asyncio.Event()
@@ -210,16 +212,15 @@ class Supervisor:
     async def start_engine(self, order: pb.StartEngine) -> None:
         """Start an engine process, in place of the one that runs, if any."""
         await self.stop_engine()
-        role, store = self.world.role, None
+        role, listening = self.world.role, None
         store_address = order.store_address
         spans_hosts = self.world.replica_spans_hosts
         host = self.world.me.address if spans_hosts else LOOPBACK
         if role.leads and spans_hosts:
             listening = listening_socket(host)
             store_address = f"{host}:{listening.getsockname()[1]}"
-            store = listening.detach()
         elif role.leads:
-            store = private_file("store")
+            self._store = private_file("store")
         spec = {
             "rank": role.replica_rank,
             "world_size": role.tensor_parallel,
@@ -231,31 +232,35 @@ class Supervisor:
         }
         listen_host = self.world.me.address if self.world.spans_hosts else LOOPBACK
         try:
-            self.engine, its_store = await self.spawn_engine(Order(spec, listen_host), store)
+            store = self._store if listening is None else listening.fileno()
+            self.engine = await self.spawn_engine(Order(spec, listen_host), store)
         finally:
-            if store is not None:
-                os.close(store)  # the engine has its own copy
+            if listening is not None:
+                listening.close()  # the engine has its own copy
         log.info("engine %d started, process %d", order.epoch, self.engine.pid)
         self._tell(
             engine=pb.STARTING,
             epoch=order.epoch,
-            store_address=store_address or its_store,
+            store_address=store_address or f"/proc/{os.getpid()}/fd/{self._store}",
             address="",
             detail="the engine starts",
             log="",
         )
         self._watch = self.tasks.start(self._watch_engine(self.engine))
 
-    async def spawn_engine(self, order: Order, store: int | None) -> tuple[ChildProcess, str]:
-        """Have an engine process take an order and the descriptor of a store; return it, and the store's path there."""
+    async def spawn_engine(self, order: Order, store: int | None) -> ChildProcess:
+        """Have an engine process take an order and the descriptor of a store; return it."""
         prepared, self._prepared = self._prepared, None
         if prepared is None or not prepared.take(order, store):
             prepared = await PreparedEngine.start(self.run, self.world.role.rank)
             prepared.take(order, store)  # if it has ended by now, its end is reported as any other
-        return prepared.child, prepared.store_path
+        return prepared.child
 
     async def stop_engine(self) -> None:
         """End the engine process, if one runs."""
+        if self._store is not None:
+            os.close(self._store)
+            self._store = None
         if self.engine is None:
             return
         if self._watch is not None:

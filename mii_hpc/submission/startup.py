@@ -22,6 +22,8 @@ from mii_hpc.schedulers import Job, JobState, job_of
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+PENDING_POLL_SECONDS = 1.0
+"""A job may be in the queue for hours."""
 """How often the registry and the run directory are read."""
 SCHEDULER_SECONDS = (2.0, 15.0)
 """How often the scheduler is asked: at first, and after some minutes; many users share it."""
@@ -93,7 +95,7 @@ def _wait(run: RunDir, entry: Entry, config: MIIConfig, job: Job, show: Callable
                 "it was cancelled",
                 deployment_name=entry.deployment_name,
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS if started is not None else PENDING_POLL_SECONDS)
 
 
 def _died(run: RunDir, entry: Entry, job: Job, state: JobState) -> DeploymentFailedError:

@@ -1,5 +1,6 @@
 """Compiled layers: on CUDA as the engine uses them, and else around the attention kernel in Triton's interpreter."""
 
+import os
 import sys
 import threading
 
@@ -102,3 +103,27 @@ def test_a_compiler_that_cannot_be_imported_is_missed_where_it_is_used(monkeypat
     monkeypatch.setattr(compiled.importlib, "import_module", import_module)
     with compiled.compiler_imported(True):
         pass
+
+
+@pytest.mark.parametrize("chosen", [None, "torch's own", "a user's own"])
+def test_what_is_compiled_is_kept_where_no_other_user_can_put_anything(monkeypatch, tmp_path, chosen):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    monkeypatch.setattr(compiled, "extensions_folder", lambda: tmp_path)
+    folder = {"torch's own": default_cache_dir(), "a user's own": str(tmp_path / "mine")}.get(chosen)
+    if folder is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+    with compiled._compiler():
+        assert cache_dir() == str(tmp_path / ("mine" if chosen == "a user's own" else "inductor"))
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == folder
+
+
+def test_an_error_does_not_wait_for_the_import_of_the_compiler(monkeypatch):
+    imported = threading.Event()
+    monkeypatch.setattr(compiled.importlib, "import_module", lambda name: imported.wait(60))
+    with pytest.raises(ValueError, match="the model"), compiled.compiler_imported(True):
+        raise ValueError("the model")
+    assert not imported.is_set()
+    imported.set()

@@ -3,7 +3,7 @@ import ctypes
 import pytest
 
 from mii_hpc.engine import waking
-from mii_hpc.engine.waking import wake_gpu
+from mii_hpc.engine.waking import leave_gpu, wake_gpu
 
 
 class Driver:
@@ -24,6 +24,14 @@ class Driver:
         device._obj.value = number
         return int(self.fails == "cuDeviceGet")
 
+    def cuDevicePrimaryCtxGetState(self, device, flags, active):
+        active._obj.value = device.value in self.contexts
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, device):
+        self.contexts.remove(device.value)
+        return 0
+
     def cuDevicePrimaryCtxRetain(self, context, device):
         self.contexts.append(device.value)
         return 0
@@ -35,6 +43,16 @@ def test_the_context_is_that_of_the_ranks_gpu(monkeypatch, local_rank, gpu):
     monkeypatch.setattr(waking.ctypes, "CDLL", lambda name: driver)
     wake_gpu(local_rank)
     assert driver.contexts == [gpu]
+
+
+def test_it_is_given_back_once_where_torch_cannot_use_it(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(waking.ctypes, "CDLL", lambda name: driver)
+    wake_gpu(0)
+    wake_gpu(1)
+    for _ in range(2):
+        leave_gpu(1)
+    assert driver.contexts == [0]
 
 
 @pytest.mark.parametrize("driver", [Driver(gpus=0), Driver(fails="cuInit"), Driver(fails="cuDeviceGet")])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mii_hpc._proto import mii_hpc_pb2 as pb
 from mii_hpc.job.net import private_file
 from mii_hpc.job.prepared_engine import Order, PreparedEngine, receive_order
 from mii_hpc.job.rendezvous import Member, World
@@ -67,8 +68,8 @@ async def test_it_gets_the_store_with_the_order(prepare):
     assert engine.take(ALONE, store)
     os.close(store)
     assert await note(engine.child, "ready")
-    assert Path(engine.store_path).stat().st_ino == inode
-    assert list(open_files(engine.child.pid).values()).count("/memfd:store (deleted)") == 1
+    (file,) = [file for file, path in open_files(engine.child.pid).items() if path == "/memfd:store (deleted)"]
+    assert file.stat().st_ino == inode
 
 
 @pytest.mark.parametrize(("given", "known"), [("", "/proc/self/fd/{0}"), ("node1:9", "node1:9")])
@@ -128,9 +129,9 @@ def rank(prepare):
 async def test_a_rank_orders_the_process_that_waits_and_then_others(prepare, rank):
     waiting = await prepare()
     supervised = rank(waiting)
-    first, _ = await supervised.spawn_engine(ALONE, None)
+    first = await supervised.spawn_engine(ALONE, None)
     assert first is waiting.child
-    second, _ = await supervised.spawn_engine(ALONE, None)
+    second = await supervised.spawn_engine(ALONE, None)
     assert second.pid != first.pid
     for engine in (first, second):
         assert await note(engine, "ready")
@@ -141,6 +142,17 @@ async def test_a_rank_whose_waiting_process_has_ended_starts_another(prepare, ra
     ended = await prepare()
     os.kill(ended.child.pid, signal.SIGKILL)
     await ended.child.wait()
-    engine, _ = await rank(ended).spawn_engine(ALONE, None)
+    engine = await rank(ended).spawn_engine(ALONE, None)
     assert await note(engine, "ready")
     await engine.end(0.0)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+async def test_the_store_is_there_as_soon_as_it_is_told_of(prepare, rank, prepared):
+    supervised = rank(await prepare() if prepared else None)
+    for epoch in (1, 2):
+        await supervised.start_engine(pb.StartEngine(epoch=epoch))
+        store = Path(supervised.report.store_address)
+        assert store.read_bytes() == b""
+    await supervised.stop_engine()
+    assert "/memfd:store (deleted)" not in open_files(os.getpid()).values()

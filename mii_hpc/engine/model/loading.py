@@ -63,7 +63,7 @@ class LoadedModel:
 def load_model(spec: EngineSpec, device: torch.device, progress: Progress) -> LoadedModel:
     """Load this rank's shard of the model through DeepSpeed.
 
-    With several ranks, each reads only one tensor at a time besides its own shard.
+    With several ranks, each has only a tensor besides its own shard, on a GPU up to a GiB of them.
     Raises ConfigError, by name and reason, for a model that cannot be served.
     """
     model = spec.model

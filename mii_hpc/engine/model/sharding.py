@@ -105,7 +105,8 @@ def load_shard(
     order = [
         sources[f"{name}.{leaf}"] for name, part in modules for leaf, own in part._parameters.items() if own is not None
     ]
-    compiles = device.type == "cuda" and model.inference_engine_config.compile
+    config_of_engine = model.inference_engine_config
+    compiles = device.type == "cuda" and config_of_engine.compile and config_of_engine.cuda_graphs
     with checkpoint.reading(order, device), compiler_imported(compiles):
         for done, (name, part) in enumerate(modules, start=1):
             whole = {}

@@ -102,7 +102,13 @@ class Checkpoint:
 
     @contextmanager
     def reading(self, order: Iterable[str], device: torch.device) -> Iterator[None]:
-        """Within this context tensors are read ahead in the order in which read() will be asked for them."""
+        """Within this context tensors are read ahead, in the order in which read() will be asked for them, to a GPU.
+
+        For a CPU files are mapped, where nothing is read before it is wanted: each tensor would map all of its file.
+        """
+        if device.type == "cpu":
+            yield
+            return
         parts = [(part, self._tensors[part].size) for stored in order for part in self._parts(stored)]
         self._ahead = Reader(lambda name: self._open(name, device), parts)
         try:
